@@ -1,0 +1,1 @@
+"""Policy-gradient fine-tuning of diffusion models with dense rewards."""
