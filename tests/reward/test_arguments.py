@@ -1,0 +1,141 @@
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from reward.arguments import ArgumentsError, main_guard, parse_arguments
+
+
+@dataclass
+class Model:
+    model: str = field(metadata={"help": "folder"})
+    heatmap_head: Literal["paper", "light"] = "light"
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Training:
+    learning_rate: float = 1e-3
+    max_steps: int = 10
+    verbose: bool = False
+    train_steps: list[int] = field(default_factory=lambda: [1, 2])
+
+    def __post_init__(self):
+        if self.max_steps < 0:
+            raise ValueError("max_steps must be >= 0")
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def parse(argv):
+    return parse_arguments([Model, Training], argv)
+
+
+@pytest.mark.parametrize("spelling", ["two words", "equals sign"])
+def test_yaml_and_flags_are_merged_and_the_flag_wins(config, spelling):
+    path = config("model: a\nlearning_rate: 1e-4\nmax_steps: 5\nweights: {x: 1.0}\ntrain_steps: [3]\nverbose: true\n")
+    argv = ["--config", path] if spelling == "two words" else [f"--config={path}"]
+    model, training = parse([*argv, "--max_steps", "7"])
+    assert (model.model, model.weights) == ("a", {"x": 1.0})
+    assert training == Training(1e-4, 7, True, [3])
+
+
+def test_mapping_and_list_on_the_command_line():
+    model, training = parse(["--model", "a", "--weights", '{"y": 2}', "--train_steps", "4", "5"])
+    assert model.weights == {"y": 2}
+    assert training.train_steps == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        (["--model", "a", "--learning_rte", "1"], ["--learning_rte", "learning_rate"]),
+        (["--model", "a", "--max-step=3"], ["--max-step", "max_steps"]),
+        (["--model", "a", "--learn", "1"], ["--learn"]),  # no abbreviations
+        (["--model", "a", "--max_steps", "many"], ["max_steps", "many"]),
+        (["--model", "a", "--heatmap_head", "big"], ["heatmap_head", "big", "light"]),
+        (["--model", "a", "--weights", "x=1"], ["x=1", "JSON"]),
+        (["--model", "a", "--weights", "[1]"], ["[1]"]),
+        ([], ["--model"]),
+        (["--config"], ["--config"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+    ],
+)
+def test_wrong_flags_are_named(argv, names):
+    with pytest.raises(ArgumentsError) as caught:
+        parse(argv)
+    assert all(name in str(caught.value) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("model: a\nmax_step: 3\n", ["max_step", "max_steps"]),
+        ("model: a\nmax_steps: many\n", ["max_steps", "many"]),
+        ("model: a\nmax_steps: 2.5\n", ["max_steps", "2.5"]),
+        ("model: a\nlearning_rate: [1]\n", ["learning_rate"]),
+        ("model: a\nheatmap_head: big\n", ["heatmap_head", "big", "light"]),
+        ("model: a\nweights: 3\n", ["weights", "3"]),
+        ("- model\n", ["mapping"]),
+        ("model: {\n", ["YAML"]),
+    ],
+)
+def test_wrong_yaml_is_named(config, text, names):
+    with pytest.raises(ArgumentsError) as caught:
+        parse(["--config", config(text)])
+    assert all(name in str(caught.value) for name in names)
+
+
+def test_config_that_is_not_utf8(tmp_path):
+    (tmp_path / "c.yaml").write_bytes(b"model: \xff\xfe")
+    with pytest.raises(ArgumentsError, match="UTF-8"):
+        parse(["--config", str(tmp_path / "c.yaml")])
+
+
+def test_checks_of_the_dataclass_reach_the_user():
+    with pytest.raises(ValueError, match="max_steps must be"):
+        parse(["--model", "a", "--max_steps", "-1"])
+
+
+def test_guard_prints_one_line_for_the_users_mistakes(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main_guard(parse, ["--nothing"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_guard_keeps_the_traceback_of_a_librarys_error():
+    import json
+
+    with pytest.raises(ValueError, match="Expecting"):
+        main_guard(lambda argv: json.loads("{"))
+
+
+def test_guard_exit_codes(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main_guard(lambda argv: "fine")
+    assert caught.value.code == 0
+
+    def stop(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        main_guard(stop)
+    assert caught.value.code == 130
+
+
+def test_help_is_printed_by_a_real_command():
+    code = "from reward.arguments import *; from tests.reward.test_arguments import *; main_guard(parse)"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "--learning_rate" in done.stdout
