@@ -180,9 +180,9 @@ def applicable(scene: Scene) -> tuple[str, ...]:
         kinds.remove("missing")  # an empty picture teaches nothing
     if len(scene.things) == 3 or scene.request.relation == "inside":
         kinds.remove("extra")  # no room
-    if scene.request.relation is None:
-        kinds.remove("swapped")
-    elif scene.request.relation == "inside" and scene.request.nouns[0].shape not in ROOMY:
+    if scene.request.relation is None or (
+        scene.request.relation == "inside" and scene.request.nouns[0].shape not in ROOMY
+    ):
         kinds.remove("swapped")
     return tuple(kinds)
 

@@ -1,0 +1,74 @@
+"""The picture autoencoder: 64x64 pictures to 16x16 latents of 4 channels (f = 4) and back."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch.nn import functional as F
+
+from tinyworld.loop import fit, keyed
+
+STEPS = 1600
+_BATCH = 24
+
+
+def new_autoencoder(seed: int = 0) -> AutoencoderKL:
+    """An untrained autoencoder of 0.8 M parameters."""
+    torch.manual_seed(seed)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 48, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=64,
+        mid_block_add_attention=False,
+    )
+
+
+def to_unit(pictures: np.ndarray) -> torch.Tensor:
+    """(B, 64, 64, 3) uint8 -> (B, 3, 64, 64) float32 in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_pictures(images: torch.Tensor) -> np.ndarray:
+    """(B, 3, 64, 64) float in [-1, 1] -> (B, 64, 64, 3) uint8."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def train_autoencoder(pictures: np.ndarray, work: Path, steps: int = STEPS) -> AutoencoderKL:
+    """Train on (N, 64, 64, 3) uint8 pictures; sets `scaling_factor` so that latents have unit variance."""
+    vae = new_autoencoder()
+
+    def loss(step: int) -> torch.Tensor:
+        source = keyed(1, step)
+        images = to_unit(pictures[torch.randint(len(pictures), (_BATCH,), generator=source).numpy()])
+        posterior = vae.encode(images).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=source)
+        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        # The divergence (mean over latents, not sum) keeps latents near a unit Gaussian without costing sharpness.
+        divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        return F.l1_loss(decoded, images) + 0.5 * F.mse_loss(decoded, images) + 1e-3 * divergence
+
+    vae = fit(vae, loss, work / "autoencoder.pt", steps=steps, rate=2e-3, averaging=0.99)
+    latents = encode(vae, pictures[:2000])
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    return vae
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: np.ndarray, batch: int = 100) -> torch.Tensor:
+    """(N, 64, 64, 3) uint8 -> (N, 4, 16, 16) float32 means of the latents, not scaled."""
+    return torch.cat(
+        [vae.encode(to_unit(pictures[i : i + batch])).latent_dist.mean for i in range(0, len(pictures), batch)]
+    )
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: torch.Tensor, batch: int = 100) -> np.ndarray:
+    """The way back: latents, not scaled, -> (N, 64, 64, 3) uint8."""
+    return np.concatenate(
+        [to_pictures(vae.decode(latents[i : i + batch]).sample) for i in range(0, len(latents), batch)]
+    )
