@@ -45,9 +45,10 @@ def train_autoencoder(pictures: np.ndarray, work: Path, steps: int = STEPS) -> A
     def loss(step: int) -> torch.Tensor:
         source = keyed(1, step)
         images = to_unit(pictures[torch.randint(len(pictures), (_BATCH,), generator=source).numpy()])
-        posterior = vae.encode(images).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=source)
-        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        noise = torch.randn(_BATCH, 4, 16, 16, generator=source)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(images).latent_dist
+            decoded = vae.decode(posterior.mean + posterior.std * noise).sample.float()
         # The divergence (mean over latents, not sum) keeps latents near a unit Gaussian without costing sharpness.
         divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         return F.l1_loss(decoded, images) + 0.5 * F.mse_loss(decoded, images) + 1e-3 * divergence
