@@ -23,11 +23,12 @@ def heatmap_loss(predicted: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
 def word_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Binary cross-entropy of word tags: logits (B, T), labels (B, T) with 1 = misaligned and -100 = not counted.
 
-    The denominator is the number of counted tokens; a batch without any gives 0.
+    The mean over each prompt's counted words, then over prompts: the denominator is B (a prompt without counted words
+    gives 0), so that accumulating over equal micro-batches is the same as one large batch.
     """
     counted = labels != IGNORE
     loss = F.binary_cross_entropy_with_logits(logits.float(), labels.clamp(min=0).float(), reduction="none")
-    return (loss * counted).sum() / counted.sum().clamp(min=1)
+    return ((loss * counted).sum(1) / counted.sum(1).clamp(min=1)).mean()
 
 
 def caption_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

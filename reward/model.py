@@ -16,7 +16,6 @@ from the ViT's position embeddings, which the linear map carries over. Padding i
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
@@ -55,6 +54,7 @@ class RahfConfig(PreTrainedConfig):
         heatmap_size: side of the heatmaps in pixels; the vision encoder's image size if None.
         image_mean, image_std: normalisation of the images, for each of R, G, B in [0, 1].
         max_text_length: prompts are cut after so many pieces; words behind are not judged.
+        word_threshold: a word counts as misaligned if its probability is above; training sets it to the best F1 on dev.
         score_loss_weight, heatmap_loss_weight, word_loss_weight: weights of the loss terms.
     """
 
@@ -63,7 +63,7 @@ class RahfConfig(PreTrainedConfig):
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vit"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="t5"),
     }
-    keys_to_ignore_at_inference = ("score_loss", "heatmap_loss", "word_loss")
+    keys_to_ignore_at_inference = ["score_loss", "heatmap_loss", "word_loss"]  # noqa: RUF012
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -78,6 +78,7 @@ class RahfConfig(PreTrainedConfig):
     image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
     max_text_length: int = 128
+    word_threshold: float = 0.5
     score_loss_weight: float = 1.0
     heatmap_loss_weight: float = 1.0
     word_loss_weight: float = 1.0
@@ -218,7 +219,6 @@ class RahfModel(PreTrainedModel):
         scores: torch.Tensor | None = None,
         heatmaps: torch.Tensor | None = None,
         word_labels: torch.Tensor | None = None,
-        **_,
     ) -> RahfOutput:
         """Predict rich feedback, and its loss where targets are given.
 
@@ -303,9 +303,7 @@ def _heatmap_head(config: RahfConfig) -> nn.Module:
     return LightHeatmapHead(width, config.heatmap_size, config.grid, config.head_width)
 
 
-def _copy_weights(
-    source: nn.Module, target: nn.Module, what: Literal["vision encoder", "text encoder", "text decoder"]
-):
+def _copy_weights(source: nn.Module, target: nn.Module, what: str):
     """Load `source`'s weights into `target`; whatever `target` has must be there."""
     missing, _ = target.load_state_dict(source.state_dict(), strict=False)
     if missing:

@@ -1,0 +1,218 @@
+"""From pictures, prompts and ratings to the tensors that `RahfModel` takes.
+
+One preprocessing, `preprocess` and `encode_prompts`, serves training, prediction and reward. It is torch all through:
+gradients flow from the prediction back into the pictures, and no image library of another version changes a bit.
+
+Shapes: B examples, H x W pixels of a picture, S the side the model sees, h the side of a heatmap, L positions of the
+longest prompt in the batch, T its words.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from reward.feedback import HEATMAPS, SCORES
+from reward.losses import IGNORE
+from reward.model import RahfConfig
+
+
+def preprocess(images: torch.Tensor, config: RahfConfig) -> torch.Tensor:
+    """Pictures (B, 3, H, W) in [0, 1] -> what the vision encoder sees, (B, 3, S, S); differentiable.
+
+    The picture is stretched to a square, as RichHF-18K's maps are, by an antialiased bilinear filter (Pillow's
+    BILINEAR), then normalised.
+    """
+    images = resize(images, config.image_size)
+    mean, std = (images.new_tensor(list(values))[:, None, None] for values in (config.image_mean, config.image_std))
+    return (images - mean) / std
+
+
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, C, H, W) -> (B, C, size, size), antialiased; the same tensor if it has that size already."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[str]], max_length: int
+) -> dict[str, torch.Tensor]:
+    """Prompts, each given as its tokens (words), -> the model's text inputs.
+
+    Every word is tokenised as if a space stood before it, an end mark follows the last one, and what is behind
+    `max_length` positions is cut.
+
+    Returns:
+        input_ids, attention_mask: (B, L) int64; padding is masked, whatever id it has.
+        word_positions: (B, T) int64, where in L each word begins; -1 for padding, and for words that were cut off or
+            that the tokenizer drops entirely.
+    """
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows, positions = [], []
+    for words in tokens:
+        encoded = tokenizer(list(words), is_split_into_words=True, add_special_tokens=False) if words else None
+        ids = encoded.input_ids[: max_length - len(ends)] if words else []
+        begins = [-1] * len(words)
+        for place, word in reversed(list(enumerate(encoded.word_ids()[: len(ids)] if words else []))):
+            begins[word] = place
+        rows.append(ids + ends)
+        positions.append(begins)
+    length = max(max(map(len, rows), default=0), 1)
+    pad = tokenizer.pad_token_id or 0
+    return {
+        "input_ids": torch.tensor([row + [pad] * (length - len(row)) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
+        "word_positions": pad_rows(positions, -1),
+    }
+
+
+def pad_rows(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """Rows of differing lengths -> (B, T) int64 with T >= 1, filled up with `value`."""
+    length = max(max(map(len, rows), default=0), 1)
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=torch.int64)
+
+
+def to_tensor(image: Image.Image, mode: str = "RGB") -> torch.Tensor:
+    """A PIL image -> uint8 (C, H, W); `mode` "RGB" gives three channels, "L" one."""
+    array = np.array(image.convert(mode))  # a copy: torch wants a writable array
+    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+
+
+class FeedbackDataset(torch.utils.data.Dataset):
+    """A split that `reward.richhf` wrote, as examples of tensors.
+
+    Args:
+        split: columns image, tokens, keyword_labels, the four scores, implausibility_map, misalignment_map, uid.
+        config: of the model; only `heatmap_size` is used.
+        in_memory: decode everything once, with maps already at the heatmaps' size. For small pictures: decoding 512x512
+            maps takes longer than a step of a small model.
+
+    An example is a dict: image uint8 (3, H, W); maps (2, h', w') float32 in [0, 1]; scores (4,) float32 in [0, 1];
+    tokens and labels, lists of T; key, what its augmentation is drawn from (uid and epoch).
+    """
+
+    def __init__(self, split: Dataset, config: RahfConfig, in_memory: bool = False):
+        wanted = {"image", "uid", "tokens", "keyword_labels", *SCORES, *(f"{name}_map" for name in HEATMAPS)}
+        if missing := sorted(wanted - set(split.column_names)):
+            raise ValueError(f"the data lack the columns {missing}; `python -m reward.richhf` writes them all")
+        self.split, self.size, self.epoch = split, config.heatmap_size, 0
+        self.examples = [self._decode(row, shrink=True) for row in split] if in_memory else None
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's data loader: the next epoch's augmentations are others."""
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> dict:
+        example = self.examples[index] if self.examples is not None else self._decode(self.split[index], shrink=False)
+        return {**example, "key": f"{example['uid']} {self.epoch}"}
+
+    def _decode(self, row: Mapping, shrink: bool) -> dict:
+        maps = torch.cat([to_tensor(row[f"{name}_map"], "L") for name in HEATMAPS]).float() / 255
+        return {
+            "uid": row["uid"],
+            "image": to_tensor(row["image"]),
+            "maps": resize(maps[None], self.size)[0] if shrink else maps,
+            "scores": torch.tensor([row[name] for name in SCORES], dtype=torch.float32),
+            "tokens": list(row["tokens"]),
+            "labels": list(row["keyword_labels"]),
+        }
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of the training pictures. There is no flip: it would turn "left of" into "right of".
+
+    Args:
+        seed: with an example's uid and the epoch, all that the draws depend on; not the batch, nor the worker.
+        crop_probability: how often a picture and its maps are cut, alike.
+        crop_min_side: the smallest side kept, as a share of the whole; the largest is 1.
+        brightness, contrast, saturation: strength x; the factor is uniform in [1 - x, 1 + x].
+    """
+
+    seed: int = 0
+    crop_probability: float = 0.0
+    crop_min_side: float = 0.8
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+
+    def __call__(
+        self, image: torch.Tensor, maps: torch.Tensor, key: str, size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Picture (3, H, W) and maps (2, h', w'), both in [0, 1], changed; their sizes may differ and may shrink.
+
+        The cut's edges lie on multiples of 1 / `size`, so that picture and maps lose exactly the same where their
+        sides are multiples of `size`, and to a rounding of half a pixel elsewhere.
+        """
+        digest = hashlib.blake2b(f"{self.seed} {key}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        draw = torch.rand(7, generator=generator).tolist()
+        if draw[0] < self.crop_probability:
+            side = max(round(size * (self.crop_min_side + (1 - self.crop_min_side) * draw[1])), 1)
+            top, left = (min(int(d * (size - side + 1)), size - side) for d in draw[2:4])
+            box = (top / size, left / size, (top + side) / size, (left + side) / size)
+            image, maps = _cut(image, box), _cut(maps, box)
+        brightness, contrast, saturation = (
+            1 + x * (2 * d - 1)
+            for x, d in zip((self.brightness, self.contrast, self.saturation), draw[4:], strict=True)
+        )
+        return adjust_colour(image, brightness, contrast, saturation), maps
+
+
+def adjust_colour(image: torch.Tensor, brightness: float, contrast: float, saturation: float) -> torch.Tensor:
+    """Picture (3, H, W) in [0, 1] with factors (1 = unchanged): scaled, spread about its mean grey, about its greys."""
+    weights = image.new_tensor([0.299, 0.587, 0.114])[:, None, None]
+    if brightness != 1:
+        image = (image * brightness).clamp(0, 1)
+    if contrast != 1:
+        mean = (image * weights).sum(0).mean()
+        image = (mean + contrast * (image - mean)).clamp(0, 1)
+    if saturation != 1:
+        grey = (image * weights).sum(0, keepdim=True)
+        image = (grey + saturation * (image - grey)).clamp(0, 1)
+    return image
+
+
+def _cut(image: torch.Tensor, box: tuple[float, float, float, float]) -> torch.Tensor:
+    """(C, H, W) -> the part inside `box` (top, left, bottom, right as shares of the whole), at least one pixel."""
+    height, width = image.shape[-2:]
+    top, left, bottom, right = (round(edge * side) for edge, side in zip(box, (height, width) * 2, strict=True))
+    return image[:, top : max(bottom, top + 1), left : max(right, left + 1)]
+
+
+class FeedbackCollator:
+    """Examples of `FeedbackDataset` -> the keyword arguments of `RahfModel.forward`, targets included."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, config: RahfConfig, augmentation: Augmentation | None = None
+    ):
+        self.tokenizer, self.config, self.augmentation = tokenizer, config, augmentation
+
+    def __call__(self, examples: Sequence[Mapping]) -> dict[str, torch.Tensor]:
+        config = self.config
+        pixels, heatmaps = [], []
+        for example in examples:
+            image, maps = example["image"].float() / 255, example["maps"]
+            if self.augmentation is not None:
+                image, maps = self.augmentation(image, maps, example["key"], config.heatmap_size)
+            pixels.append(resize(image[None], config.image_size))
+            heatmaps.append(resize(maps[None], config.heatmap_size))
+        text = encode_prompts(self.tokenizer, [example["tokens"] for example in examples], config.max_text_length)
+        labels = pad_rows([example["labels"] for example in examples], IGNORE)
+        return {
+            "pixel_values": preprocess(torch.cat(pixels), config),
+            **text,
+            "scores": torch.stack([example["scores"] for example in examples]),
+            "heatmaps": torch.cat(heatmaps),
+            "word_labels": labels.masked_fill(text["word_positions"] < 0, IGNORE),
+        }

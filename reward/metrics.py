@@ -1,0 +1,122 @@
+"""The metrics in which the paper reports (arXiv 2312.10240, section 5.1); pure. None of them ever returns NaN.
+
+Saliency metrics as in Bylinskii et al., arXiv 1604.03605. Shapes: N images (or scores) of H x W pixels.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+
+EPS = 1e-7
+"""Regularisation of KLD, and the spread below which an array counts as constant."""
+
+ArrayLike = np.ndarray | torch.Tensor | Sequence
+
+
+def score_metrics(predicted: ArrayLike, true: ArrayLike) -> dict[str, float]:
+    """Pearson's and Spearman's correlation of N scores: `plcc`, `srcc`, in [-1, 1], higher is better.
+
+    0 where either side is constant: a predictor that says the same of every image has learned nothing.
+    """
+    predicted, true = _array(predicted), _array(true)
+    if predicted.shape != true.shape or predicted.ndim != 1:
+        raise ValueError(f"scores must be two arrays (N,), not {predicted.shape} and {true.shape}")
+    return {"plcc": _pearson(predicted, true), "srcc": _pearson(rankdata(predicted), rankdata(true))}
+
+
+def heatmap_metrics(predicted: ArrayLike, true: ArrayLike) -> dict[str, float]:
+    """The seven numbers of the paper's heatmap tables, for maps (N, H, W) in [0, 1].
+
+    One image at a time, then averaged: `mse` over all images; `mse_empty` over those whose true map is all 0; and over
+    the others `cc`, `sim`, `kld`, `nss`, `auc_judd` (see `map_metrics`). An average over no image is 0.
+    """
+    rows = [map_metrics(p, t) for p, t in zip(*_pair(predicted, true), strict=True)]
+    return average_map_metrics(rows)
+
+
+def average_map_metrics(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Averages of what `map_metrics` gave for each image, as `heatmap_metrics` describes; in chunks, or all at once."""
+    names = ("mse", "mse_empty", "cc", "sim", "kld", "nss", "auc_judd")
+    values = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: float(np.mean(of_images)) if of_images else 0.0 for name, of_images in values.items()}
+
+
+def map_metrics(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """Metrics of one image's map P = `predicted` against G = `true`, both (H, W).
+
+    Always `mse`; and `mse_empty` if G is all 0, else
+        cc: Pearson's correlation over pixels; 0 if P or G is constant.
+        sim: sum min(P', G'), where ' is division by the sum; a P that is all 0 counts as uniform.
+        kld: sum G' log(eps + G' / (eps + P')), eps = 1e-7; lower is better.
+        nss: mean of (P - mean P) / std P over the pixels where G > 0; 0 if P is constant.
+        auc_judd: area under the ROC curve with the pixels where G > 0 as positives, exact: the probability that a
+            positive outranks a negative, ties counting half; 0.5 if there is no negative.
+    """
+    p, g = _array(predicted).ravel(), _array(true).ravel()
+    mse = float(np.mean((p - g) ** 2))
+    marked = g > 0
+    if not marked.any():
+        return {"mse": mse, "mse_empty": mse}
+    p_share, g_share = _shares(p), _shares(g)
+    spread = p.std()
+    return {
+        "mse": mse,
+        "cc": _pearson(p, g),
+        "sim": float(np.minimum(p_share, g_share).sum()),
+        "kld": float((g_share * np.log(EPS + g_share / (EPS + p_share))).sum()),
+        "nss": float((p[marked].mean() - p.mean()) / spread) if spread > EPS else 0.0,
+        "auc_judd": _auc(p, marked),
+    }
+
+
+def word_metrics(predicted: Sequence[Sequence[int]], true: Sequence[Sequence[int]]) -> dict[str, float]:
+    """`precision`, `recall`, `f1` of "misaligned" (1) over the tokens of all prompts together; 0 where undefined.
+
+    Both are lists of lists of 0 and 1, one list a prompt, one label a token.
+    """
+    for index, (p, t) in enumerate(zip(predicted, true, strict=True)):
+        if len(p) != len(t):
+            raise ValueError(f"prompt {index} has {len(t)} labels but {len(p)} predictions")
+    p = np.array([bool(label) for labels in predicted for label in labels], dtype=bool)
+    t = np.array([bool(label) for labels in true for label in labels], dtype=bool)
+    hits = int((p & t).sum())
+    precision = hits / int(p.sum()) if p.any() else 0.0
+    recall = hits / int(t.sum()) if t.any() else 0.0
+    f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
+    return {"precision": precision, "recall": recall, "f1": f1}
+
+
+def _array(values: ArrayLike) -> np.ndarray:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().float().cpu().numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+def _pair(predicted: ArrayLike, true: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    predicted, true = _array(predicted), _array(true)
+    if predicted.shape != true.shape or predicted.ndim != 3:
+        raise ValueError(f"heatmaps must be two arrays (N, H, W), not {predicted.shape} and {true.shape}")
+    return predicted, true
+
+
+def _pearson(a: np.ndarray, b: np.ndarray) -> float:
+    if a.size < 2 or a.std() <= EPS or b.std() <= EPS:
+        return 0.0
+    a, b = a - a.mean(), b - b.mean()
+    return float(np.clip((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()), -1, 1))
+
+
+def _shares(values: np.ndarray) -> np.ndarray:
+    total = values.sum()
+    return values / total if total > 0 else np.full_like(values, 1 / values.size)
+
+
+def _auc(values: np.ndarray, positive: np.ndarray) -> float:
+    """Mann and Whitney: from the positives' ranks, ties at their mean rank."""
+    positives, negatives = int(positive.sum()), int((~positive).sum())
+    if not negatives:
+        return 0.5
+    wins = rankdata(values)[positive].sum() - positives * (positives + 1) / 2
+    return float(wins / (positives * negatives))

@@ -1,0 +1,215 @@
+"""A trained predictor at work: pictures and prompts -> rich feedback.
+
+    python -m reward.predict --model DIR --images a.png b.png --prompts "a cat" "a dog" --out DIR
+
+writes `feedback.jsonl` (one line a picture: scores, tokens, probabilities), the two heatmaps and an overlay of each
+picture as PNG. `--prompts` takes one prompt a picture, or one text file with a prompt a line.
+
+Shapes: B pictures of H x W pixels, T the words of a prompt.
+"""
+
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from reward import draw, keywords
+from reward.arguments import main_guard, parse_arguments
+from reward.data import encode_prompts, preprocess, to_tensor
+from reward.feedback import HEATMAPS, SCORES, RichFeedback
+from reward.model import RahfModel
+
+
+class RichFeedbackPredictor:
+    """A frozen `RahfModel` with its tokenizer: images and prompts in, `RichFeedback` out.
+
+    Gradients flow from the feedback into `images` if they require them; the model's own weights never get any.
+    """
+
+    def __init__(self, model: RahfModel, tokenizer: PreTrainedTokenizerBase):
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "RichFeedbackPredictor":
+        """Load what `reward.train` saved in `folder`: weights, settings of the preprocessing, tokenizer.
+
+        Raises:
+            ValueError: the folder does not exist or is not a RAHF checkpoint.
+        """
+        check_model_folder(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return cls(RahfModel.from_pretrained(folder), tokenizer).to(device)
+
+    def to(self, device: str | torch.device) -> "RichFeedbackPredictor":
+        self.model.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def word_threshold(self) -> float:
+        """A word counts as misaligned if its probability is above this; chosen on dev when the model was trained."""
+        return self.model.config.word_threshold
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str], batch_size: int = 64) -> RichFeedback:
+        """Rich feedback of B images, on the predictor's device, with heatmaps of the images' own size.
+
+        Args:
+            images: (B, 3, H, W) float in [0, 1], any size and device.
+            prompts: B prompts, as the user wrote them.
+            batch_size: how many images the model sees at once; only memory and speed depend on it.
+
+        Raises:
+            ValueError: shapes or counts that do not fit.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(
+                f"images must be a float tensor (B, 3, H, W) with values in [0, 1], not {images.dtype} "
+                f"{tuple(images.shape)}"
+            )
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images were given with {len(prompts)} prompts; give one prompt an image")
+        tokens = [keywords.tokenize(prompt) for prompt in prompts]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+            parts = [
+                self._predict(images[start : start + batch_size], tokens[start : start + batch_size])
+                for start in range(0, len(prompts), batch_size)
+            ]
+        if not parts:
+            raise ValueError("there are no images to judge")
+        scores, heatmaps = (torch.cat([part[index] for part in parts]) for index in (0, 1))
+        return RichFeedback(
+            scores={name: scores[:, index] for index, name in enumerate(SCORES)},
+            heatmaps={name: heatmaps[:, index] for index, name in enumerate(HEATMAPS)},
+            tokens=tokens,
+            misaligned=[words for part in parts for words in part[2]],
+        )
+
+    def _predict(self, images: torch.Tensor, tokens: list[list[str]]):
+        """Scores (B, 4), heatmaps (B, 2, H, W), and the words' probabilities, B tensors (T,)."""
+        config, device = self.model.config, self.device
+        text = encode_prompts(self.tokenizer, tokens, config.max_text_length)
+        text = {name: value.to(device) for name, value in text.items()}
+        pixels = preprocess(images.to(device, torch.float32), config).to(self.model.dtype)
+        out = self.model(pixels, **text)
+        size = images.shape[-2:]
+        heatmaps = out.heatmaps.float()
+        if heatmaps.shape[-2:] != size:
+            heatmaps = F.interpolate(heatmaps, size=size, mode="bilinear", align_corners=False, antialias=True)
+        if out.word_logits is None:
+            return out.scores.float(), heatmaps, [images.new_zeros(len(words)) for words in tokens]
+        seen = text["word_positions"] >= 0
+        lengths = [len(words) for words in tokens]
+        if int(seen.sum()) < sum(lengths):
+            warnings.warn(
+                f"{sum(lengths) - int(seen.sum())} words were not judged and count as aligned: they lie behind "
+                f"{config.max_text_length} pieces of their prompt, or the tokenizer drops them",
+                stacklevel=3,
+            )
+        probability = out.word_logits.float().sigmoid() * seen
+        return out.scores.float(), heatmaps, [row[:count] for row, count in zip(probability, lengths, strict=True)]
+
+
+def check_model_folder(folder: str | Path) -> None:
+    """Raise a `ValueError` that tells the user what is wrong if `folder` is not a RAHF checkpoint."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"there is no model folder {path}; give the output folder of `python -m reward.train`")
+    config = path / "config.json"
+    if not config.is_file() or json.loads(config.read_text()).get("model_type") != "rahf":
+        raise ValueError(f"{path} is not a RAHF checkpoint (its config.json must say model_type rahf)")
+    if not (path / "tokenizer_config.json").is_file():
+        raise ValueError(f"{path} has no tokenizer; save it there with `tokenizer.save_pretrained`")
+
+
+@dataclass
+class PredictArguments:
+    model: str = field(metadata={"help": "folder of a RAHF checkpoint"})
+    images: list[str] = field(metadata={"help": "image files"})
+    prompts: list[str] = field(metadata={"help": "a prompt for each image, or one .txt file with a prompt a line"})
+    out: str = field(metadata={"help": "folder to make; it must not exist, or be empty"})
+    batch_size: int = field(default=16, metadata={"help": "images judged at once"})
+    device: str = field(default="cpu", metadata={"help": "where the model runs, such as cuda"})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (arguments,) = parse_arguments([PredictArguments], argv)
+    out = Path(arguments.out)
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; give a folder that does not exist yet")
+    prompts = read_prompts(arguments.prompts)
+    if len(prompts) != len(arguments.images):
+        raise ValueError(f"{len(arguments.images)} images were given with {len(prompts)} prompts; give one an image")
+    predictor = RichFeedbackPredictor.from_pretrained(arguments.model, arguments.device)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as unfinished:
+        folder = Path(unfinished) / "out"
+        folder.mkdir()
+        with (folder / "feedback.jsonl").open("w", encoding="utf-8") as lines:
+            for index, (path, prompt) in enumerate(zip(arguments.images, prompts, strict=True)):
+                lines.write(json.dumps(_predict_file(predictor, Path(path), prompt, index, folder)) + "\n")
+        if out.is_dir():
+            out.rmdir()
+        shutil.move(folder, out)
+    print(f"{len(prompts)} images judged; see {out}/feedback.jsonl and {out}/*_overlay.png")
+
+
+def read_prompts(given: Sequence[str]) -> list[str]:
+    """Prompts as given on a command line: themselves, or one `.txt` file with a prompt a line (blank lines skipped)."""
+    if len(given) != 1 or not given[0].endswith(".txt"):
+        return list(given)
+    return read_prompt_file(Path(given[0]))
+
+
+def read_prompt_file(path: Path) -> list[str]:
+    """The prompts in a text file, one a line; blank lines are skipped.
+
+    Raises:
+        ValueError: the file is missing, not UTF-8, or holds no prompt.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"cannot read the prompt file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt file {path} is not UTF-8 text: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"the prompt file {path} holds no prompt; write one a line")
+    return prompts
+
+
+def _predict_file(predictor: RichFeedbackPredictor, path: Path, prompt: str, index: int, folder: Path) -> dict:
+    try:
+        image = to_tensor(Image.open(path)).float()[None] / 255
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no image {path}") from error
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path} is not an image that can be read: {error}") from error
+    feedback = predictor(image, [prompt])
+    stem = f"{index:04d}_{path.stem}"
+    for name, maps in feedback.heatmaps.items():
+        draw.heatmap_image(maps[0]).save(folder / f"{stem}_{name}.png")
+    draw.feedback_panel(image[0], feedback, 0, threshold=predictor.word_threshold).save(folder / f"{stem}_overlay.png")
+    return {
+        "image": str(path),
+        "prompt": prompt,
+        "scores": {name: float(value[0]) for name, value in feedback.scores.items()},
+        "tokens": list(feedback.tokens[0]),
+        "misaligned": [float(value) for value in feedback.misaligned[0]],
+        "heatmap_means": {name: float(value.mean()) for name, value in feedback.heatmaps.items()},
+    }
+
+
+if __name__ == "__main__":
+    main_guard(main)
