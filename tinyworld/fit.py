@@ -1,0 +1,159 @@
+"""Fits the ideal shapes of tinyworld to a patch of one colour: where would it be, how large, and how well it matches.
+
+A coarse search over all places at half the resolution by FFT, then a few Gauss-Newton steps on place and size. Lengths
+are in pixels, x runs right, y runs down; S = 64, the picture's side.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from scipy import fft
+
+from tinyworld.grammar import SHAPES
+from tinyworld.scenes import SIZE
+
+_RADII = 3.5 * 1.07 ** np.arange(34)  # 3.5 .. 32.6
+_HALF = SIZE // 2
+_ROWS, _COLUMNS = (axis.astype(np.float32) + 0.5 for axis in np.mgrid[:SIZE, :SIZE])
+_STEPS = 4
+_WINDOW = 5  # how far outside the patch's box a fit looks
+_CONTENDERS = 0.12  # shapes that far below the best of the coarse search are fitted no further
+_COVERED_COST = 0.1  # what a fit pays to hide behind pixels that it is not judged by
+
+
+@dataclass(frozen=True)
+class Fit:
+    """An ideal shape laid over a patch.
+
+    Attributes:
+        iou: soft intersection over union with the patch, in [0, 1], over the pixels that count.
+    """
+
+    shape: str
+    x: float
+    y: float
+    radius: float
+    iou: float
+
+
+def distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """How far points (u, v), in radii from the centre, lie outside the ideal shape (negative inside); broadcast.
+
+    Exact beside an edge, too small beyond a corner; its zero is the outline of `scenes.inside_shape`.
+    """
+    match shape:
+        case "circle":
+            return np.hypot(u, v) - 1
+        case "square":
+            return np.maximum(np.abs(u), np.abs(v)) - 0.88
+        case "triangle":
+            slope = 1.05 / 1.8
+            return np.maximum(v - 0.8, (np.abs(u) - (v + 1) * slope) / np.hypot(1, slope))
+        case "diamond":
+            return (np.abs(u) + np.abs(v) - 1.12) / np.sqrt(2)
+        case "cross":
+            u, v = np.abs(u), np.abs(v)
+            return np.maximum(np.minimum(u, v) - 0.36, np.maximum(u, v) - 1)
+        case "star":
+            sector = np.pi / 5
+            folded = np.abs((np.arctan2(u, -v) + sector) % (2 * sector) - sector)
+            radius = np.hypot(u, v)
+            across, up = 0.5 * np.sin(sector), 0.5 * np.cos(sector) - 1.15
+            outside = (radius * np.cos(folded) - 1.15) * across - radius * np.sin(folded) * up
+            return outside / np.hypot(across, up)
+    raise ValueError(f"shape {shape!r} is unknown; use one of {', '.join(SHAPES)}")
+
+
+def cover(shape: str, x: float, y: float, radius: float, window: tuple[slice, slice] = np.s_[:, :]) -> np.ndarray:
+    """(S, S) float32 in [0, 1], or a window of it: about the share of each pixel that the ideal shape covers."""
+    u, v = (_COLUMNS[window] - x) / radius, (_ROWS[window] - y) / radius
+    return np.clip(0.5 - radius * distance(shape, u, v), 0, 1)
+
+
+@cache
+def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Spectra of every shape at every radius around the origin, and of its square; and its area per radius squared."""
+    covers = np.stack([[cover(shape, _HALF, _HALF, radius) for radius in _RADII] for shape in SHAPES])
+    pooled = covers.reshape(len(SHAPES), len(_RADII), _HALF, 2, _HALF, 2).mean(axis=(3, 5))
+    pooled = np.roll(pooled, (-(_HALF // 2), -(_HALF // 2)), axis=(-2, -1))
+    areas = covers[:, 10].sum(axis=(-2, -1)) / _RADII[10] ** 2
+    return np.conj(fft.rfft2(pooled)), np.conj(fft.rfft2(pooled**2)), areas
+
+
+def _pool(values: np.ndarray) -> np.ndarray:
+    return values.reshape(_HALF, 2, _HALF, 2).mean(axis=(1, 3))
+
+
+def _search(patch: np.ndarray, weight: np.ndarray) -> list[tuple[float, str, float, float, float]]:
+    """For every shape the best (score, shape, x, y, radius) over all places, by the Tanimoto coefficient."""
+    spectra, squares, areas = _templates()
+    patch, weight = _pool(patch), _pool(weight)
+    area, free = 4 * float(patch.sum()), 4 * float((1 - weight).sum())
+    patch_hat, weight_hat = fft.rfft2(patch), fft.rfft2(weight)
+    picks = []
+    for index in range(len(SHAPES)):
+        low, high = 0.85 * np.sqrt(area / areas[index]), 1.25 * np.sqrt((area + min(free, 2 * area)) / areas[index])
+        picks += [(index, k) for k in np.flatnonzero((_RADII > low) & (_RADII < high))]
+    if not picks:
+        return []
+    shape, size = np.array(picks).T
+    inner = fft.irfft2(patch_hat * spectra[shape, size], (_HALF, _HALF))
+    norms = fft.irfft2(weight_hat * squares[shape, size], (_HALF, _HALF))
+    covered = squares[shape, size, 0, 0].real[:, None, None] - norms
+    scores = inner / ((patch**2).sum() + norms - inner + _COVERED_COST * covered + 1e-6)
+    flat = scores.reshape(len(picks), -1)
+    places, values = flat.argmax(axis=1), flat.max(axis=1)
+    best = []
+    for index, name in enumerate(SHAPES):
+        mine = np.flatnonzero(shape == index)
+        if len(mine):
+            top = mine[values[mine].argmax()]
+            y, x = divmod(int(places[top]), _HALF)
+            best.append((float(values[top]), name, 2.0 * x, 2.0 * y, float(_RADII[size[top]])))
+    return best
+
+
+def _refine(shape: str, x: float, y: float, radius: float, patch: np.ndarray, weight: np.ndarray, window) -> Fit:
+    patch, weight = patch[window], weight[window]
+    rows, columns = _ROWS[window], _COLUMNS[window]
+    for step in range(_STEPS):
+        ideal = cover(shape, x, y, radius, window)
+        down, right = np.gradient(ideal)
+        grow = -((columns - x) * right + (rows - y) * down) / radius
+        residual = patch - ideal
+        trust = weight if step == 0 else weight / (1 + (residual / 0.4) ** 2)
+        moves = np.stack([-right, -down, grow]).reshape(3, -1)
+        weighted = moves * trust.ravel()
+        normal = weighted @ moves.T + np.eye(3) * 0.05
+        dx, dy, dr = np.clip(np.linalg.solve(normal, weighted @ residual.ravel()), -1.5, 1.5)
+        x, y, radius = x + dx, y + dy, max(radius + dr, 2.5)
+    ideal = cover(shape, x, y, radius, window)
+    union = (np.maximum(patch, ideal) * weight).sum() + _COVERED_COST * (ideal * (1 - weight)).sum()
+    iou = float((np.minimum(patch, ideal) * weight).sum() / (union + 1e-6))
+    return Fit(shape, float(x), float(y), float(radius), iou)
+
+
+def fit(patch: np.ndarray, weight: np.ndarray, wanted: frozenset[str] = frozenset()) -> list[Fit]:
+    """The ideal shapes that match a patch, best first; at least one, unless the patch is tiny or fills the picture.
+
+    Args:
+        patch: (S, S) float in [0, 1], how far each pixel belongs to the patch.
+        weight: (S, S) float in [0, 1], 0 where something else may hide the patch, so that nothing is known.
+        wanted: shapes that are fitted even if they match badly.
+    """
+    found = _search(patch, weight)
+    if not found:
+        return []
+    rows, columns = (np.flatnonzero((patch > 0.5).any(axis=axis)) for axis in (1, 0))
+    limit = max(score for score, *_ in found) - _CONTENDERS
+    fits = []
+    for score, shape, x, y, radius in found:
+        if score < limit and shape not in wanted:
+            continue
+        reach = 1.15 * radius
+        top, bottom = min(rows[0], y - reach) - _WINDOW, max(rows[-1], y + reach) + _WINDOW
+        left, right = min(columns[0], x - reach) - _WINDOW, max(columns[-1], x + reach) + _WINDOW
+        window = np.s_[max(int(top), 0) : int(bottom) + 1, max(int(left), 0) : int(right) + 1]
+        fits.append(_refine(shape, x, y, radius, patch, weight, window))
+    return sorted(fits, key=lambda one: -one.iou)
