@@ -172,14 +172,17 @@ FORMS = {
 
 
 def draw_request(rng: np.random.Generator) -> Request:
-    """One caption's meaning, drawn from the grammar with the shares of `FORMS`; held-out compositions included."""
+    """One caption's meaning, drawn from the grammar with the shares of `FORMS`; held-out compositions included.
+
+    Nothing is asked for inside a thing of its own colour: it could not be seen.
+    """
     shares = np.array([share for share, _, _ in FORMS.values()])
     _, counts, relation = list(FORMS.values())[rng.choice(len(FORMS), p=shares / shares.sum())]
     if relation == "any":
         relation = str(rng.choice(("left of", "above")))
     kinds = rng.choice(len(COLOURS) * len(SHAPES), size=len(counts), replace=False)
     pairs = [(list(COLOURS)[kind % len(COLOURS)], SHAPES[kind // len(COLOURS)]) for kind in kinds]
-    if relation == "inside" and pairs[1][1] not in ROOMY:
+    if relation == "inside" and (pairs[1][1] not in ROOMY or pairs[0][0] == pairs[1][0]):
         return draw_request(rng)
     caption = Request(tuple(Noun(count, *pair) for count, pair in zip(counts, pairs, strict=True)), relation)
     return parse(str(caption))  # parsing fills in the word indices

@@ -273,18 +273,20 @@ def _spoil(scene: Scene, flaw: str, strength: float, rng: np.random.Generator) -
         amplitude = 0.12 + 0.16 * strength
         things[index] = replace(thing, warp=(amplitude, int(rng.integers(3, 6)), float(rng.uniform(0, 2 * np.pi))))
         return Flawed(render(tuple(things)), before | (coverage(things[index]) > 0.5), (), tuple(things))
-    # Both flaws are disks, about: a bite sits on the outline, a blotch of another colour anywhere within.
-    inside = np.argwhere(before)
+    # Both flaws are disks, about: a bite sits on the outline, a blotch of another colour anywhere within. What is drawn
+    # over the thing stays whole.
+    shown = np.prod([1 - coverage(later) for later in things[index + 1 :]], axis=0) * coverage(thing)
+    inside = np.argwhere(before & (shown > 0.5))
     edge = inside[[not before[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].all() for y, x in inside]]
     candidates = edge if flaw == "bitten" else inside
     y, x = candidates[rng.integers(len(candidates))]
     disk = Thing(thing.colour, "circle", float(x), float(y), float((0.3 + 0.35 * strength) * thing.radius))
     if flaw == "bitten":
-        region = (coverage(disk) * coverage(thing)) > 0.25
+        region = (coverage(disk) * shown) > 0.25
         return Flawed(render(tuple(things), (index, disk)), region, (), tuple(things))
     disk = replace(disk, warp=(0.25, 3, float(rng.uniform(0, 2 * np.pi))))
     ink = COLOURS[str(rng.choice([c for c in COLOURS if c != thing.colour]))]
-    cover = coverage(disk) * coverage(thing)
+    cover = coverage(disk) * shown
     picture = render(tuple(things)).astype(np.float32)
     picture += cover[..., None] * (np.array(ink, np.float32) - picture)
     return Flawed(np.round(picture).astype(np.uint8), cover > 0.25, (), tuple(things))
