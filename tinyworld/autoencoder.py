@@ -30,7 +30,7 @@ def new_autoencoder(seed: int = 0) -> AutoencoderKL:
 
 def to_unit(pictures: np.ndarray) -> torch.Tensor:
     """(B, 64, 64, 3) uint8 -> (B, 3, 64, 64) float32 in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_pictures(images: torch.Tensor) -> np.ndarray:

@@ -30,7 +30,7 @@ WEIGHTS = {"plausibility": 0.25, "alignment": 0.35, "aesthetics": 0.15}
 """Overall = these, and for the rest (0.25) the geometric mean of plausibility and alignment: both are needed."""
 
 _FORMED = 0.7  # what is not asked for and matches its best shape less is debris, not an extra thing
-_INSET = 0.88  # what lies on another thing unasked and matches its best shape less is a blotch
+_INSET = 0.95  # what lies on another thing unasked and matches its best shape less is a blotch
 _EXTRA_AREA = 45
 _CHARITY = 0.06  # the shape asked for is believed if it matches nearly as well as the best
 _TOLERANCE, _FULL = 28.0, 80.0  # difference of colour that is forgiven, and the further one that counts fully

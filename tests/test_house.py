@@ -1,0 +1,56 @@
+"""The house's own rules: who may import whom, and that importing anything reaches for no network."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("reward", "rl", "finetune", "tinyworld")
+SHARED = {"reward.feedback", "reward.draw", "reward.arguments"}  # what rl may know of reward
+FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module of ours that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: import by full name"
+            found |= {f"{node.module}.{alias.name}" if node.module in ROOMS else node.module for alias in node.names}
+    return {name for name in found if name.split(".")[0] in (*ROOMS, "run_ddpo")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_import_rule(path):
+    room = path.relative_to(ROOT).parts[0]
+    allowed = {
+        "reward": lambda name: name.startswith("reward"),
+        "rl": lambda name: name.startswith("rl") or name in SHARED,
+        "finetune": lambda name: name.split(".")[0] in ("reward", "rl", "finetune"),
+        "tinyworld": lambda name: name.split(".")[0] != "run_ddpo",
+    }[room]
+    broken = {name for name in imports_of(path) if not allowed(name)}
+    assert not broken, f"{path.relative_to(ROOT)} may not import {', '.join(sorted(broken))}"
+
+
+def test_only_tinyworld_itself_imports_tinyworld():
+    assert not {name for name in imports_of(ROOT / "run_ddpo.py") if name.startswith("tinyworld")}
+
+
+def test_importing_opens_no_connection():
+    """Every module, in one fresh interpreter whose sockets fail."""
+    code = (
+        "import socket, sys\n"
+        "def refuse(*args, **kwargs): raise RuntimeError('an import opened a connection')\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+        "import importlib\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *MODULES, "run_ddpo"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

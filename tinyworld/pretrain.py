@@ -1,0 +1,152 @@
+"""The predictor's backbones, pretrained on rendered scenes and their captions; no rater and no judge is asked.
+
+As the paper's ViT and T5 come pretrained from the web, these learn from flawless pictures to read a scene, in two tasks:
+masked captioning (most words hidden, say them from the picture) and replaced-word detection (some words changed so that
+the caption is false, say which; ELECTRA's task, arXiv 2003.10555, with the picture as the witness).
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, T5Config, ViTConfig
+
+from reward import losses
+from reward.data import encode_prompts, pad_rows, preprocess
+from reward.model import RahfConfig, RahfModel
+from tinyworld.grammar import COLOURS, RELATIONS, ROOMY, SHAPES, WORDS, Request, parse
+from tinyworld.loop import fit, keyed
+from tinyworld.scenes import SIZE
+
+STEPS = 5000
+_BATCH = 64
+_HIDDEN = 0.7
+_NOISE = 0.04  # on pictures in [0, 1]: generated pictures are never as clean as rendered ones
+
+
+def make_predictor_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, in T5's manner: an end mark, no start mark."""
+    specials = ["<pad>", "</s>", "<unk>", "<mask>"]
+    vocabulary = {word: number for number, word in enumerate([*specials, *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", mask_token="<mask>"
+    )
+
+
+def new_predictor(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> RahfModel:
+    """An untrained RAHF of about 1.5 M parameters: ViT of patch 8 on 64x64, T5 encoder of 4 layers."""
+    torch.manual_seed(seed)
+    vision = ViTConfig(
+        image_size=SIZE,
+        patch_size=8,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=384,
+    )
+    text = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=128,
+        d_kv=32,
+        d_ff=384,
+        num_layers=4,
+        num_heads=4,
+        dropout_rate=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    return RahfModel(RahfConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), max_text_length=16))
+
+
+def falsify(request: Request, rng: np.random.Generator) -> tuple[Request, list[int]]:
+    """A caption that is false of the request's picture, and for each of its words whether it was changed.
+
+    One to two changes of colour, shape, count or relation; words whose form only follows (plurals) are not marked.
+    """
+    while True:
+        nouns, relation, changed = list(request.nouns), request.relation, []
+        for _ in range(int(rng.integers(1, 3))):
+            index = int(rng.integers(len(nouns)))
+            match rng.choice(["colour", "shape", "count", "relation"], p=[0.35, 0.35, 0.1, 0.2]):
+                case "colour":
+                    others = [colour for colour in COLOURS if colour != request.nouns[index].colour]
+                    nouns[index] = replace(nouns[index], colour=str(rng.choice(others)))
+                    changed.append((index, 1))
+                case "shape":
+                    others = [shape for shape in SHAPES if shape != request.nouns[index].shape]
+                    nouns[index] = replace(nouns[index], shape=str(rng.choice(others)))
+                    changed.append((index, 2))
+                case "count" if relation is None:
+                    others = [count for count in (1, 2, 3) if count != request.nouns[index].count]
+                    nouns[index] = replace(nouns[index], count=int(rng.choice(others)))
+                    changed.append((index, 0))
+                case "relation" if relation is not None:
+                    relation = str(rng.choice([other for other in RELATIONS if other != request.relation]))
+        if not changed and relation == request.relation:
+            continue
+        if relation == "inside" and nouns[1].shape not in ROOMY:
+            continue
+        try:
+            false = parse(str(Request(tuple(nouns), relation)))
+        except ValueError:
+            continue  # the changes made it no caption
+        if {noun.kind for noun in false.nouns} != {noun.kind for noun in request.nouns} or not _same(false, request):
+            labels = [0] * len(str(false).split())
+            for index, offset in changed:
+                labels[false.nouns[index].first_word + offset] = 1
+            if relation != request.relation:
+                for word in false.relation_words:
+                    labels[word] = 1
+            return false, labels
+
+
+def _same(one: Request, other: Request) -> bool:
+    """Whether two requests describe the same pictures: the same counted kinds, in the same relation."""
+    kinds = [sorted((noun.kind, noun.count) for noun in request.nouns) for request in (one, other)]
+    return kinds[0] == kinds[1] and one.relation == other.relation
+
+
+def pretrain_predictor(pictures: np.ndarray, captions: list[str], work: Path, steps: int = STEPS) -> RahfModel:
+    """Train a new predictor's backbones (and word head) on flawless (N, 64, 64, 3) uint8 pictures and captions."""
+    tokenizer = make_predictor_tokenizer()
+    model = new_predictor(tokenizer)
+    half = _BATCH // 2
+
+    def loss(step: int) -> torch.Tensor:
+        source, rng = keyed(5, step), np.random.default_rng((5, step))
+        rows = np.sort(rng.choice(len(pictures), _BATCH, replace=False))
+        rng.shuffle(rows)
+        images = torch.from_numpy(pictures[rows]).permute(0, 3, 1, 2).float() / 255
+        images = (images + _NOISE * torch.rand(_BATCH, 1, 1, 1, generator=source) * torch.randn(
+            images.shape, generator=source)).clamp(0, 1)  # fmt: skip
+        words = [captions[row].split() for row in rows[:half]]
+        labels: list[list[int]] = []
+        for row in rows[half:]:
+            request = parse(captions[row])
+            false, wrong = falsify(request, rng) if rng.random() < 0.8 else (request, [0] * len(captions[row].split()))
+            words.append(str(false).split())
+            labels.append(wrong)
+        text = encode_prompts(tokenizer, words, model.config.max_text_length)
+        ids, mask = text["input_ids"], text["attention_mask"]
+        hidden = (torch.rand(ids[:half].shape, generator=source) < _HIDDEN) & (text_words(text)[:half])
+        masked = torch.cat([ids[:half].masked_fill(hidden, tokenizer.mask_token_id), ids[half:]])
+        with torch.autocast("cpu", torch.bfloat16):
+            _, fused = model.fuse(preprocess(images, model.config), masked, mask)
+            said = fused[:half][hidden] * fused.shape[-1] ** -0.5 @ model.encoder.embed_tokens.weight.T
+            wrong = model.word_head(fused[half:], text["word_positions"][half:])
+        return losses.caption_loss(said.float(), ids[:half][hidden]) + losses.word_loss(
+            wrong.float(), pad_rows([row + [losses.IGNORE] * (wrong.shape[1] - len(row)) for row in labels], 0)
+        )
+
+    return fit(model, loss, work / "predictor_pretraining.pt", steps=steps, rate=1e-3, averaging=0.998)
+
+
+def text_words(text: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(B, L) bool: the positions that hold a word, not an end mark or padding."""
+    lengths = text["attention_mask"].sum(1, keepdim=True) - 1
+    return torch.arange(text["input_ids"].shape[1]) < lengths
