@@ -41,6 +41,13 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
 
 
+def resize_maps(maps: torch.Tensor, size: int) -> torch.Tensor:
+    """Heatmaps (B, M, h, w) -> (B, M, size, size): by area when shrinking, so that means are kept, else bilinearly."""
+    if min(maps.shape[-2:]) >= size:
+        return F.interpolate(maps, size=(size, size), mode="area")
+    return resize(maps, size)
+
+
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[str]], max_length: int
 ) -> dict[str, torch.Tensor]:
@@ -83,49 +90,6 @@ def to_tensor(image: Image.Image, mode: str = "RGB") -> torch.Tensor:
     """A PIL image -> uint8 (C, H, W); `mode` "RGB" gives three channels, "L" one."""
     array = np.array(image.convert(mode))  # a copy: torch wants a writable array
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
-
-
-class FeedbackDataset(torch.utils.data.Dataset):
-    """A split that `reward.richhf` wrote, as examples of tensors.
-
-    Args:
-        split: columns image, tokens, keyword_labels, the four scores, implausibility_map, misalignment_map, uid.
-        config: of the model; only `heatmap_size` is used.
-        in_memory: decode everything once, with maps already at the heatmaps' size. For small pictures: decoding 512x512
-            maps takes longer than a step of a small model.
-
-    An example is a dict: image uint8 (3, H, W); maps (2, h', w') float32 in [0, 1]; scores (4,) float32 in [0, 1];
-    tokens and labels, lists of T; key, what its augmentation is drawn from (uid and epoch).
-    """
-
-    def __init__(self, split: Dataset, config: RahfConfig, in_memory: bool = False):
-        wanted = {"image", "uid", "tokens", "keyword_labels", *SCORES, *(f"{name}_map" for name in HEATMAPS)}
-        if missing := sorted(wanted - set(split.column_names)):
-            raise ValueError(f"the data lack the columns {missing}; `python -m reward.richhf` writes them all")
-        self.split, self.size, self.epoch = split, config.heatmap_size, 0
-        self.examples = [self._decode(row, shrink=True) for row in split] if in_memory else None
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's data loader: the next epoch's augmentations are others."""
-        self.epoch = epoch
-
-    def __getitem__(self, index: int) -> dict:
-        example = self.examples[index] if self.examples is not None else self._decode(self.split[index], shrink=False)
-        return {**example, "key": f"{example['uid']} {self.epoch}"}
-
-    def _decode(self, row: Mapping, shrink: bool) -> dict:
-        maps = torch.cat([to_tensor(row[f"{name}_map"], "L") for name in HEATMAPS]).float() / 255
-        return {
-            "uid": row["uid"],
-            "image": to_tensor(row["image"]),
-            "maps": resize(maps[None], self.size)[0] if shrink else maps,
-            "scores": torch.tensor([row[name] for name in SCORES], dtype=torch.float32),
-            "tokens": list(row["tokens"]),
-            "labels": list(row["keyword_labels"]),
-        }
 
 
 @dataclass(frozen=True)
@@ -190,29 +154,73 @@ def _cut(image: torch.Tensor, box: tuple[float, float, float, float]) -> torch.T
     return image[:, top : max(bottom, top + 1), left : max(right, left + 1)]
 
 
+class FeedbackDataset(torch.utils.data.Dataset):
+    """A split that `reward.richhf` wrote, as examples of tensors.
+
+    Args:
+        split: columns image, tokens, keyword_labels, the four scores, implausibility_map, misalignment_map, uid.
+        config: of the model; only `heatmap_size` is used.
+        augmentation: what is changed at random, for training; None gives the pictures as they are.
+        in_memory: decode everything once, with maps already at the heatmaps' size. For small pictures: decoding 512x512
+            maps takes longer than a step of a small model.
+
+    An example is a dict: image (3, H, W) and maps (2, h', w'), float32 in [0, 1]; scores (4,) float32 in [0, 1]; tokens
+    and labels, lists of T; uid.
+    """
+
+    def __init__(
+        self,
+        split: Dataset,
+        config: RahfConfig,
+        augmentation: Augmentation | None = None,
+        in_memory: bool = False,
+    ):
+        wanted = {"image", "uid", "tokens", "keyword_labels", *SCORES, *(f"{name}_map" for name in HEATMAPS)}
+        if missing := sorted(wanted - set(split.column_names)):
+            raise ValueError(f"the data lack the columns {missing}; `python -m reward.richhf` writes them all")
+        self.split, self.size, self.augmentation, self.epoch = split, config.heatmap_size, augmentation, 0
+        self.examples = [self._decode(row, shrink=True) for row in split] if in_memory else None
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's data loader: the next epoch's augmentations are others."""
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> dict:
+        example = self.examples[index] if self.examples is not None else self._decode(self.split[index], shrink=False)
+        image, maps = example["image"].float() / 255, example["maps"]
+        if self.augmentation is not None:
+            image, maps = self.augmentation(image, maps, f"{example['uid']} {self.epoch}", self.size)
+        return {**example, "image": image, "maps": maps}
+
+    def _decode(self, row: Mapping, shrink: bool) -> dict:
+        maps = torch.cat([to_tensor(row[f"{name}_map"], "L") for name in HEATMAPS]).float() / 255
+        return {
+            "uid": row["uid"],
+            "image": to_tensor(row["image"]),
+            "maps": resize_maps(maps[None], self.size)[0] if shrink else maps,
+            "scores": torch.tensor([row[name] for name in SCORES], dtype=torch.float32),
+            "tokens": list(row["tokens"]),
+            "labels": list(row["keyword_labels"]),
+        }
+
+
 class FeedbackCollator:
     """Examples of `FeedbackDataset` -> the keyword arguments of `RahfModel.forward`, targets included."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, config: RahfConfig, augmentation: Augmentation | None = None
-    ):
-        self.tokenizer, self.config, self.augmentation = tokenizer, config, augmentation
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: RahfConfig):
+        self.tokenizer, self.config = tokenizer, config
 
     def __call__(self, examples: Sequence[Mapping]) -> dict[str, torch.Tensor]:
         config = self.config
-        pixels, heatmaps = [], []
-        for example in examples:
-            image, maps = example["image"].float() / 255, example["maps"]
-            if self.augmentation is not None:
-                image, maps = self.augmentation(image, maps, example["key"], config.heatmap_size)
-            pixels.append(resize(image[None], config.image_size))
-            heatmaps.append(resize(maps[None], config.heatmap_size))
         text = encode_prompts(self.tokenizer, [example["tokens"] for example in examples], config.max_text_length)
         labels = pad_rows([example["labels"] for example in examples], IGNORE)
         return {
-            "pixel_values": preprocess(torch.cat(pixels), config),
+            "pixel_values": torch.cat([preprocess(example["image"][None], config) for example in examples]),
             **text,
             "scores": torch.stack([example["scores"] for example in examples]),
-            "heatmaps": torch.cat(heatmaps),
+            "heatmaps": torch.cat([resize_maps(example["maps"][None], config.heatmap_size) for example in examples]),
             "word_labels": labels.masked_fill(text["word_positions"] < 0, IGNORE),
         }

@@ -17,8 +17,8 @@ class RichReward:
         total     = sum of score_weights[k] * s[k]  -  word_weight * mean(p)
         penalties = penalty_weights[m] * h[m], a map for each m of non-zero weight
 
-    so that `Reward.objective` subtracts penalty_weights[m] times the heatmap's mean. Nothing is clipped or replaced: NaN
-    in an image gives a reward of NaN, for the trainer to stop at.
+    so that `Reward.objective` subtracts penalty_weights[m] times the heatmap's mean. Nothing is clipped or replaced:
+    NaN in an image gives a reward of NaN, for the trainer to stop at.
 
     Args:
         model: folder of a RAHF checkpoint, or a predictor.

@@ -1,0 +1,296 @@
+"""Train the RAHF predictor on rich human feedback.
+
+    python -m reward.train --config configs/rahf_tinyworld.yaml [--any_setting value]
+
+The data are a folder that `python -m reward.richhf` wrote; the model starts from a RAHF checkpoint (`--model`) or from
+a pretrained vision encoder and T5 (`--vision_model`, `--text_model`). The output folder loads with
+`RahfModel.from_pretrained` and `RichFeedbackPredictor.from_pretrained`; it holds the best checkpoint by `eval_quality`
+(see `dev_metrics`), TensorBoard logs in `tensorboard/`, and resumable checkpoints in `checkpoint-*/`.
+"""
+
+import json
+import os
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import DatasetDict, load_from_disk
+from transformers import AutoTokenizer, EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+
+from reward.arguments import main_guard, parse_arguments
+from reward.data import Augmentation, FeedbackCollator, FeedbackDataset
+from reward.feedback import HEATMAPS, SCORES
+from reward.losses import IGNORE
+from reward.metrics import heatmap_metrics, score_metrics, word_metrics
+from reward.model import RahfModel, RahfOutput
+from reward.predict import check_model_folder
+
+_BACKBONE = ("vision.", "encoder.", "decoder.")
+_COMPLETE = "complete"
+
+
+@dataclass
+class RahfArguments:
+    """What to train, on which data."""
+
+    data: str = field(metadata={"help": "folder written by `python -m reward.richhf`"})
+    model: str | None = field(default=None, metadata={"help": "RAHF checkpoint to start from"})
+    vision_model: str | None = field(
+        default=None, metadata={"help": "pretrained vision encoder, where there is no RAHF"}
+    )
+    text_model: str | None = field(default=None, metadata={"help": "pretrained T5, with its tokenizer"})
+    heatmap_head: str | None = field(default=None, metadata={"help": "paper or light; unset: the model's own"})
+    score_head: str | None = field(default=None, metadata={"help": "paper or light; unset: the model's own"})
+    head_width: float | None = field(default=None, metadata={"help": "factor on the heads' channels"})
+    heatmap_size: int | None = field(default=None, metadata={"help": "side of the heatmaps in pixels"})
+    max_text_length: int | None = field(default=None, metadata={"help": "pieces of a prompt that are read"})
+    in_memory: bool = field(default=False, metadata={"help": "decode all pictures once; for small pictures"})
+    crop_probability: float = field(default=0.0, metadata={"help": "how often picture and maps are cropped alike"})
+    crop_min_side: float = field(default=0.8, metadata={"help": "smallest side kept by a crop, as a share"})
+    brightness: float = field(default=0.0, metadata={"help": "x: factor in [1 - x, 1 + x]"})
+    contrast: float = field(default=0.0, metadata={"help": "x: factor in [1 - x, 1 + x]"})
+    saturation: float = field(default=0.0, metadata={"help": "x: factor in [1 - x, 1 + x]"})
+
+    def __post_init__(self):
+        backbones = self.vision_model is not None and self.text_model is not None
+        if (self.model is not None) == backbones:
+            raise ValueError("give either --model (a RAHF checkpoint), or both --vision_model and --text_model")
+        if not 0 < self.crop_min_side <= 1 or not 0 <= self.crop_probability <= 1:
+            raise ValueError(
+                f"crop_min_side must be in (0, 1] and crop_probability in [0, 1], not {self.crop_min_side} and "
+                f"{self.crop_probability}"
+            )
+
+    @property
+    def model_options(self) -> dict:
+        """The settings of the model's config that were given."""
+        names = ("heatmap_head", "score_head", "head_width", "heatmap_size", "max_text_length")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def augmentation(self, seed: int) -> Augmentation:
+        names = [item.name for item in fields(Augmentation) if item.name != "seed"]
+        return Augmentation(seed=seed, **{name: getattr(self, name) for name in names})
+
+
+@dataclass
+class RahfTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with what RAHF adds; `learning_rate` is that of the heads."""
+
+    backbone_learning_rate: float | None = field(
+        default=None, metadata={"help": "rate of the vision encoder and T5; unset: learning_rate"}
+    )
+    score_loss_weight: float = field(default=1.0, metadata={"help": "weight of the scores' MSE"})
+    heatmap_loss_weight: float = field(default=1.0, metadata={"help": "weight of the heatmaps' pixel MSE"})
+    word_loss_weight: float = field(default=1.0, metadata={"help": "weight of the words' cross-entropy"})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "train into a folder that is not empty"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "rate of the heads and the projection"})
+    lr_scheduler_type: str = field(default="inverse_sqrt", metadata={"help": "decay after the warm-up"})
+    eval_strategy: str = field(default="epoch", metadata={"help": "when dev is evaluated"})
+    save_strategy: str = field(default="epoch", metadata={"help": "when a checkpoint is written"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept; the best is always kept"})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "end with the best checkpoint, not the last"})
+    metric_for_best_model: str | None = field(default="eval_quality", metadata={"help": "see reward.train.dev_metrics"})
+    report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "where figures are logged"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "must be false: our collator reads them all"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.label_names = ["scores", "heatmaps", "word_labels"]
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be false: the collator reads columns that the model does not")
+
+
+class RahfTrainer(Trainer):
+    """`transformers.Trainer` with a learning rate for the backbone, and every loss term in the log."""
+
+    def __init__(self, model: RahfModel, args: RahfTrainingArguments, **kwargs):
+        for name in ("score_loss_weight", "heatmap_loss_weight", "word_loss_weight"):
+            setattr(model.config, name, getattr(args, name))
+        super().__init__(model=model, args=args, compute_metrics=dev_metrics, **kwargs)
+        self._terms = defaultdict(list)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """AdamW (or `optim`) with four groups: backbone or not, decayed or not."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(model))
+            head_rate = self.args.learning_rate
+            backbone_rate = head_rate if self.args.backbone_learning_rate is None else self.args.backbone_learning_rate
+            groups = defaultdict(list)
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    rate = backbone_rate if name.removeprefix("module.").startswith(_BACKBONE) else head_rate
+                    groups[rate, self.args.weight_decay if name in decayed else 0.0].append(parameter)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = kind(
+                [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()],
+                **options,
+            )
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs: RahfOutput = model(**inputs)
+        if model.training:
+            for name in ("score_loss", "heatmap_loss", "word_loss"):
+                if getattr(outputs, name) is not None:
+                    self._terms[name].append(getattr(outputs, name).detach())
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:
+            logs |= {name: float(torch.stack(values).mean()) for name, values in self._terms.items()}
+            self._terms.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Trainer writes checkpoints in place; the marker written last tells a whole one from a torn one."""
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.is_dir():
+            (folder / _COMPLETE).touch()
+
+
+def dev_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Metrics of the dev split, by names such as `srcc_alignment`, `cc_implausibility`, `f1_words`; and `quality`.
+
+    `quality`, by which the best checkpoint is chosen, is the mean of the four SRCC, the two heatmaps' CC, and the F1 of
+    the words (at probability 0.5).
+    """
+    scores, heatmaps, *words = prediction.predictions
+    true_scores, true_heatmaps, true_words = prediction.label_ids
+    found = {}
+    for index, name in enumerate(SCORES):
+        metrics = score_metrics(scores[:, index], true_scores[:, index])
+        found |= {f"{metric}_{name}": value for metric, value in metrics.items()}
+    for index, name in enumerate(HEATMAPS):
+        metrics = heatmap_metrics(heatmaps[:, index], true_heatmaps[:, index])
+        found |= {f"{metric}_{name}": value for metric, value in metrics.items()}
+    if words:
+        found |= {f"{metric}_words": value for metric, value in _words_at(0.0, words[0], true_words).items()}
+    chosen = [f"srcc_{name}" for name in SCORES] + [f"cc_{name}" for name in HEATMAPS] + ["f1_words"] * bool(words)
+    return {**found, "quality": float(np.mean([found[name] for name in chosen]))}
+
+
+def best_word_threshold(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The probability, of 0.05, 0.1, ... 0.95, above which calling a word misaligned gives the best F1.
+
+    Args:
+        logits, labels: (N, T), labels 1 = misaligned, -100 = not counted.
+    """
+    thresholds = np.arange(1, 20) / 20
+    f1 = [_words_at(float(np.log(p / (1 - p))), logits, labels)["f1"] for p in thresholds]
+    return float(thresholds[int(np.argmax(f1))])
+
+
+def _words_at(threshold: float, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    counted = labels != IGNORE
+    logits = logits[:, : labels.shape[1]]
+    return word_metrics([list(logits[counted] > threshold)], [list(labels[counted])])
+
+
+def build_model(arguments: RahfArguments) -> tuple[RahfModel, PreTrainedTokenizerBase]:
+    """The model to start from and its tokenizer."""
+    if arguments.model is not None:
+        check_model_folder(arguments.model)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        return RahfModel.from_pretrained(arguments.model, **arguments.model_options), tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(arguments.text_model)
+    options = {"heatmap_head": "paper", "score_head": "paper", **arguments.model_options}
+    return RahfModel.from_backbones(arguments.vision_model, arguments.text_model, **options), tokenizer
+
+
+def load_data(folder: str | Path) -> DatasetDict:
+    """The splits that `reward.richhf` wrote.
+
+    Raises:
+        ValueError: the folder is not there, or holds something else.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"there is no data folder {folder}; `python -m reward.richhf --out {folder} ...` makes it")
+    try:
+        data = load_from_disk(str(folder))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} holds no data set; `python -m reward.richhf --out FOLDER ...` makes one") from error
+    if not isinstance(data, DatasetDict):
+        raise ValueError(f"{folder} holds a single data set; splits train, dev and test are needed")
+    return data
+
+
+def save_whole(model: RahfModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save model and tokenizer so that no file in `folder` is ever half written; `config.json` comes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        for path in sorted(Path(unfinished).iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, folder / path.name)
+
+
+def _checkpoint_to_resume(args: RahfTrainingArguments) -> str | None:
+    """The checkpoint named by `--resume_from_checkpoint`: a folder, or `last` for the last whole one."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted.lower() not in ("last", "true"):
+        if not (Path(wanted) / _COMPLETE).is_file():
+            raise ValueError(f"{wanted} is not a whole checkpoint; `--resume_from_checkpoint last` finds the last one")
+        return wanted
+    whole = [path.parent for path in Path(args.output_dir).glob(f"checkpoint-*/{_COMPLETE}")]
+    if not whole:
+        raise ValueError(
+            f"{args.output_dir} has no whole checkpoint to resume from; leave --resume_from_checkpoint out"
+        )
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
+
+
+def _check_output_dir(args: RahfTrainingArguments) -> None:
+    folder = Path(args.output_dir)
+    if args.resume_from_checkpoint or args.overwrite_output_dir or not folder.is_dir():
+        return
+    if any(folder.iterdir()):
+        raise ValueError(
+            f"the output folder {folder} is not empty; go on with --resume_from_checkpoint last, start anew with "
+            "--overwrite_output_dir true, or give another --output_dir"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """The command; returns the dev metrics of the model that it saved."""
+    arguments, args = parse_arguments([RahfArguments, RahfTrainingArguments], argv)
+    _check_output_dir(args)
+    checkpoint = _checkpoint_to_resume(args)
+    data = load_data(arguments.data)
+    if missing := {"train", "dev"} - set(data):
+        raise ValueError(f"{arguments.data} lacks the splits {sorted(missing)}; it has {sorted(data)}")
+    set_seed(args.seed)  # the new heads' weights depend on it
+    model, tokenizer = build_model(arguments)
+    trainer = RahfTrainer(
+        model,
+        args,
+        train_dataset=FeedbackDataset(
+            data["train"], model.config, arguments.augmentation(args.seed), in_memory=arguments.in_memory
+        ),
+        eval_dataset=(dev := FeedbackDataset(data["dev"], model.config, in_memory=arguments.in_memory)),
+        data_collator=FeedbackCollator(tokenizer, model.config),
+        processing_class=tokenizer,
+    )
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = str(Path(args.output_dir) / "tensorboard")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    final = trainer.predict(dev, metric_key_prefix="eval")
+    if len(final.predictions) > 2:
+        model.config.word_threshold = best_word_threshold(final.predictions[2], final.label_ids[2])
+    if trainer.is_world_process_zero():
+        save_whole(model, tokenizer, Path(args.output_dir))
+        (Path(args.output_dir) / "dev_metrics.json").write_text(json.dumps(final.metrics, indent=1))
+    return final.metrics
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,121 @@
+"""A world of a few kilobytes: tokenizer, model, pictures and records, all made here."""
+
+import io
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, T5Config, ViTConfig
+
+from reward.feedback import HEATMAPS, SCORES
+from reward.model import RahfConfig, RahfModel
+from reward.richhf import Record, encode_map, write_tfrecords
+
+WORDS = ("a", "red", "blue", "circle", "square", "left", "of", "and")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    vocabulary = {word: index for index, word in enumerate(("<pad>", "</s>", "<unk>", "<mask>", *WORDS))}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", mask_token="<mask>"
+    )
+
+
+@pytest.fixture
+def make_config():
+    def make(**options):
+        vision = ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=32,
+            patch_size=8,
+            hidden_dropout_prob=0.0,
+        )
+        text = T5Config(
+            vocab_size=20,
+            d_model=24,
+            d_kv=8,
+            d_ff=32,
+            num_layers=2,
+            num_decoder_layers=1,
+            num_heads=2,
+            dropout_rate=0.0,
+        )
+        settings = {"head_width": 0.25, "max_text_length": 16, **options}
+        return RahfConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), **settings)
+
+    return make
+
+
+@pytest.fixture
+def model(make_config):
+    torch.manual_seed(0)
+    return RahfModel(make_config()).eval()
+
+
+@pytest.fixture
+def model_folder(model, tokenizer, tmp_path):
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def picture_bytes(array):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def make_record(uid, words, rng, split="train"):
+    """A random record; half of the maps are empty, as in the real data."""
+    maps = {}
+    for name in HEATMAPS:
+        heatmap = np.zeros((32, 32))
+        if rng.random() < 0.5:
+            y, x = rng.integers(0, 24, 2)
+            heatmap[y : y + 8, x : x + 8] = 2 / 3
+        maps[name] = encode_map(heatmap)
+    scores = {name: float(np.float32(rng.random())) for name in SCORES}
+    labels = [int(label) for label in rng.integers(0, 2, words)]
+    return Record(filename=f"{split}/{uid}.png", scores=scores, maps=maps, labels=labels)
+
+
+@pytest.fixture
+def raw_data(tmp_path):
+    """Folders `tfrecords` and `images` in the forms of RichHF-18K and Pick-a-Pic; 12 / 6 / 6 records."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for split, count in (("train", 12), ("dev", 6), ("test", 6)):
+        records = []
+        for index in range(count):
+            uid = f"{split}-{index}"
+            caption = ["A red circle.", "a blue square, left of a circle", "red"][index % 3]
+            words = [3, 7, 1][index % 3]
+            records.append(make_record(uid, words, rng, split))
+            side = index % 2
+            pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+            rows.append(
+                {
+                    f"image_{side}_uid": uid,
+                    f"image_{1 - side}_uid": f"other-{uid}",
+                    f"jpg_{side}": picture_bytes(pixels),
+                    f"jpg_{1 - side}": b"not looked at",
+                    "caption": caption,
+                }
+            )
+        write_tfrecords(tmp_path / "tfrecords" / f"{split}.tfrecord", records)
+    (tmp_path / "images").mkdir()
+    for shard in range(2):
+        table = pyarrow.Table.from_pylist(rows[shard::2])
+        pyarrow.parquet.write_table(table, tmp_path / "images" / f"{shard}.parquet", row_group_size=4)
+    return tmp_path
