@@ -19,7 +19,7 @@ _ROWS, _COLUMNS = (axis.astype(np.float32) + 0.5 for axis in np.mgrid[:SIZE, :SI
 _STEPS = 4
 _WINDOW = 5  # how far outside the patch's box a fit looks
 _CONTENDERS = 0.12  # shapes that far below the best of the coarse search are fitted no further
-_COVERED_COST = 0.1  # what a fit pays to hide behind pixels that it is not judged by
+_COVERED_COST = 0.3  # what a fit pays to hide behind pixels that it is not judged by
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Fit:
 
     Attributes:
         iou: soft intersection over union with the patch, in [0, 1], over the pixels that count.
+        hidden: share of the ideal shape that something else may hide, in [0, 1].
     """
 
     shape: str
@@ -35,6 +36,12 @@ class Fit:
     y: float
     radius: float
     iou: float
+    hidden: float = 0.0
+
+    @property
+    def merit(self) -> float:
+        """How far the fit is believed, in [0, 1]: one that hides most of itself explains little."""
+        return self.iou / (1 + _COVERED_COST * self.hidden)
 
 
 def distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -94,7 +101,7 @@ def _search(patch: np.ndarray, weight: np.ndarray) -> list[tuple[float, str, flo
     picks = []
     for index in range(len(SHAPES)):
         low, high = 0.85 * np.sqrt(area / areas[index]), 1.25 * np.sqrt((area + min(free, 2 * area)) / areas[index])
-        picks += [(index, k) for k in np.flatnonzero((_RADII > low) & (_RADII < high))]
+        picks += [(index, k) for k, radius in enumerate(_RADII) if low < radius < high]
     if not picks:
         return []
     shape, size = np.array(picks).T
@@ -129,9 +136,9 @@ def _refine(shape: str, x: float, y: float, radius: float, patch: np.ndarray, we
         dx, dy, dr = np.clip(np.linalg.solve(normal, weighted @ residual.ravel()), -1.5, 1.5)
         x, y, radius = x + dx, y + dy, max(radius + dr, 2.5)
     ideal = cover(shape, x, y, radius, window)
-    union = (np.maximum(patch, ideal) * weight).sum() + _COVERED_COST * (ideal * (1 - weight)).sum()
-    iou = float((np.minimum(patch, ideal) * weight).sum() / (union + 1e-6))
-    return Fit(shape, float(x), float(y), float(radius), iou)
+    iou = (np.minimum(patch, ideal) * weight).sum() / ((np.maximum(patch, ideal) * weight).sum() + 1e-6)
+    hidden = (ideal * (1 - weight)).sum() / (ideal.sum() + 1e-6)
+    return Fit(shape, float(x), float(y), float(radius), float(iou), float(hidden))
 
 
 def fit(patch: np.ndarray, weight: np.ndarray, wanted: frozenset[str] = frozenset()) -> list[Fit]:
@@ -156,4 +163,4 @@ def fit(patch: np.ndarray, weight: np.ndarray, wanted: frozenset[str] = frozense
         left, right = min(columns[0], x - reach) - _WINDOW, max(columns[-1], x + reach) + _WINDOW
         window = np.s_[max(int(top), 0) : int(bottom) + 1, max(int(left), 0) : int(right) + 1]
         fits.append(_refine(shape, x, y, radius, patch, weight, window))
-    return sorted(fits, key=lambda one: -one.iou)
+    return sorted(fits, key=lambda one: -one.merit)

@@ -5,15 +5,15 @@ gamed. Pictures are (S, S, 3), masks (S, S) bool, S = 64; lengths are in pixels;
 How it judges:
 
 1. `segment` takes the picture apart into patches of one colour, and fits each with the ideal shapes.
-2. Patches are matched with what the caption asks for; what is left over is an extra thing, if it is well formed, or else
-   a blotch or debris.
+2. Patches are matched with what the caption asks for; what is left over is an extra thing, if it is well formed, or
+   else a blotch or debris.
 3. The things found are drawn again, ideally. What the picture shows elsewise is implausible: outlines, blotches, debris
    and blended colours alike. Half a pixel and the softness of an autoencoder are forgiven.
 """
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 from scipy import ndimage
@@ -32,10 +32,14 @@ WEIGHTS = {"plausibility": 0.25, "alignment": 0.35, "aesthetics": 0.15}
 _FORMED = 0.7  # what is not asked for and matches its best shape less is debris, not an extra thing
 _INSET = 0.95  # what lies on another thing unasked and matches its best shape less is a blotch
 _EXTRA_AREA = 45
+_CANDIDATES = 7
 _CHARITY = 0.06  # the shape asked for is believed if it matches nearly as well as the best
 _TOLERANCE, _FULL = 28.0, 80.0  # difference of colour that is forgiven, and the further one that counts fully
 _NOISE = 0.3  # of a full difference: less is not marked
 _SPECK = 2.6  # flaws that weigh less, in fully wrong pixels, are not seen
+_SOFT = {"circle": 0.3, "square": 0.33, "triangle": 0.47, "diamond": 0.34, "cross": 0.5, "star": 0.68}
+"""(1 - IoU) x radius, about how far an outline is off, in pixels, when a flawless shape is a little blurred."""
+_WAVE = 0.5  # pixels by which an outline may be further off
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ def _seen_as(patch: Patch, wanted: str) -> Fit:
     """The ideal shape that a patch shows to somebody who asked for `wanted`."""
     best, asked = patch.fits[0], _shape_fit(patch, wanted)
     # A spoiled outline may come to resemble another shape; a clean one is what it is.
-    charity = _CHARITY + 0.5 * max(0.0, 0.93 - best.iou)
+    charity = _CHARITY + 1.2 * max(0.0, 0.93 - best.iou)
     return asked if asked and asked.iou >= best.iou - charity else best
 
 
@@ -169,15 +173,17 @@ def _holds(relation: str, first: Fit, second: Fit, first_mask: np.ndarray) -> fl
     return float(np.clip((along - abs(across) + 3) / 4, 0, 1))
 
 
-def _on_another(patches: list[Patch]) -> list[bool]:
-    """For each patch, whether it lies on a larger thing of another colour."""
+def _hosts(patches: list[Patch]) -> list[set[int]]:
+    """For each patch, which larger things of another colour it lies on; two may lie on each other, to go by fits."""
     ideals = [one.ideal() if one.fits else one.mask for one in patches]
     return [
-        any(
-            other.colour != one.colour and ideals[k].sum() > one.area and (ideals[k] & one.mask).sum() > 0.6 * one.area
+        {
+            k
             for k, other in enumerate(patches)
-            if other is not one
-        )
+            if other.colour != one.colour
+            and ideals[k].sum() > one.area
+            and (ideals[k] & one.mask).sum() > 0.6 * one.area
+        }
         for one in patches
     ]
 
@@ -187,12 +193,12 @@ def _match(request: Request, slots: list[int], patches: list[Patch]) -> tuple[li
 
     All assignments are tried: there are at most three things to find, and few patches.
     """
-    lying = dict(zip(map(id, patches), _on_another(patches), strict=True))
-    able = [one for one in patches if one.fits and one.iou >= 0.4]
-    candidates = [one for one in able if not lying[id(one)] or one.iou >= _INSET or request.relation == "inside"]
-    candidates = candidates[:7]
-    padded = [*candidates, *([None] * len(slots))]
-    largest = max((one.area for one in candidates), default=1)
+    patches = [one for one in patches if one.fits and one.iou >= 0.4][:_CANDIDATES]
+    hosts = _hosts(patches)
+    lying = [any(k not in hosts[host] for host in hosts[k]) for k in range(len(patches))]
+    inset = [one.iou >= _INSET and one.behind is not None for one in patches]
+    padded = [*patches, *([None] * len(slots))]
+    largest = max((one.area for one in patches), default=1)
 
     def cost(slot: int, index: int) -> float:
         one = padded[index]
@@ -200,15 +206,15 @@ def _match(request: Request, slots: list[int], patches: list[Patch]) -> tuple[li
             return 3.0
         noun = request.nouns[slots[slot]]
         fitting = _seen_as(one, noun.shape)
-        total = (one.colour != noun.colour) + (fitting.shape != noun.shape) + 0.3 * (1 - fitting.iou)
+        total = (one.colour != noun.colour) + (fitting.shape != noun.shape) + 0.3 * (1 - fitting.merit)
         inner = request.relation == "inside" and slot == 0
-        total += 1.2 if lying[id(one)] and not inner else 0.0  # a blotch, rather
+        total += 1.2 if lying[index] and not inner and not inset[index] else 0.0  # a blotch, rather
         return total + 0.1 * (1 - one.area / largest)  # of two alike, the smaller is the extra one
 
     costs = [[cost(slot, index) for index in range(len(padded))] for slot in range(len(slots))]
-    best, chosen = np.inf, tuple(range(len(candidates), len(padded)))
+    best, chosen = np.inf, tuple(range(len(patches), len(padded)))
     for order in permutations(range(len(padded)), len(slots)):
-        if any(padded[a] is None and padded[b] is None and a > b for a, b in zip(order, order[1:], strict=False)):
+        if any(padded[a] is None and padded[b] is None and a > b for a, b in pairwise(order)):
             continue  # the empty answers are alike
         total = sum(costs[slot][index] for slot, index in enumerate(order))
         if total >= best:
@@ -221,8 +227,14 @@ def _match(request: Request, slots: list[int], patches: list[Patch]) -> tuple[li
         if total < best:
             best, chosen = total, order
     answers = [padded[index] for index in chosen]
-    spare = [one for k, one in enumerate(candidates) if k not in chosen]
-    spare = [one for one in spare if one.area >= _EXTRA_AREA and one.iou >= (_INSET if lying[id(one)] else _FORMED)]
+    spare = [
+        one
+        for k, one in enumerate(patches)
+        if k not in chosen
+        and one.area >= _EXTRA_AREA
+        and one.iou >= _FORMED
+        and (inset[k] or (not hosts[k].intersection(chosen) and not lying[k]))
+    ]
     return answers, spare
 
 
@@ -265,8 +277,6 @@ def _malformed(wrongness: np.ndarray, things: list[Found]) -> tuple[np.ndarray, 
     mask = np.zeros((SIZE, SIZE), bool)
     badness, debris = [0.0] * len(things), 0.0
     spots, count = ndimage.label(wrongness > _NOISE, np.ones((3, 3)))
-    if not count:
-        return mask, badness, debris
     weights = ndimage.sum_labels(wrongness, spots, np.arange(1, count + 1))
     extents = [
         ndimage.binary_dilation(one.mask | (cover(one.shape, one.x, one.y, one.radius) > 0.5), np.ones((3, 3)))
@@ -288,16 +298,20 @@ def _malformed(wrongness: np.ndarray, things: list[Found]) -> tuple[np.ndarray, 
         else:
             debris += weight
     mask = ndimage.binary_dilation(mask, np.ones((3, 3)))
-    for thing, owned, extent in zip(things, mine, extents, strict=True):
-        if _all_over(thing, np.isin(spots, owned) if owned else None, wrongness):
+    for index, (thing, extent) in enumerate(zip(things, extents, strict=True)):
+        # A wavy outline is off by little at any place, but all around.
+        area = float(thing.mask.sum())
+        off = (1 - thing.iou) * thing.radius - _SOFT[thing.shape] - _WAVE
+        waves = max(0.0, off) / thing.radius * area
+        unseen = off > 0 and badness[index] < 0.3 * (1 - thing.iou) * area
+        if unseen or _all_over(thing, np.isin(spots, mine[index]), wrongness):
             mask |= extent
+        badness[index] = max(badness[index], waves)
     return mask, badness, debris
 
 
-def _all_over(thing: Found, spots: np.ndarray | None, wrongness: np.ndarray) -> bool:
+def _all_over(thing: Found, spots: np.ndarray, wrongness: np.ndarray) -> bool:
     """Whether a thing is wrong on several sides, so that a rater would mark all of it rather than a place on it."""
-    if spots is None:
-        return False
     rows, columns = np.nonzero(spots)
     weight = wrongness[rows, columns]
     angle = np.arctan2(rows + 0.5 - thing.y, columns + 0.5 - thing.x)
@@ -411,6 +425,8 @@ def _aesthetics(things: list[Found], wrongness: np.ndarray) -> float:
     off = np.hypot(*(areas @ centres / areas.sum())) / (SIZE / 2)
     balance = np.exp(-((off / 0.45) ** 2))
     size = np.exp(-(np.log(filled / 0.16) ** 2) / 0.8)
-    nearest = min(SIZE / 2 - np.abs(centre).max() - 0.95 * thing.radius for centre, thing in zip(centres, things))
+    nearest = min(
+        SIZE / 2 - np.abs(centre).max() - 0.95 * thing.radius for centre, thing in zip(centres, things, strict=True)
+    )
     margin = np.clip((nearest + 2) / 8, 0, 1)
     return float(0.4 * clean + 0.25 * balance + 0.2 * size + 0.15 * margin)

@@ -21,6 +21,7 @@ _PATCH = 26  # smaller patches may be part of a broken thing, but are no thing; 
 _MOST = 0.5  # a patch that fills more of the picture is no thing
 _PATCHES = 9  # looked at in one picture, largest first
 _BROKEN = 0.8  # a patch that matches no shape better may be part of a thing, or two
+_HIDDEN = 0.25  # a fit that hides more of itself may be part of a larger one
 _EIGHT = np.ones((3, 3), bool)
 
 
@@ -31,12 +32,14 @@ class Patch:
     Attributes:
         colour: name.
         mask: (S, S) bool.
+        behind: the colour all around it, or None for the ground or a mixture.
         mean: (3,) mean colour, sRGB 0..255, away from the patch's rim.
         fits: ideal shapes that match, best first.
     """
 
     colour: str
     mask: np.ndarray
+    behind: str | None
     mean: np.ndarray
     fits: tuple[Fit, ...]
 
@@ -48,6 +51,11 @@ class Patch:
     def iou(self) -> float:
         """How well the best shape matches; 0 where none does."""
         return self.fits[0].iou if self.fits else 0.0
+
+    @property
+    def merit(self) -> float:
+        """How far the best shape is believed; 0 where none matches."""
+        return self.fits[0].merit if self.fits else 0.0
 
     def ideal(self) -> np.ndarray:
         """(S, S) bool: the best shape's pixels."""
@@ -94,7 +102,8 @@ class Segmenter:
         belongs = np.where(core, 1.0, np.where(ndimage.binary_dilation(mask), share, 0.0))
         fits = fit(belongs.astype(np.float32), known.astype(np.float32), self.wanted)
         mean = self.picture[core if core.sum() >= 8 else mask].mean(axis=0)
-        return Patch(NAMES[colour], mask, mean, tuple(fits))
+        enclosed = around.max() > 0.85 * around.sum()
+        return Patch(NAMES[colour], mask, NAMES[behind] if enclosed else None, mean, tuple(fits))
 
     def patches(self) -> list[Patch]:
         """Every patch large enough to be a thing or a flaw, largest first."""
@@ -114,8 +123,8 @@ class Segmenter:
         whole = [self.patch(colour, mask) for mask in masks if mask.sum() >= _PATCH]
         crumbs = [mask for mask in masks if mask.sum() < _PATCH]
         whole = [part for one in whole for part in self._split(colour, one)]
-        sound = [one for one in whole if one.iou >= _BROKEN]
-        broken = [one for one in whole if one.iou < _BROKEN]
+        sound = [one for one in whole if one.iou >= _BROKEN and one.fits[0].hidden < _HIDDEN]
+        broken = [one for one in whole if one.iou < _BROKEN or one.fits[0].hidden >= _HIDDEN]
         if len(broken) + len(crumbs) > 1 or (broken and crumbs):
             sound += self._join(colour, broken, crumbs)
         else:
@@ -154,8 +163,9 @@ class Segmenter:
                 if union.sum() < _PATCH:
                     continue
                 both = self.patch(colour, union)
-                alone = sum(p.iou * m.sum() for m, p in [(mask, patch), *(parts[k] for k in order)] if p) / union.sum()
-                if both.iou >= 0.55 and both.iou > alone + 0.03:
+                pieces = [(mask, patch), *(parts[k] for k in order)]
+                alone = sum(one.merit * piece.sum() for piece, one in pieces if one) / union.sum()
+                if both.merit >= 0.55 and both.merit > alone + 0.03:
                     mask, patch = union, both
                     parts = [part for k, part in enumerate(parts) if k not in order]
                     break
