@@ -1,0 +1,69 @@
+"""Sheets of pictures with what the reward held against them. PIL images out.
+
+Shapes: n pictures of H x W pixels, T words of a prompt.
+"""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+
+from reward.draw import caption, grid, overlay, struck_text, to_image
+from reward.feedback import Reward
+from rl.experience import Samples
+
+_HEIGHT = 128
+
+
+def sample_sheet(samples: Samples) -> Image.Image:
+    """Pictures in a row, the overlays of each penalty map below, prompts with the words that cost most struck out."""
+    scale = penalty_scale([samples.reward])
+    columns = [picture_column(samples, index, scale) for index in range(len(samples.prompts))]
+    return grid([columns])
+
+
+def before_after_sheet(before: Samples, after: Samples) -> Image.Image:
+    """The same prompts and noise before (upper row) and after (lower row), with overlays and struck-out words."""
+    scale = penalty_scale([before.reward, after.reward])
+    rows = []
+    for title, samples in (("before", before), ("after", after)):
+        columns = [picture_column(samples, index, scale) for index in range(len(samples.prompts))]
+        row = grid([columns])
+        rows += [[caption(title, row.width, size=16)], [row]]
+    return grid(rows)
+
+
+def penalty_scale(rewards: Sequence[Reward]) -> dict[str, float]:
+    """The largest value of every penalty map, and of the word penalties (`words`): what is drawn at full strength."""
+    scale: dict[str, float] = {}
+    for reward in rewards:
+        for name, maps in reward.penalties.items():
+            scale[name] = max(scale.get(name, 0.0), float(maps.max()))
+        for words in reward.word_penalties or ():
+            scale["words"] = max(scale.get("words", 0.0), float(words.max()) if len(words) else 0.0)
+    return scale
+
+
+def picture_column(samples: Samples, index: int, scale: dict[str, float]) -> Image.Image:
+    """One picture, its overlays, its prompt and its reward, one below the other."""
+    reward, image = samples.reward, samples.images[index]
+    parts = [to_image(image, _HEIGHT)]
+    for name, maps in reward.penalties.items():
+        strength = maps[index] / scale[name] if scale[name] > 0 else torch.zeros_like(maps[index])
+        parts.append(overlay(image, strength, name, _HEIGHT))
+    words = split_words(samples.prompts[index])
+    costs = None if reward.word_penalties is None else reward.word_penalties[index]
+    if costs is None or len(costs) != len(words) or not scale.get("words"):
+        costs = torch.zeros(len(words))
+    else:
+        costs = costs / scale["words"]
+    width = parts[0].width
+    parts.append(struck_text(words, costs.tolist(), width))
+    parts.append(caption(f"{float(reward.objective[index]):.3f}", width))
+    return grid([[part] for part in parts])
+
+
+def split_words(prompt: str) -> list[str]:
+    """The words of a prompt as RichHF-18K counts them: split at `, . ? ! " : ;` and the space."""
+    return [word for word in re.split(r'[,.?!":; ]', prompt) if word]

@@ -1,0 +1,101 @@
+"""Sampling pictures from the policy, and what of it is kept for training.
+
+Shapes: B pictures, K trained steps, C latent channels, h x w the latent grid.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rl.policy import StableDiffusionPolicy
+from rl.sde import Schedule, log_prob_map, step_mean
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What training needs of B sampled pictures; only the K trained steps are kept.
+
+    Attributes:
+        steps: (K,) int64, the trained steps' indices into the schedule.
+        latents: (K, B, C, h, w) float32, x_t before each trained step.
+        next_latents: (K, B, C, h, w) float32, where the step went.
+        log_probs: (K, B, h, w) float32, l(h, w) of having gone there (see `rl.sde`).
+        final_latents: (B, C, h, w) float32, the clean latents, ready to be decoded.
+    """
+
+    steps: torch.Tensor
+    latents: torch.Tensor
+    next_latents: torch.Tensor
+    log_probs: torch.Tensor
+    final_latents: torch.Tensor
+
+
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """A CPU generator whose draws depend on `key` only, not on what was drawn before, on ranks or on batch sizes."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def keyed_noise(
+    seed: int, rollout: int | str, samples: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Standard normal noise, one independent draw for each sample index -> (B, *shape) float32.
+
+    Drawn on the CPU whatever the device, so that every machine draws the same.
+    """
+    draws = [torch.randn(*shape, generator=keyed_generator(seed, rollout, sample)) for sample in samples]
+    return torch.stack(draws).to(device)
+
+
+@torch.no_grad()
+def sample(
+    policy: StableDiffusionPolicy,
+    network: nn.Module,
+    prompts: Sequence[str],
+    noise: torch.Tensor,
+    schedule: Schedule,
+    train_steps: Sequence[int] = (),
+    guidance_scale: float = 1.0,
+    on_step: Callable[[], None] = lambda: None,
+) -> Trajectory:
+    """Sample one picture a prompt.
+
+    Args:
+        network: `policy.network` or the engine's wrapping of it; every rank must make the same number of calls.
+        noise: (B, S + 1, C, h, w): the initial latent, then the noise of each of the S steps.
+        train_steps: indices of the steps to keep; every one must have a std above 0.
+        on_step: called after every step.
+    """
+    embeds = policy.encode(prompts)
+    latents = noise[:, 0]
+    kept: list[tuple[torch.Tensor, ...]] = []
+    for step, timestep in enumerate(schedule.timesteps.tolist()):
+        index = torch.full((len(prompts),), step, device=latents.device)
+        timesteps = torch.full_like(index, timestep)
+        output = policy.predict(network, latents, timesteps, embeds, guidance_scale)
+        mean, std = step_mean(output, latents, index, schedule)
+        next_latents = mean + std * noise[:, step + 1]
+        if step in train_steps:
+            kept.append((latents, next_latents, log_prob_map(next_latents, mean, std)))
+        latents = next_latents
+        on_step()
+    columns = [torch.stack(column) for column in zip(*kept, strict=True)] or [latents.new_empty(0)] * 3
+    return Trajectory(torch.tensor(sorted(train_steps)), *columns, final_latents=latents)
+
+
+def draw_prompts(prompts: Sequence[str], count: int, rollout: int, seed: int) -> list[str]:
+    """The `count` prompts of rollout number `rollout`: the list is gone through in a new random order each time round.
+
+    Depends on its arguments only, so that a resumed run goes on where it stopped. With 5 prompts and `count` 3, rollout
+    0 takes places 0-2 of the first order, rollout 1 places 3-4 of it and place 0 of the second, and so on.
+    """
+    drawn = []
+    for position in range(rollout * count, (rollout + 1) * count):
+        time_round, place = divmod(position, len(prompts))
+        if place == 0 or not drawn:
+            order = torch.randperm(len(prompts), generator=keyed_generator(seed, "prompts", time_round)).tolist()
+        drawn.append(prompts[order[place]])
+    return drawn

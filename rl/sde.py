@@ -1,0 +1,233 @@
+"""One stochastic DDIM step as a distribution: its mean, its std, and the log-prob of where it went.
+
+Shapes: B rows, C latent channels, h x w the latent grid, S sampling steps. All arithmetic is float32.
+
+The step from x_t to x_s (s < t; alpha the cumulative products of "Denoising Diffusion Implicit Models", Song et al.
+2021, arXiv 2010.02502) is Gaussian with
+
+    x0    = the network's estimate of the clean latent, eps its estimate of the noise
+    std   = eta * sqrt((1 - alpha_s) / (1 - alpha_t)) * sqrt(1 - alpha_t / alpha_s)               (eq. 16)
+    mean  = sqrt(alpha_s) * x0 + sqrt(1 - alpha_s - std^2) * eps                                   (eq. 12)
+
+and DDPO ("Training Diffusion Models with Reinforcement Learning", Black et al. 2023, arXiv 2305.13301) treats it as the
+action of a policy. Log-probs are kept per latent location: l(h, w) is the *mean over channels* of the log density; an
+image's log-prob is the mean of l over (h, w).
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDIMScheduler
+
+logger = logging.getLogger(__name__)
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The sampling steps, from noise to picture; step k goes from `timesteps[k]` to the next.
+
+    Attributes:
+        timesteps: (S,) int64, what the network is told, falling.
+        alphas: (S,) float32, cumulative alpha at `timesteps`.
+        next_alphas: (S,) float32, cumulative alpha at the step's end; 1 where the step ends in a clean latent.
+        stds: (S,) float32, std of each step; 0 for a deterministic one.
+        prediction_type: what the network predicts, one of `PREDICTION_TYPES`.
+        clip_sample_range: the estimate of x0 is clamped to +- this; None if it is not clamped.
+    """
+
+    timesteps: torch.Tensor
+    alphas: torch.Tensor
+    next_alphas: torch.Tensor
+    stds: torch.Tensor
+    prediction_type: str
+    clip_sample_range: float | None
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+
+def ddim_scheduler(scheduler, start_timestep: int | None = None) -> DDIMScheduler:
+    """The DDIM scheduler with the noise schedule of `scheduler`, any diffusers scheduler of a latent diffusion model.
+
+    Args:
+        scheduler: PNDM, Euler, DPM and the like are converted, and a log line says so.
+        start_timestep: if given, the noise schedule is cut off behind it, so that sampling starts exactly there (with
+            "trailing" spacing). Some schedules end where the network's prediction says nothing about the picture. The
+            steps are even if `start_timestep + 1` is a multiple of the number of steps.
+
+    Raises:
+        ValueError: a scheduler of flow matching or without discrete betas, dynamic thresholding (the step would not be
+            Gaussian around a mean that is reproducible from one latent's location), an unknown `prediction_type`, or a
+            `start_timestep` outside the schedule.
+    """
+    config = dict(scheduler.config)
+    name = type(scheduler).__name__
+    if "num_train_timesteps" not in config or "beta_schedule" not in config:
+        raise ValueError(
+            f"{name} has no discrete noise schedule of betas, and cannot be turned into a stochastic DDIM step; "
+            "use a pipeline trained with DDPM-type noise (Stable Diffusion 1.x and the like)"
+        )
+    if config.get("thresholding"):
+        raise ValueError(
+            f"{name} uses dynamic thresholding, under which a step's log-prob cannot be computed; "
+            "set `thresholding` to false in the pipeline's scheduler_config.json"
+        )
+    if config.get("prediction_type", "epsilon") not in PREDICTION_TYPES:
+        raise ValueError(
+            f"{name} has prediction_type {config['prediction_type']!r}, which is none of {', '.join(PREDICTION_TYPES)}"
+        )
+    changes = {}
+    if not isinstance(scheduler, DDIMScheduler):
+        # DDIM's default is to clip, which is wrong for latents; a scheduler without the option never clipped.
+        changes["clip_sample"] = config.get("clip_sample", False)
+        logger.warning("the pipeline's %s is converted to DDIM: only its steps are Gaussian with a known std", name)
+    if start_timestep is not None:
+        total = config["num_train_timesteps"]
+        if not 0 < start_timestep < total:
+            raise ValueError(f"start_timestep is {start_timestep}; it must lie between 1 and {total - 1}")
+        if config.get("timestep_spacing", "leading") != "trailing":
+            logger.warning(
+                "start_timestep=%d changes timestep_spacing from %s to trailing, the one that starts at its end",
+                start_timestep,
+                config.get("timestep_spacing", "leading"),
+            )
+        betas = DDIMScheduler.from_config(scheduler.config, **changes).betas[: start_timestep + 1]
+        changes |= {
+            "num_train_timesteps": start_timestep + 1,
+            "trained_betas": betas.tolist(),
+            "timestep_spacing": "trailing",
+            "rescale_betas_zero_snr": False,  # the betas already are
+        }
+    return DDIMScheduler.from_config(scheduler.config, **changes)
+
+
+def make_schedule(scheduler: DDIMScheduler, num_inference_steps: int, eta: float) -> Schedule:
+    """The steps that `scheduler` takes in `num_inference_steps`, each with the std it has at `eta` in [0, 1].
+
+    They are exactly the steps of `DDIMScheduler.step`, its rule for where a step ends included.
+
+    Raises:
+        ValueError: `eta` outside [0, 1], or more steps than the noise schedule has.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; it must lie in [0, 1]: 0 is deterministic DDIM, 1 is DDPM's noise")
+    total = scheduler.config.num_train_timesteps
+    if not 1 <= num_inference_steps <= total:
+        raise ValueError(f"num_inference_steps is {num_inference_steps}; it must lie between 1 and {total}")
+    scheduler.set_timesteps(num_inference_steps)
+    timesteps = scheduler.timesteps.long()
+    ends = timesteps - total // num_inference_steps
+    alphas = scheduler.alphas_cumprod[timesteps].float()
+    next_alphas = torch.where(ends >= 0, scheduler.alphas_cumprod[ends.clamp(min=0)], scheduler.final_alpha_cumprod)
+    variances = (1 - next_alphas) / (1 - alphas) * (1 - alphas / next_alphas)
+    return Schedule(
+        timesteps=timesteps,
+        alphas=alphas,
+        next_alphas=next_alphas.float(),
+        stds=eta * variances.clamp(min=0).sqrt().float(),
+        prediction_type=scheduler.config.prediction_type,
+        clip_sample_range=scheduler.config.clip_sample_range if scheduler.config.clip_sample else None,
+    )
+
+
+def resolve_train_steps(spec: str | int | Sequence[str | int], schedule: Schedule) -> tuple[int, ...]:
+    """Which steps are trained: indices into the schedule, 0 the noisiest, in rising order.
+
+    Args:
+        spec: `"all"` (every step that has noise), a window `"1:3"` (steps 1 and 2), or a list such as `[1, 2]`.
+
+    Raises:
+        ValueError: not understood, out of range, or a step without noise, which has no log-prob.
+    """
+    parts = [str(part).strip() for part in ([spec] if isinstance(spec, str | int) else spec)]
+    stochastic = [step for step in range(len(schedule)) if schedule.stds[step] > 0]
+    if not stochastic:
+        raise ValueError("no sampling step has noise, so there is nothing to train; set eta above 0")
+    steps: set[int] = set()
+    for part in parts:
+        try:
+            if part == "all":
+                steps.update(stochastic)
+            elif ":" in part:
+                first, _, end = part.partition(":")
+                steps.update(range(int(first or 0), int(end) if end else stochastic[-1] + 1))
+            else:
+                steps.add(int(part))
+        except ValueError:
+            raise ValueError(
+                f"train_steps {part!r} is not understood; write `all`, a window such as `1:3`, or a list such as [1, 2]"
+            ) from None
+    if not steps:
+        raise ValueError(f"train_steps {spec!r} names no step")
+    for step in sorted(steps):
+        if not 0 <= step < len(schedule):
+            raise ValueError(f"train_steps names step {step}; the {len(schedule)} steps are 0 to {len(schedule) - 1}")
+        if step not in stochastic:
+            raise ValueError(
+                f"train_steps names step {step}, which is deterministic (std 0) and has no log-prob; "
+                f"steps with noise: {stochastic[0]} to {stochastic[-1]}"
+            )
+    return tuple(sorted(steps))
+
+
+def predicted_x0_and_noise(
+    output: torch.Tensor, latents: torch.Tensor, alphas: torch.Tensor, prediction_type: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a network's output (B, C, h, w) says of the clean latent and of the noise in `latents`.
+
+    Args:
+        alphas: (B, 1, 1, 1) cumulative alpha of each row.
+
+    Returns:
+        x0 and noise, both (B, C, h, w).
+    """
+    signal, noise_level = alphas.sqrt(), (1 - alphas).sqrt()
+    if prediction_type == "epsilon":
+        return (latents - noise_level * output) / signal, output
+    if prediction_type == "v_prediction":  # "Progressive distillation", Salimans & Ho 2022, appendix D
+        return signal * latents - noise_level * output, signal * output + noise_level * latents
+    assert prediction_type == "sample", prediction_type
+    return output, (latents - signal * output) / noise_level
+
+
+def step_mean(
+    output: torch.Tensor, latents: torch.Tensor, step_index: torch.Tensor, schedule: Schedule
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and std of the step that a network's output asks for.
+
+    Args:
+        output: (B, C, h, w), of the schedule's prediction type.
+        latents: (B, C, h, w), x_t.
+        step_index: (B,) int64, which step of the schedule each row is at.
+
+    Returns:
+        mean (B, C, h, w) and std (B, 1, 1, 1), float32.
+    """
+    alphas = _per_row(schedule.alphas, step_index, latents)
+    next_alphas = _per_row(schedule.next_alphas, step_index, latents)
+    stds = _per_row(schedule.stds, step_index, latents)
+    x0, noise = predicted_x0_and_noise(output.float(), latents.float(), alphas, schedule.prediction_type)
+    if schedule.clip_sample_range is not None:
+        x0 = x0.clamp(-schedule.clip_sample_range, schedule.clip_sample_range)
+    direction = (1 - next_alphas - stds**2).clamp(min=0).sqrt()
+    return next_alphas.sqrt() * x0 + direction * noise, stds
+
+
+def log_prob_map(next_latents: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """l(h, w): log density of `next_latents` (B, C, h, w) under N(mean, std^2), averaged over channels -> (B, h, w)."""
+    density = -((next_latents - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
+    return density.mean(dim=1)
+
+
+def kl_map(mean: torch.Tensor, reference_mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """KL divergence of two Gaussian steps of the same std, exact, averaged over channels: (B, C, h, w) -> (B, h, w)."""
+    return ((mean - reference_mean) ** 2 / (2 * std**2)).mean(dim=1)
+
+
+def _per_row(values: torch.Tensor, step_index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return values.to(like.device)[step_index].view(-1, 1, 1, 1)

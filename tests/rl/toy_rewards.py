@@ -1,0 +1,36 @@
+"""Reward functions for tests, named on command lines as `tests.rl.toy_rewards:<name>`."""
+
+import torch
+
+from reward.feedback import Reward
+
+
+class Redness:
+    """More red is better; blue is penalised where it is."""
+
+    differentiable = True
+
+    def __init__(self, weight: float = 1.0, nan_after: int | None = None, constant_map: bool = False):
+        self.weight, self.nan_after, self.constant_map, self.calls = weight, nan_after, constant_map, 0
+
+    def __call__(self, images, prompts):
+        self.calls += 1
+        red = images[:, 0].mean(dim=(-2, -1))
+        if self.nan_after is not None and self.calls > self.nan_after:
+            red = red * float("nan")
+        blue = torch.full_like(images[:, 2], 0.1) if self.constant_map else images[:, 2]
+        return Reward(
+            total=self.weight * red,
+            penalties={"implausibility": 0.5 * blue},
+            word_penalties=[torch.linspace(0, 1, len(prompt.split())) for prompt in prompts],
+            terms={"red": red},
+        )
+
+
+class Plain:
+    """A total and nothing else."""
+
+    differentiable = False
+
+    def __call__(self, images, prompts):
+        return Reward(total=images.mean(dim=(1, 2, 3)), terms={"satisfied": (images.mean(dim=(1, 2, 3)) > 0.5).float()})
