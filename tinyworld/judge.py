@@ -304,18 +304,19 @@ def _malformed(wrongness: np.ndarray, things: list[Found]) -> tuple[np.ndarray, 
         off = (1 - thing.iou) * thing.radius - _SOFT[thing.shape] - _WAVE
         waves = max(0.0, off) / thing.radius * area
         unseen = off > 0 and badness[index] < 0.3 * (1 - thing.iou) * area
-        if unseen or _all_over(thing, np.isin(spots, mine[index]), wrongness):
+        if unseen or _all_over(thing, np.isin(spots, mine[index])):
             mask |= extent
         badness[index] = max(badness[index], waves)
     return mask, badness, debris
 
 
-def _all_over(thing: Found, spots: np.ndarray, wrongness: np.ndarray) -> bool:
+def _all_over(thing: Found, spots: np.ndarray) -> bool:
     """Whether a thing is wrong on several sides, so that a rater would mark all of it rather than a place on it."""
     rows, columns = np.nonzero(spots)
-    weight = wrongness[rows, columns]
-    angle = np.arctan2(rows + 0.5 - thing.y, columns + 0.5 - thing.x)
-    return bool(abs((weight * np.exp(1j * angle)).sum()) < 0.6 * weight.sum() and len(rows) > 0.06 * thing.mask.sum())
+    if len(rows) < 0.06 * thing.mask.sum():
+        return False
+    spread = np.hypot(rows.std(), columns.std())  # 0.7 radii of the flaw for a disk, 1 radius of the thing for a wave
+    return bool(spread > 0.65 * thing.radius)
 
 
 def _plausibility(badness: list[float], debris: float, things: list[Found]) -> float:

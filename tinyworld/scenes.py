@@ -271,7 +271,9 @@ def _spoil(scene: Scene, flaw: str, strength: float, rng: np.random.Generator) -
     before = coverage(thing) > 0.5
     if flaw == "warped":
         amplitude = 0.12 + 0.16 * strength
-        things[index] = replace(thing, warp=(amplitude, int(rng.integers(3, 6)), float(rng.uniform(0, 2 * np.pi))))
+        # Four lobes may turn a circle, a square and a diamond into each other: that would be a wrong shape.
+        lobes = int(rng.choice((3, 5) if thing.shape in ROOMY else (3, 4, 5)))
+        things[index] = replace(thing, warp=(amplitude, lobes, float(rng.uniform(0, 2 * np.pi))))
         return Flawed(render(tuple(things)), before | (coverage(things[index]) > 0.5), (), tuple(things))
     # Both flaws are disks, about: a bite sits on the outline, a blotch of another colour anywhere within. What is drawn
     # over the thing stays whole.

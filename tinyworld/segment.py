@@ -21,6 +21,7 @@ _PATCH = 26  # smaller patches may be part of a broken thing, but are no thing; 
 _MOST = 0.5  # a patch that fills more of the picture is no thing
 _PATCHES = 9  # looked at in one picture, largest first
 _BROKEN = 0.8  # a patch that matches no shape better may be part of a thing, or two
+_SOUND = 0.9  # a patch that matches better is one whole thing
 _HIDDEN = 0.25  # a fit that hides more of itself may be part of a larger one
 _EIGHT = np.ones((3, 3), bool)
 
@@ -123,13 +124,10 @@ class Segmenter:
         whole = [self.patch(colour, mask) for mask in masks if mask.sum() >= _PATCH]
         crumbs = [mask for mask in masks if mask.sum() < _PATCH]
         whole = [part for one in whole for part in self._split(colour, one)]
-        sound = [one for one in whole if one.iou >= _BROKEN and one.fits[0].hidden < _HIDDEN]
-        broken = [one for one in whole if one.iou < _BROKEN or one.fits[0].hidden >= _HIDDEN]
-        if len(broken) + len(crumbs) > 1 or (broken and crumbs):
-            sound += self._join(colour, broken, crumbs)
-        else:
-            sound += broken
-        return sound
+        broken = [one for one in whole if one.iou < _SOUND or (one.fits and one.fits[0].hidden >= _HIDDEN)]
+        if crumbs or (broken and len(whole) > 1):
+            return self._join(colour, whole, crumbs)
+        return whole
 
     def _split(self, colour: int, patch: Patch) -> list[Patch]:
         """Two things that touch, apart, if each then matches a shape better than both did together."""
@@ -147,9 +145,9 @@ class Segmenter:
                 return parts
         return [patch]
 
-    def _join(self, colour: int, broken: list[Patch], crumbs: list[np.ndarray]) -> list[Patch]:
+    def _join(self, colour: int, whole: list[Patch], crumbs: list[np.ndarray]) -> list[Patch]:
         """Pieces that match one shape together much better than alone, put together, nearest first."""
-        parts = [(one.mask, one) for one in broken] + [(mask, None) for mask in crumbs]
+        parts = [(one.mask, one) for one in whole] + [(mask, None) for mask in crumbs]
         joined: list[Patch] = []
         while parts:
             mask, patch = parts.pop(0)
