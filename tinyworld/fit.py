@@ -4,7 +4,7 @@ A coarse search over all places at half the resolution by FFT, then a few Gauss-
 are in pixels, x runs right, y runs down; S = 64, the picture's side.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -19,6 +19,8 @@ _ROWS, _COLUMNS = (axis.astype(np.float32) + 0.5 for axis in np.mgrid[:SIZE, :SI
 _STEPS = 4
 _WINDOW = 5  # how far outside the patch's box a fit looks
 _CONTENDERS = 0.12  # shapes that far below the best of the coarse search are fitted no further
+_BITTEN = 0.9  # a match that is worse may be that of a bitten thing
+_OUTSIDE = 0.04  # as much of a bitten thing's patch lies outside its ideal shape, at most
 _COVERED_COST = 0.3  # what a fit pays to hide behind pixels that it is not judged by
 
 
@@ -29,6 +31,7 @@ class Fit:
     Attributes:
         iou: soft intersection over union with the patch, in [0, 1], over the pixels that count.
         hidden: share of the ideal shape that something else may hide, in [0, 1].
+        outside: share of the patch that lies outside the ideal shape, in [0, 1].
     """
 
     shape: str
@@ -37,6 +40,7 @@ class Fit:
     radius: float
     iou: float
     hidden: float = 0.0
+    outside: float = 0.0
 
     @property
     def merit(self) -> float:
@@ -92,8 +96,15 @@ def _pool(values: np.ndarray) -> np.ndarray:
     return values.reshape(_HALF, 2, _HALF, 2).mean(axis=(1, 3))
 
 
-def _search(patch: np.ndarray, weight: np.ndarray) -> list[tuple[float, str, float, float, float]]:
-    """For every shape the best (score, shape, x, y, radius) over all places, by the Tanimoto coefficient."""
+_Start = tuple[float, float, float]  # x, y, radius
+
+
+def _search(patch: np.ndarray, weight: np.ndarray) -> dict[str, tuple[float, _Start, _Start]]:
+    """For every shape: the best score over all places and sizes, its place, and the best place if a bite is missing.
+
+    The score is the Tanimoto coefficient; for the bite, pixels of the patch outside the shape cost five times as much as
+    pixels of the shape outside the patch.
+    """
     spectra, squares, areas = _templates()
     patch, weight = _pool(patch), _pool(weight)
     area, free = 4 * float(patch.sum()), 4 * float((1 - weight).sum())
@@ -103,28 +114,35 @@ def _search(patch: np.ndarray, weight: np.ndarray) -> list[tuple[float, str, flo
         low, high = 0.85 * np.sqrt(area / areas[index]), 1.25 * np.sqrt((area + min(free, 2 * area)) / areas[index])
         picks += [(index, k) for k, radius in enumerate(_RADII) if low < radius < high]
     if not picks:
-        return []
+        return {}
     shape, size = np.array(picks).T
     inner = fft.irfft2(patch_hat * spectra[shape, size], (_HALF, _HALF))
     norms = fft.irfft2(weight_hat * squares[shape, size], (_HALF, _HALF))
     covered = squares[shape, size, 0, 0].real[:, None, None] - norms
-    scores = inner / ((patch**2).sum() + norms - inner + _COVERED_COST * covered + 1e-6)
-    flat = scores.reshape(len(picks), -1)
-    places, values = flat.argmax(axis=1), flat.max(axis=1)
-    best = []
-    for index, name in enumerate(SHAPES):
-        mine = np.flatnonzero(shape == index)
-        if len(mine):
-            top = mine[values[mine].argmax()]
-            y, x = divmod(int(places[top]), _HALF)
-            best.append((float(values[top]), name, 2.0 * x, 2.0 * y, float(_RADII[size[top]])))
-    return best
+    own, lacking = (patch**2).sum(), norms + _COVERED_COST * covered + 1e-6
+    scores = inner / (own + lacking - inner)
+    bitten = inner / (2.5 * own + 0.5 * lacking - 2 * inner)
+
+    def best(values: np.ndarray, mine: np.ndarray) -> tuple[float, _Start]:
+        top = mine[values[mine].max(axis=1).argmax()]
+        y, x = divmod(int(values[top].argmax()), _HALF)
+        return float(values[top].max()), (2.0 * x, 2.0 * y, float(_RADII[size[top]]))
+
+    flat, flat_bitten = scores.reshape(len(picks), -1), bitten.reshape(len(picks), -1)
+    groups = {name: np.flatnonzero(shape == index) for index, name in enumerate(SHAPES)}
+    return {name: (*best(flat, mine), best(flat_bitten, mine)[1]) for name, mine in groups.items() if len(mine)}
 
 
-def _refine(shape: str, x: float, y: float, radius: float, patch: np.ndarray, weight: np.ndarray, window) -> Fit:
+def _refine(shape: str, start: _Start, patch: np.ndarray, weight: np.ndarray, steps: int = _STEPS) -> Fit:
+    x, y, radius = start
+    rows, columns = (np.flatnonzero((patch > 0.5).any(axis=axis)) for axis in (1, 0))
+    reach = 1.15 * radius
+    top, bottom = min(rows[0], y - reach) - _WINDOW, max(rows[-1], y + reach) + _WINDOW
+    left, right = min(columns[0], x - reach) - _WINDOW, max(columns[-1], x + reach) + _WINDOW
+    window = np.s_[max(int(top), 0) : int(bottom) + 1, max(int(left), 0) : int(right) + 1]
     patch, weight = patch[window], weight[window]
     rows, columns = _ROWS[window], _COLUMNS[window]
-    for step in range(_STEPS):
+    for step in range(steps):
         ideal = cover(shape, x, y, radius, window)
         down, right = np.gradient(ideal)
         grow = -((columns - x) * right + (rows - y) * down) / radius
@@ -136,9 +154,10 @@ def _refine(shape: str, x: float, y: float, radius: float, patch: np.ndarray, we
         dx, dy, dr = np.clip(np.linalg.solve(normal, weighted @ residual.ravel()), -1.5, 1.5)
         x, y, radius = x + dx, y + dy, max(radius + dr, 2.5)
     ideal = cover(shape, x, y, radius, window)
-    iou = (np.minimum(patch, ideal) * weight).sum() / ((np.maximum(patch, ideal) * weight).sum() + 1e-6)
+    shared, both = (np.minimum(patch, ideal) * weight).sum(), (np.maximum(patch, ideal) * weight).sum()
     hidden = (ideal * (1 - weight)).sum() / (ideal.sum() + 1e-6)
-    return Fit(shape, float(x), float(y), float(radius), float(iou), float(hidden))
+    outside = 1 - shared / (patch.sum() + 1e-6)
+    return Fit(shape, float(x), float(y), float(radius), float(shared / (both + 1e-6)), float(hidden), float(outside))
 
 
 def fit(patch: np.ndarray, weight: np.ndarray, wanted: frozenset[str] = frozenset()) -> list[Fit]:
@@ -150,17 +169,17 @@ def fit(patch: np.ndarray, weight: np.ndarray, wanted: frozenset[str] = frozense
         wanted: shapes that are fitted even if they match badly.
     """
     found = _search(patch, weight)
-    if not found:
-        return []
-    rows, columns = (np.flatnonzero((patch > 0.5).any(axis=axis)) for axis in (1, 0))
-    limit = max(score for score, *_ in found) - _CONTENDERS
+    limit = max((score for score, *_ in found.values()), default=0) - _CONTENDERS
     fits = []
-    for score, shape, x, y, radius in found:
+    for shape, (score, start, bitten) in found.items():
         if score < limit and shape not in wanted:
             continue
-        reach = 1.15 * radius
-        top, bottom = min(rows[0], y - reach) - _WINDOW, max(rows[-1], y + reach) + _WINDOW
-        left, right = min(columns[0], x - reach) - _WINDOW, max(columns[-1], x + reach) + _WINDOW
-        window = np.s_[max(int(top), 0) : int(bottom) + 1, max(int(left), 0) : int(right) + 1]
-        fits.append(_refine(shape, x, y, radius, patch, weight, window))
+        one = _refine(shape, start, patch, weight)
+        if one.iou < _BITTEN:
+            # Where a part is missing, the best overlap shifts towards what is left. A shape that holds all of it is
+            # where the thing was.
+            other = _refine(shape, bitten, patch, weight, steps=_STEPS + 2)
+            if other.outside < _OUTSIDE and other.iou > one.iou - 0.12:
+                one = replace(other, iou=max(one.iou, other.iou))
+        fits.append(one)
     return sorted(fits, key=lambda one: -one.merit)

@@ -297,7 +297,7 @@ def _malformed(wrongness: np.ndarray, things: list[Found]) -> tuple[np.ndarray, 
             mine[owner].append(spot)
         else:
             debris += weight
-    mask = ndimage.binary_dilation(mask, np.ones((3, 3)))
+    mask = ndimage.binary_dilation(mask)
     for index, (thing, extent) in enumerate(zip(things, extents, strict=True)):
         # A wavy outline is off by little at any place, but all around.
         area = float(thing.mask.sum())
