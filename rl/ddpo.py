@@ -76,8 +76,8 @@ class DDPOTrainer(Trainer):
         callbacks: as the Trainer's.
 
     Attributes:
-        schedule, train_steps, plan: what the settings come to.
-        clock: seconds of each phase so far.
+        schedule, train_steps, plan, total_rollouts: what the settings come to.
+        clock, train_seconds: seconds of each phase so far, and of the last `train`.
         experience: of the rollout in use; None before the first.
     """
 
@@ -92,11 +92,13 @@ class DDPOTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.policy, self.reward_fn, self.prompts = policy, reward_fn, list(prompts)
-        scheduler = ddim_scheduler(policy.scheduler, args.start_timestep)
-        self.schedule = make_schedule(scheduler, args.num_inference_steps, args.eta)
+        self.scheduler = ddim_scheduler(policy.scheduler, args.start_timestep)
+        self.schedule = make_schedule(self.scheduler, args.num_inference_steps, args.eta)
         self.train_steps = resolve_train_steps(args.train_steps, self.schedule)
         self.plan = args.plan(len(self.train_steps))
+        self.total_rollouts = args.max_steps // self.plan.updates if args.max_steps > 0 else int(args.num_train_epochs)
         self.clock = PhaseClock()
+        self.train_seconds = 0.0
         self.experience: Experience | None = None
         self.edge_energy_at_start: float | None = None
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -316,11 +318,13 @@ class DDPOTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Only the LoRA, as diffusers loads it: every checkpoint is also a LoRA folder. The base is not copied."""
+        """Only the LoRA, as diffusers loads it, and the scheduler that samples as training did; the base is not
+        copied. So every checkpoint is also a LoRA folder."""
         if self.args.should_save:
             output_dir = output_dir or self.args.output_dir
             os.makedirs(output_dir, exist_ok=True)
             self.policy.save_adapter(output_dir, state_dict)
+            self.scheduler.save_pretrained(os.path.join(output_dir, "scheduler"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.policy.load_adapter(resume_from_checkpoint)

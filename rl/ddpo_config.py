@@ -82,9 +82,11 @@ class DDPOConfig(TrainingArguments):
         },
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "Keep so many checkpoints, the newest."})
-    report_to: str | list[str] | None = field(
+    report_to: list[str] = field(
         default_factory=lambda: ["tensorboard"], metadata={"help": "Where to log to, as in transformers."}
     )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pictures of one batch of the evaluation."})
+    disable_tqdm: bool | None = field(default=False, metadata={"help": "No progress bars."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Every parameter of the LoRA is used in every forward."}
     )

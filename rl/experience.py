@@ -34,6 +34,21 @@ class Samples:
     prompts: Sequence[str]
     reward: Reward
 
+    @classmethod
+    def of(cls, images: torch.Tensor, prompts: Sequence[str], reward: Reward, count: int) -> "Samples":
+        """The first `count` pictures of a batch."""
+        words = reward.word_penalties
+        return cls(
+            images=images[:count].cpu(),
+            prompts=list(prompts[:count]),
+            reward=Reward(
+                total=reward.total[:count].cpu(),
+                penalties={name: value[:count].cpu() for name, value in reward.penalties.items()},
+                word_penalties=None if words is None else [value.cpu() for value in words[:count]],
+                terms={name: value[:count].cpu() for name, value in reward.terms.items()},
+            ),
+        )
+
 
 @dataclass(frozen=True)
 class ScoredBatch:
@@ -122,9 +137,7 @@ def sample_and_score(
         focus=focus,
         values={name: value.float().to(images.device) for name, value in values.items()},
         thumbnails=thumbnails(images),
-        samples=Samples(images[:num_samples].cpu(), list(prompts[:num_samples]), first_rewards(reward, num_samples))
-        if num_samples
-        else None,
+        samples=Samples.of(images, prompts, reward, num_samples) if num_samples else None,
     )
 
 
@@ -173,17 +186,6 @@ def rollout_noise(
 ) -> torch.Tensor:
     """All the noise of these sample indices: (B, S + 1, C, h, w), the same on any rank and in any batch."""
     return keyed_noise(seed, rollout, samples, (len(schedule) + 1, *policy.latent_shape), policy.device)
-
-
-def first_rewards(reward: Reward, count: int) -> Reward:
-    """The first `count` of a batch of rewards, on the CPU."""
-    words = reward.word_penalties
-    return Reward(
-        total=reward.total[:count].cpu(),
-        penalties={name: value[:count].cpu() for name, value in reward.penalties.items()},
-        word_penalties=None if words is None else [value.cpu() for value in words[:count]],
-        terms={name: value[:count].cpu() for name, value in reward.terms.items()},
-    )
 
 
 def _join(trajectories: Sequence[Trajectory]) -> Trajectory:

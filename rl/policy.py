@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -258,6 +259,21 @@ def check_pipeline_folder(path: str) -> None:
         config = folder / part / _CONFIGS.get(part, "config.json")
         if not config.is_file():
             raise ValueError(f"the pipeline {path} lacks its part `{part}`: no file {config}")
+
+
+def load_scheduler(path: str):
+    """The scheduler of a pipeline folder, without loading the models; None if `path` is a name on the hub.
+
+    Raises:
+        ValueError: see `check_pipeline_folder`; or the scheduler is none of diffusers'.
+    """
+    check_pipeline_folder(path)
+    if not Path(path).exists():
+        return None
+    name = json.loads((Path(path) / "model_index.json").read_text(encoding="utf-8"))["scheduler"][1]
+    if not hasattr(diffusers, name):
+        raise ValueError(f"the pipeline {path} has the scheduler {name}, which diffusers does not know")
+    return getattr(diffusers, name).from_pretrained(path, subfolder="scheduler")
 
 
 def _with_lora(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int) -> PeftModel:

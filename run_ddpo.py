@@ -1,0 +1,168 @@
+"""Fine-tune a text-to-image pipeline with a reward: policy, reward and trainer, composed from one YAML and flags.
+
+    python run_ddpo.py --config configs/ddpo_tinyworld.yaml [--any_setting value]
+
+A YAML names code (`reward: package.module:Attribute`): run only those you trust.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from rich.console import Console
+from tqdm.auto import tqdm
+
+transformers.logging.set_verbosity_error()  # says on import what does not concern us
+transformers.logging.disable_progress_bar()
+diffusers.logging.disable_progress_bar()
+
+from reward.arguments import main_guard, parse_arguments  # noqa: E402
+from rl.checkpoints import claim_output_dir, resolve_checkpoint  # noqa: E402
+from rl.ddpo import DDPOConfig, DDPOTrainer  # noqa: E402
+from rl.evaluate import TRAINING_REWARD, Evaluation, evaluate, look  # noqa: E402
+from rl.experience import Samples  # noqa: E402
+from rl.inputs import make_reward, read_prompts  # noqa: E402
+from rl.interrupt import RunInterrupted  # noqa: E402
+from rl.policy import StableDiffusionPolicy, load_scheduler  # noqa: E402
+from rl.report import print_table, write_report  # noqa: E402
+from rl.sde import ddim_scheduler, make_schedule, resolve_train_steps  # noqa: E402
+
+
+@dataclass
+class RunArguments:
+    """What is trained, on what, and how it is judged. All else is in DDPOConfig."""
+
+    policy: str = field(metadata={"help": "Folder of a StableDiffusionPipeline, or the hub's name of one."})
+    reward: str = field(metadata={"help": "The reward to train on, `package.module:Attribute`; a class is called."})
+    prompts: str = field(metadata={"help": "Training prompts: a UTF-8 text file, one a line."})
+    reward_kwargs: dict = field(default_factory=dict, metadata={"help": "Arguments of the reward's class."})
+    eval_prompts: str | None = field(
+        default=None, metadata={"help": "Held-out prompts, a file like `prompts`; none: no evaluation."}
+    )
+    eval_rewards: dict = field(
+        default_factory=dict,
+        metadata={"help": "More rewards to evaluate by, never trained on: name -> `package.module:Attribute`."},
+    )
+    eval_generations: int = field(default=2, metadata={"help": "Pictures of each held-out prompt."})
+    eval_seed: int = field(default=0, metadata={"help": "Seed of the evaluation's noise, whatever `seed` is."})
+    num_before_after: int = field(default=8, metadata={"help": "Pictures in before_after.png."})
+
+    def __post_init__(self):
+        if self.eval_generations < 1:
+            raise ValueError(f"eval_generations is {self.eval_generations}; it must be at least 1")
+        if TRAINING_REWARD in self.eval_rewards:
+            raise ValueError(
+                f"eval_rewards must not use the name {TRAINING_REWARD!r}, the training reward's; rename it"
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    start = time.perf_counter()
+    run, args = parse_arguments([RunArguments, DDPOConfig], argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    console = Console(quiet=not args.should_save, highlight=False)
+
+    # Whatever can be wrong with the input is found out before the models are loaded.
+    prompts = read_prompts(run.prompts)
+    eval_prompts = read_prompts(run.eval_prompts) if run.eval_prompts else []
+    check_schedule(run.policy, args)
+    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    claim_output_dir(
+        args.output_dir,
+        asdict(run) | args.to_dict(),
+        overwrite=args.overwrite_output_dir,
+        resume=checkpoint is not None,
+        write=args.should_save,
+    )
+
+    console.print("[bold]loading[/] policy and rewards")
+    rewards = {TRAINING_REWARD: make_reward(run.reward, run.reward_kwargs)}
+    rewards |= {name: make_reward(attribute) for name, attribute in run.eval_rewards.items()}
+    for reward in rewards.values():
+        if hasattr(reward, "to"):
+            reward.to(args.device)
+    policy = StableDiffusionPolicy.load(
+        run.policy,
+        lora_rank=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_target_modules=args.lora_target_modules,
+        seed=args.seed,
+        dtype=getattr(torch, args.model_dtype),
+        resolution=args.resolution,
+    )
+    trainer = DDPOTrainer(policy, rewards[TRAINING_REWARD], args, prompts)
+
+    def judge(phase: str, adapter: AbstractContextManager) -> tuple[Evaluation, Samples]:
+        console.print(f"[bold]evaluating[/] {phase} training on {len(eval_prompts)} held-out prompts")
+        noise = {"generations": run.eval_generations, "seed": run.eval_seed, "guidance_scale": args.guidance_scale}
+        pictures = len(eval_prompts) * run.eval_generations
+        bar = tqdm(total=pictures, disable=args.disable_tqdm or not args.should_save, dynamic_ncols=True)
+        with adapter, trainer.accelerator.autocast(), bar:
+            figures = evaluate(
+                policy,
+                trainer.schedule,
+                eval_prompts,
+                rewards,
+                batch_size=args.per_device_eval_batch_size,
+                reward_batch_size=args.reward_batch_size,
+                rank=args.process_index,
+                world_size=args.world_size,
+                gather=trainer.accelerator.gather,
+                on_batch=lambda count: bar.update(count * args.world_size),
+                **noise,
+            )
+            reward = rewards[TRAINING_REWARD]
+            samples = look(policy, trainer.schedule, eval_prompts, reward, count=run.num_before_after, **noise)
+        return figures, samples
+
+    before = judge("before", policy.reference()) if eval_prompts else None
+    console.print(f"[bold]training[/] for {trainer.total_rollouts} rollouts of {trainer.plan.pictures} pictures")
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RunInterrupted as interruption:
+        console.print(str(interruption))
+        raise
+    trainer.save_model()  # on all ranks: an engine may have to gather the weights
+    after = judge("after", nullcontext()) if eval_prompts else None
+
+    if not args.should_save:
+        return
+    seconds = trainer.clock.summary(trainer.train_seconds)
+    paths = {"LoRA": Path(args.output_dir), "TensorBoard logs": Path(args.output_dir) / "runs"}
+    if before and after:
+        facts = {
+            "seconds": seconds,
+            "wall_seconds": time.perf_counter() - start,
+            "rollouts": trainer.state.global_step // trainer.plan.updates,
+            "pictures_per_rollout": trainer.plan.pictures,
+            "seed": args.seed,
+        }
+        figures = (before[0], after[0])
+        paths |= write_report(args.output_dir, *figures, samples=(before[1], after[1]), facts=facts)
+        print_table(console, *figures)
+    console.print("seconds of training: " + json.dumps({name: round(value, 1) for name, value in seconds.items()}))
+    for what, path in paths.items():
+        console.print(f"{what}: {path}", soft_wrap=True)
+    console.print(
+        f'To use it: pipe.load_lora_weights("{args.output_dir}"); to watch: tensorboard --logdir {args.output_dir}',
+        soft_wrap=True,
+    )
+
+
+def check_schedule(policy: str, args: DDPOConfig) -> None:
+    """Complain about settings that do not fit the pipeline or each other, from its scheduler alone."""
+    scheduler = load_scheduler(policy)
+    if scheduler is not None:
+        schedule = make_schedule(ddim_scheduler(scheduler, args.start_timestep), args.num_inference_steps, args.eta)
+        args.plan(len(resolve_train_steps(args.train_steps, schedule)))
+
+
+if __name__ == "__main__":
+    main_guard(main)
