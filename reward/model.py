@@ -195,8 +195,8 @@ class RahfModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
         """As in transformers, with the weights under the modules' own names.
 
-        transformers would rename the ViT's to those of its version 4; `Trainer` loads checkpoints by the modules' names,
-        and would then leave the ViT as it is, when it resumes or goes back to the best checkpoint.
+        transformers would rename the ViT's to those of its version 4; `Trainer` loads checkpoints by the modules'
+        names, and would then leave the ViT as it is when it resumes or goes back to the best checkpoint.
         """
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
 

@@ -95,7 +95,9 @@ class RahfTrainingArguments(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept; the best is always kept"})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "end with the best checkpoint, not the last"})
     metric_for_best_model: str | None = field(default="eval_quality", metadata={"help": "see reward.train.dev_metrics"})
-    report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "where figures are logged"})
+    report_to: None | str | list[str] = field(  # noqa: RUF036 the parser wants None first
+        default="tensorboard", metadata={"help": "where figures are logged"}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "must be false: our collator reads them all"})
 
     def __post_init__(self):
@@ -146,6 +148,14 @@ class RahfTrainer(Trainer):
             logs |= {name: float(torch.stack(values).mean()) for name, values in self._terms.items()}
             self._terms.clear()
         super().log(logs, *args, **kwargs)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """A checkpoint that fills only a part of the model is an error here, not a warning."""
+        if load_result.missing_keys or load_result.unexpected_keys:
+            raise ValueError(
+                f"the checkpoint does not fit the model: missing {load_result.missing_keys[:3]}, unexpected "
+                f"{load_result.unexpected_keys[:3]}; resume with the settings that it was written with"
+            )
 
     def _save_checkpoint(self, model, trial) -> None:
         """Trainer writes checkpoints in place; the marker written last tells a whole one from a torn one."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, ViTConfig
 
 from reward.feedback import HEATMAPS, SCORES
 from reward.model import RahfConfig, RahfModel
+from reward.predict import RichFeedbackPredictor
 from reward.richhf import Record, encode_map, write_tfrecords
 
 WORDS = ("a", "red", "blue", "circle", "square", "left", "of", "and")
@@ -63,6 +64,11 @@ def model(make_config):
 
 
 @pytest.fixture
+def predictor(model, tokenizer):
+    return RichFeedbackPredictor(model, tokenizer)
+
+
+@pytest.fixture
 def model_folder(model, tokenizer, tmp_path):
     folder = tmp_path / "model"
     model.save_pretrained(folder)
@@ -70,13 +76,13 @@ def model_folder(model, tokenizer, tmp_path):
     return folder
 
 
-def picture_bytes(array):
+def _picture_bytes(array):
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def make_record(uid, words, rng, split="train"):
+def _make_record(uid, words, rng, split="train"):
     """A random record; half of the maps are empty, as in the real data."""
     maps = {}
     for name in HEATMAPS:
@@ -91,6 +97,16 @@ def make_record(uid, words, rng, split="train"):
 
 
 @pytest.fixture
+def picture_bytes():
+    return _picture_bytes
+
+
+@pytest.fixture
+def make_record():
+    return _make_record
+
+
+@pytest.fixture
 def raw_data(tmp_path):
     """Folders `tfrecords` and `images` in the forms of RichHF-18K and Pick-a-Pic; 12 / 6 / 6 records."""
     rng = np.random.default_rng(0)
@@ -101,14 +117,14 @@ def raw_data(tmp_path):
             uid = f"{split}-{index}"
             caption = ["A red circle.", "a blue square, left of a circle", "red"][index % 3]
             words = [3, 7, 1][index % 3]
-            records.append(make_record(uid, words, rng, split))
+            records.append(_make_record(uid, words, rng, split))
             side = index % 2
             pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
             rows.append(
                 {
                     f"image_{side}_uid": uid,
                     f"image_{1 - side}_uid": f"other-{uid}",
-                    f"jpg_{side}": picture_bytes(pixels),
+                    f"jpg_{side}": _picture_bytes(pixels),
                     f"jpg_{1 - side}": b"not looked at",
                     "caption": caption,
                 }

@@ -1,5 +1,8 @@
 import json
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -52,13 +55,13 @@ def test_a_short_training_leaves_a_model_that_predicts_and_its_figures(command, 
     assert {"train/score_loss", "train/heatmap_loss", "train/word_loss", "eval/srcc_overall"} <= set(log)
 
 
-def test_the_seed_decides_everything_and_resuming_changes_nothing(command, raw_data):
-    settings = {"crop_probability": 0.5, "load_best_model_at_end": False}
-    train.main(command("whole", **settings))
-    train.main(command("again", **settings))
-    train.main(command("halves", **settings, max_steps=2, lr_scheduler_type="constant"))
-    whole, again = weights(raw_data / "whole"), weights(raw_data / "again")
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+def test_the_seed_decides_everything(command, raw_data):
+    settings = {"crop_probability": 0.5, "brightness": 0.2}
+    for output, seed in (("one", 3), ("same", 3), ("other", 4)):
+        train.main(command(output, **settings, seed=seed))
+    one, same, other = (weights(raw_data / output) for output in ("one", "same", "other"))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
 def test_resuming_ends_where_an_uninterrupted_training_ends(command, raw_data):
@@ -70,7 +73,91 @@ def test_resuming_ends_where_an_uninterrupted_training_ends(command, raw_data):
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
 
 
-def test_training_on_twelve_pictures_learns_them_by_heart(command):
-    before = train.main(command("start", learning_rate=0.0, max_steps=1))
-    after = train.main(command("end", learning_rate=3e-3, max_steps=40, eval_steps=40, save_steps=40))
-    assert after["eval_loss"] != before["eval_loss"]
+def test_a_torn_checkpoint_is_passed_over(command, raw_data):
+    train.main(command("out", save_total_limit=5))
+    (raw_data / "out" / "checkpoint-4" / "complete").unlink()
+    args = train.RahfTrainingArguments(output_dir=str(raw_data / "out"), resume_from_checkpoint="last", use_cpu=True)
+    assert train._checkpoint_to_resume(args) == str(raw_data / "out" / "checkpoint-2")
+    args.resume_from_checkpoint = str(raw_data / "out" / "checkpoint-4")
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        train._checkpoint_to_resume(args)
+
+
+def test_the_best_checkpoint_is_what_is_saved(command, raw_data):
+    """Half of the way is better than the whole at a rate that ruins everything; every layer must go back to it."""
+    train.main(command("out", metric_for_best_model="eval_loss", learning_rate=0.3, lr_scheduler_type="constant"))
+    state = json.loads((raw_data / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+    best, saved = weights(state["best_model_checkpoint"]), weights(raw_data / "out")
+    assert all(torch.equal(best[name], saved[name]) for name in best)
+
+
+def test_accumulating_micro_batches_is_one_large_batch(command, raw_data):
+    settings = {"load_best_model_at_end": False, "max_steps": 2, "optim": "sgd", "learning_rate": 0.1}
+    train.main(command("large", **settings, per_device_train_batch_size=12))
+    train.main(command("small", **settings, per_device_train_batch_size=3, gradient_accumulation_steps=4))
+    large, small = weights(raw_data / "large"), weights(raw_data / "small")
+    for name in large:
+        torch.testing.assert_close(large[name], small[name], atol=1e-5, rtol=1e-4)
+
+
+def test_training_fits_what_it_is_shown(command, raw_data):
+    train.main(
+        command("out", learning_rate=3e-3, max_steps=60, eval_steps=60, save_steps=60, in_memory=True, logging_steps=5)
+    )
+    state = json.loads((raw_data / "out" / "checkpoint-60" / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_backbone_and_heads_have_their_own_rates(model):
+    args = train.RahfTrainingArguments(
+        output_dir="unused", learning_rate=1e-2, backbone_learning_rate=1e-4, use_cpu=True, report_to="none"
+    )
+    trainer = train.RahfTrainer(model, args, train_dataset=[0], eval_dataset=[0], data_collator=list)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    assert set(rates) == set(names.values())
+    assert rates["vision.layernorm.weight"] == rates["encoder.embed_tokens.weight"] == 1e-4
+    assert rates["project.weight"] == rates["score_heads.overall.place.weight"] == 1e-2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rat": 1}, "learning_rate"),
+        ({"data": "nowhere"}, "no data folder nowhere"),
+        ({"model": "nowhere"}, "no model folder nowhere"),
+        ({"vision_model": "a", "text_model": "b"}, "either --model"),
+        ({"crop_min_side": 0}, "crop_min_side"),
+        ({"remove_unused_columns": True}, "remove_unused_columns"),
+        ({"resume_from_checkpoint": "last"}, "no whole checkpoint"),
+    ],
+)
+def test_wrong_settings_are_named(command, settings, message):
+    with pytest.raises(ValueError, match=message):
+        train.main(command("out", **settings))
+
+
+def test_an_output_folder_in_use_is_refused(command, raw_data):
+    (raw_data / "out").mkdir()
+    (raw_data / "out" / "something").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        train.main(command("out"))
+    train.main(command("out", overwrite_output_dir=True, max_steps=2))
+
+
+def test_the_real_command_says_what_is_wrong_in_one_line(command):
+    arguments = command("out", data="nowhere")
+    done = subprocess.run(
+        [sys.executable, "-m", "reward.train", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: there is no data folder nowhere")
+    assert "Traceback" not in done.stderr
+
+
+def test_best_word_threshold():
+    logits = np.log(np.array([[0.1, 0.3], [0.35, 0.9]]) / (1 - np.array([[0.1, 0.3], [0.35, 0.9]])))
+    labels = np.array([[0, -100], [1, 1]])
+    assert train.best_word_threshold(logits, labels) == pytest.approx(0.1, abs=0.051)
+    assert train.best_word_threshold(logits, np.array([[1, 0], [0, 1]])) == pytest.approx(0.4)

@@ -1,0 +1,170 @@
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
+
+from reward.model import RahfConfig, RahfModel
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "pixel_values": torch.randn(3, 3, 32, 32, generator=generator),
+        "input_ids": torch.tensor([[4, 5, 7, 1], [6, 1, 0, 0], [4, 8, 1, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]),
+        "word_positions": torch.tensor([[0, 1, 2], [0, -1, -1], [0, 1, -1]]),
+    }
+
+
+@pytest.fixture
+def targets():
+    return {
+        "scores": torch.rand(3, 4),
+        "heatmaps": torch.rand(3, 2, 32, 32),
+        "word_labels": torch.tensor([[0, 1, 0], [1, -100, -100], [0, 0, -100]]),
+    }
+
+
+def test_outputs_have_their_shapes_and_ranges(model, batch):
+    out = model(**batch)
+    assert (out.scores.shape, out.heatmaps.shape, out.word_logits.shape) == ((3, 4), (3, 2, 32, 32), (3, 3))
+    for values in (out.scores, out.heatmaps):
+        assert ((values > 0) & (values < 1)).all()
+    assert out.loss is None
+    assert 0.02 < out.heatmaps.mean() < 0.12  # maps start near empty, as most targets are
+
+
+@pytest.mark.parametrize("heatmap_size", [16, 32, 48, 64])
+@pytest.mark.parametrize("kind", ["paper", "light"])
+def test_heads_of_both_kinds_at_any_size(make_config, batch, kind, heatmap_size):
+    config = make_config(heatmap_head=kind, score_head=kind, heatmap_size=heatmap_size, head_width=0.05)
+    out = RahfModel(config).eval()(**batch)
+    assert out.heatmaps.shape == (3, 2, heatmap_size, heatmap_size)
+    assert out.scores.shape == (3, 4)
+
+
+def test_padding_changes_nothing(model, batch):
+    """Prompts padded to longer, with any id, give the same: the mask holds in the encoder and in the heads."""
+    short = model(**batch)
+    longer = dict(batch)
+    longer["input_ids"] = torch.nn.functional.pad(batch["input_ids"], (0, 9), value=7)
+    longer["attention_mask"] = torch.nn.functional.pad(batch["attention_mask"], (0, 9))
+    long = model(**longer)
+    torch.testing.assert_close(short.scores, long.scores, atol=1e-6, rtol=0)
+    torch.testing.assert_close(short.heatmaps, long.heatmaps, atol=1e-6, rtol=0)
+    seen = batch["word_positions"] >= 0
+    torch.testing.assert_close(short.word_logits[seen], long.word_logits[seen], atol=1e-5, rtol=0)
+
+
+def test_company_changes_nothing(model, batch):
+    alone = model(**{name: value[1:2] for name, value in batch.items()})
+    torch.testing.assert_close(alone.scores[0], model(**batch).scores[1], atol=1e-6, rtol=0)
+
+
+def test_image_and_prompt_see_each_other(model, batch):
+    out = model(**batch)
+    other = {**batch, "input_ids": batch["input_ids"].flip(0)}
+    assert not torch.allclose(model(**other).heatmaps, out.heatmaps, atol=1e-6)
+    other = {**batch, "pixel_values": -batch["pixel_values"]}
+    assert not torch.allclose(model(**other).word_logits, out.word_logits, atol=1e-6)
+
+
+def test_where_a_thing_is_and_in_which_order_words_stand_matter(model, batch):
+    out = model(**batch)
+    flipped = model(**{**batch, "pixel_values": batch["pixel_values"].flip(-1)})
+    assert not torch.allclose(flipped.heatmaps.flip(-1), out.heatmaps, atol=1e-6)
+    swapped = batch["input_ids"].clone()
+    swapped[0, :2] = swapped[0, [1, 0]]
+    assert not torch.allclose(model(**{**batch, "input_ids": swapped}).scores[0], out.scores[0], atol=1e-7)
+
+
+def test_loss_is_the_weighted_sum_of_its_terms(make_config, batch, targets):
+    config = make_config(score_loss_weight=2.0, heatmap_loss_weight=3.0, word_loss_weight=5.0)
+    out = RahfModel(config).eval()(**batch, **targets)
+    assert out.loss.item() == pytest.approx(
+        2 * out.score_loss.item() + 3 * out.heatmap_loss.item() + 5 * out.word_loss.item(), rel=1e-5
+    )
+
+
+def test_every_weight_gets_a_gradient(model, batch, targets):
+    model.train()(**batch, **targets).loss.backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not without
+
+
+def test_saved_and_loaded_gives_the_same_bits(make_config, batch, tmp_path):
+    model = RahfModel(make_config(image_mean=[0.4, 0.5, 0.6], word_threshold=0.35)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = RahfModel.from_pretrained(tmp_path)
+    for name in ("scores", "heatmaps", "word_logits"):
+        assert torch.equal(model(**batch)[name], loaded(**batch)[name])
+    assert loaded.config.to_dict().keys() == model.config.to_dict().keys()
+    assert (list(loaded.config.image_mean), loaded.config.word_threshold) == ([0.4, 0.5, 0.6], 0.35)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), RahfConfig)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())  # under the modules' own names
+
+
+def test_loading_with_another_head_keeps_the_rest(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    other = RahfModel.from_pretrained(tmp_path, heatmap_head="paper")
+    assert torch.equal(other.encoder.embed_tokens.weight, model.encoder.embed_tokens.weight)
+    head = other.heatmap_heads["implausibility"]
+    assert head.read.bias.item() == -3.0
+    assert all(parameter.isfinite().all() for parameter in other.parameters())
+
+
+def test_from_backbones_takes_their_weights(tmp_path, batch):
+    torch.manual_seed(1)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    vision = ViTModel(ViTConfig(**size, image_size=32, patch_size=8)).eval()
+    text = T5ForConditionalGeneration(
+        T5Config(vocab_size=20, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=1, num_heads=2)
+    ).eval()
+    vision.save_pretrained(tmp_path / "vit")
+    text.save_pretrained(tmp_path / "t5")
+    model = RahfModel.from_backbones(tmp_path / "vit", tmp_path / "t5", text_decoder=True, head_width=0.1).eval()
+    seen = model.vision(pixel_values=batch["pixel_values"]).last_hidden_state
+    assert torch.equal(seen, vision(pixel_values=batch["pixel_values"]).last_hidden_state)
+    ids = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    assert torch.equal(model.encoder(**ids).last_hidden_state, text.encoder(**ids).last_hidden_state)
+    assert model.decoder.embed_tokens.weight is model.encoder.embed_tokens.weight
+    model.save_pretrained(tmp_path / "rahf")
+    again = RahfModel.from_pretrained(tmp_path / "rahf")
+    decoder_input = {"input_ids": batch["input_ids"], "encoder_hidden_states": seen @ torch.ones(16, 24)}
+    for decoder in (model.decoder, again.decoder):
+        states = decoder(**decoder_input).last_hidden_state
+        torch.testing.assert_close(states, text.decoder(**decoder_input).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heatmap_head": "heavy"}, "heatmap_head must be one of paper, light, not 'heavy'"),
+        ({"words": "sequence"}, "words must be one of"),
+        ({"variant": "augmented_prompt"}, "variant must be one of"),
+    ],
+)
+def test_unknown_settings_are_named(make_config, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**options)
+
+
+def test_masked_captioning_learns_from_the_picture():
+    """Two pictures, two words: only who looks at the picture can tell which word is hidden."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    vision = ViTConfig(**size, image_size=16, patch_size=8)
+    text = T5Config(vocab_size=10, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0)
+    model = RahfModel(RahfConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), head_width=0.1))
+    pixels = torch.stack([torch.ones(3, 16, 16), -torch.ones(3, 16, 16)])
+    ids, mask = torch.tensor([[4, 3, 1], [4, 3, 1]]), torch.ones(2, 3, dtype=torch.long)
+    labels = torch.tensor([[-100, 5, -100], [-100, 6, -100]])
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(30):
+        loss, right = model.caption_loss(pixels, ids, mask, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert right.item() == 1.0
+    assert loss.item() < 0.1
