@@ -102,8 +102,8 @@ _Start = tuple[float, float, float]  # x, y, radius
 def _search(patch: np.ndarray, weight: np.ndarray) -> dict[str, tuple[float, _Start, _Start]]:
     """For every shape: the best score over all places and sizes, its place, and the best place if a bite is missing.
 
-    The score is the Tanimoto coefficient; for the bite, pixels of the patch outside the shape cost five times as much as
-    pixels of the shape outside the patch.
+    The score is the Tanimoto coefficient; for the bite, pixels of the patch outside the shape cost five times as much
+    as pixels of the shape outside the patch.
     """
     spectra, squares, areas = _templates()
     patch, weight = _pool(patch), _pool(weight)

@@ -13,15 +13,16 @@ How it judges:
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise, permutations
 
 import numpy as np
 from scipy import ndimage
 
-from tinyworld.fit import Fit, cover
-from tinyworld.grammar import COLOURS, Noun, Request, parse
+from tinyworld.claims import Claims, Found, things_of
+from tinyworld.fit import cover
+from tinyworld.grammar import parse
+from tinyworld.match import match
 from tinyworld.scenes import SIZE
-from tinyworld.segment import NAMES, PALETTE, Patch, Segmenter
+from tinyworld.segment import NAMES, PALETTE, Segmenter
 
 KINDS = ("wrong colour", "wrong shape", "malformed", "missing", "extra", "relation")
 """The kinds of flaw that a verdict names."""
@@ -29,39 +30,12 @@ KINDS = ("wrong colour", "wrong shape", "malformed", "missing", "extra", "relati
 WEIGHTS = {"plausibility": 0.25, "alignment": 0.35, "aesthetics": 0.15}
 """Overall = these, and for the rest (0.25) the geometric mean of plausibility and alignment: both are needed."""
 
-_FORMED = 0.7  # what is not asked for and matches its best shape less is debris, not an extra thing
-_INSET = 0.95  # what lies on another thing unasked and matches its best shape less is a blotch
-_EXTRA_AREA = 45
-_CANDIDATES = 7
-_CHARITY = 0.06  # the shape asked for is believed if it matches nearly as well as the best
 _TOLERANCE, _FULL = 28.0, 80.0  # difference of colour that is forgiven, and the further one that counts fully
 _NOISE = 0.3  # of a full difference: less is not marked
 _SPECK = 2.6  # flaws that weigh less, in fully wrong pixels, are not seen
 _SOFT = {"circle": 0.3, "square": 0.33, "triangle": 0.47, "diamond": 0.34, "cross": 0.5, "star": 0.68}
 """(1 - IoU) x radius, about how far an outline is off, in pixels, when a flawless shape is a little blurred."""
 _WAVE = 0.5  # pixels by which an outline may be further off
-
-
-@dataclass(frozen=True)
-class Found:
-    """One thing in the picture.
-
-    Attributes:
-        noun: index of the noun it answers, or None for an extra thing.
-        colour, shape: what it shows; the shape asked for wherever that is nearly as good as the best.
-        x, y, radius: the ideal shape's place and size, as in `scenes.Thing`.
-        iou: how well that shape matches, in [0, 1]; above 0.95 when drawn well.
-        mask: (S, S) bool, the pixels that show it.
-    """
-
-    noun: int | None
-    colour: str
-    shape: str
-    x: float
-    y: float
-    radius: float
-    iou: float
-    mask: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -120,13 +94,13 @@ def judge(picture: np.ndarray, caption: str) -> Verdict:
     request = _parse(caption)
     slots = [index for index, noun in enumerate(request.nouns) for _ in range(noun.count)]
     patches = Segmenter(picture, frozenset(noun.shape for noun in request.nouns)).patches()
-    answers, spare = _match(request, slots, patches)
-    things, extra = _things(request, slots, answers, spare)
+    answers, spare = match(request, slots, patches)
+    things, extra = things_of(request, slots, answers, spare)
     drawn = [thing for thing in (*things, *extra) if thing]
     wrongness = _difference(picture, drawn)
     implausible, badness, debris = _malformed(wrongness, drawn)
 
-    claims = _Claims(request, slots, things, answers, extra)
+    claims = Claims(request, slots, things, answers, extra)
     flaws = set(claims.flaws)
     if implausible.any():
         flaws.add("malformed")
@@ -144,109 +118,6 @@ def judge(picture: np.ndarray, caption: str) -> Verdict:
         flaws=frozenset(flaws),
         things=tuple(drawn),
     )
-
-
-# What answers what ------------------------------------------------------------------------------------------------
-
-
-def _shape_fit(patch: Patch, shape: str) -> Fit | None:
-    return next((one for one in patch.fits if one.shape == shape), None)
-
-
-def _seen_as(patch: Patch, wanted: str) -> Fit:
-    """The ideal shape that a patch shows to somebody who asked for `wanted`."""
-    best, asked = patch.fits[0], _shape_fit(patch, wanted)
-    # A spoiled outline may come to resemble another shape; a clean one is what it is.
-    charity = _CHARITY + 1.2 * max(0.0, 0.93 - best.iou)
-    return asked if asked and asked.iou >= best.iou - charity else best
-
-
-def _holds(relation: str, first: Fit, second: Fit, first_mask: np.ndarray) -> float:
-    """How far two things stand in a relation, in [0, 1]; 0.5 where it begins to hold."""
-    if relation == "inside":
-        if first.radius > second.radius:
-            return 0.0
-        within = cover(second.shape, second.x, second.y, second.radius)[first_mask].mean()
-        return float(np.clip((within - 0.4) / 0.4, 0, 1))
-    right, down = second.x - first.x, second.y - first.y
-    along, across = (right, down) if relation == "left of" else (down, right)
-    return float(np.clip((along - abs(across) + 3) / 4, 0, 1))
-
-
-def _hosts(patches: list[Patch]) -> list[set[int]]:
-    """For each patch, which larger things of another colour it lies on; two may lie on each other, to go by fits."""
-    ideals = [one.ideal() if one.fits else one.mask for one in patches]
-    return [
-        {
-            k
-            for k, other in enumerate(patches)
-            if other.colour != one.colour
-            and ideals[k].sum() > one.area
-            and (ideals[k] & one.mask).sum() > 0.6 * one.area
-        }
-        for one in patches
-    ]
-
-
-def _match(request: Request, slots: list[int], patches: list[Patch]) -> tuple[list[Patch | None], list[Patch]]:
-    """For each thing asked for the patch that answers it, or None; and well-formed patches that answer nothing.
-
-    All assignments are tried: there are at most three things to find, and few patches.
-    """
-    patches = [one for one in patches if one.fits and one.iou >= 0.4][:_CANDIDATES]
-    hosts = _hosts(patches)
-    lying = [any(k not in hosts[host] for host in hosts[k]) for k in range(len(patches))]
-    inset = [one.iou >= _INSET and one.behind is not None for one in patches]
-    padded = [*patches, *([None] * len(slots))]
-    largest = max((one.area for one in patches), default=1)
-
-    def cost(slot: int, index: int) -> float:
-        one = padded[index]
-        if one is None:
-            return 3.0
-        noun = request.nouns[slots[slot]]
-        fitting = _seen_as(one, noun.shape)
-        total = (one.colour != noun.colour) + (fitting.shape != noun.shape) + 0.3 * (1 - fitting.merit)
-        inner = request.relation == "inside" and slot == 0
-        total += 1.2 if lying[index] and not inner and not inset[index] else 0.0  # a blotch, rather
-        return total + 0.1 * (1 - one.area / largest)  # of two alike, the smaller is the extra one
-
-    costs = [[cost(slot, index) for index in range(len(padded))] for slot in range(len(slots))]
-    best, chosen = np.inf, tuple(range(len(patches), len(padded)))
-    for order in permutations(range(len(padded)), len(slots)):
-        if any(padded[a] is None and padded[b] is None and a > b for a, b in pairwise(order)):
-            continue  # the empty answers are alike
-        total = sum(costs[slot][index] for slot, index in enumerate(order))
-        if total >= best:
-            continue
-        if request.relation:
-            one, other = (padded[index] for index in order[:2])
-            if one and other:
-                fits = [_seen_as(p, request.nouns[k].shape) for k, p in enumerate((one, other))]
-                total += 0.5 * (1 - _holds(request.relation, *fits, one.mask))
-        if total < best:
-            best, chosen = total, order
-    answers = [padded[index] for index in chosen]
-    spare = [
-        one
-        for k, one in enumerate(patches)
-        if k not in chosen
-        and one.area >= _EXTRA_AREA
-        and one.iou >= _FORMED
-        and (inset[k] or (not hosts[k].intersection(chosen) and not lying[k]))
-    ]
-    return answers, spare
-
-
-def _things(request, slots, answers, spare) -> tuple[list[Found | None], list[Found]]:
-    def found(noun: int | None, patch: Patch, one: Fit) -> Found:
-        return Found(noun, patch.colour, one.shape, one.x, one.y, one.radius, one.iou, patch.mask)
-
-    things = [
-        found(noun, patch, _seen_as(patch, request.nouns[noun].shape)) if patch else None
-        for noun, patch in zip(slots, answers, strict=True)
-    ]
-    return things, [found(None, patch, patch.fits[0]) for patch in spare]
 
 
 # What is implausible ----------------------------------------------------------------------------------------------
@@ -325,91 +196,6 @@ def _plausibility(badness: list[float], debris: float, things: list[Found]) -> f
     areas = [max(float(thing.mask.sum()), 60.0) for thing in things]
     each = [float(np.exp(-5 * bad / area)) for bad, area in zip(badness, areas, strict=True)]
     return (0.5 * float(np.mean(each)) + 0.5 * min(each)) * float(np.exp(-debris / 100))
-
-
-# What is misaligned -----------------------------------------------------------------------------------------------
-
-
-class _Claims:
-    """What a caption says, and how far the picture bears it out; every degree in [0, 1], below 0.5 it is belied."""
-
-    def __init__(self, request: Request, slots, things, answers, extra):
-        self.request, self.slots, self.things, self.extra = request, slots, things, extra
-        self.degrees = [
-            self._of_thing(request.nouns[noun], patch) if patch else (0.0, 0.0, 0.0)
-            for noun, patch in zip(slots, answers, strict=True)
-        ]
-        self.relation = None
-        if request.relation:
-            one, other = things[:2]
-            fits = [Fit(t.shape, t.x, t.y, t.radius, t.iou) for t in (one, other) if t]
-            self.relation = _holds(request.relation, *fits, one.mask) if one and other else 0.0
-
-    @staticmethod
-    def _of_thing(noun: Noun, patch: Patch) -> tuple[float, float, float]:
-        """How far a thing is there, of the colour, and of the shape."""
-        there = min(1.0, patch.area / 60)
-        gaps = np.linalg.norm(PALETTE[1:] - patch.mean, axis=-1)
-        gap = gaps[list(COLOURS).index(noun.colour)] - gaps[list(COLOURS).index(patch.colour)]
-        colour = 1.0 if patch.colour == noun.colour else float(np.clip(0.49 - gap / 200, 0, 0.49))
-        asked, seen = _shape_fit(patch, noun.shape), _seen_as(patch, noun.shape)
-        iou = asked.iou if asked else 0.0
-        recognised = float(np.clip((iou - 0.3) / 0.25, 0, 1))
-        if seen.shape == noun.shape:
-            return there, colour, max(recognised, 0.0)
-        return there, colour, min(0.49, recognised * float(np.exp(-(seen.iou - iou) / 0.08)))
-
-    def score(self) -> float:
-        """The share of the claims that hold."""
-        total = sum(0.3 * there + 0.35 * colour + 0.35 * shape for there, colour, shape in self.degrees)
-        claims = len(self.degrees)
-        if self.relation is not None:
-            total, claims = total + 0.8 * self.relation, claims + 0.8
-        return total / claims / (1 + 0.4 * len(self.extra))
-
-    @property
-    def flaws(self) -> set[str]:
-        flaws = {"extra"} if self.extra else set()
-        for thing, (_, colour, shape) in zip(self.things, self.degrees, strict=True):
-            if thing is None:
-                flaws.add("missing")
-                continue
-            flaws |= {"wrong colour"} if colour < 0.5 else set()
-            flaws |= {"wrong shape"} if shape < 0.5 else set()
-        if self.relation is not None and self.relation < 0.5 and all(self.things[:2]):
-            flaws.add("relation")
-        return flaws
-
-    def words(self) -> tuple[int, ...]:
-        """The words that are belied."""
-        words: set[int] = set()
-        for index, noun in enumerate(self.request.nouns):
-            mine = [k for k, slot in enumerate(self.slots) if slot == index]
-            there = [k for k in mine if self.things[k] is not None]
-            first = noun.first_word
-            if not there:
-                words |= {first, first + 1, first + 2}
-                continue
-            more = any((thing.colour, thing.shape) == (noun.colour, noun.shape) for thing in self.extra)
-            words |= {first} if len(there) < len(mine) or more else set()
-            words |= {first + 1} if any(self.degrees[k][1] < 0.5 for k in there) else set()
-            words |= {first + 2} if any(self.degrees[k][2] < 0.5 for k in there) else set()
-        if "relation" in self.flaws:
-            words |= set(self.request.relation_words)
-        return tuple(sorted(words))
-
-    def mask(self) -> np.ndarray:
-        """(S, S) bool: things that belie the caption, whole."""
-        wrong = list(self.extra)
-        for thing, (_, colour, shape) in zip(self.things, self.degrees, strict=True):
-            if thing is not None and min(colour, shape) < 0.5:
-                wrong.append(thing)
-        if "relation" in self.flaws:
-            wrong += self.things[:2]
-        mask = np.zeros((SIZE, SIZE), bool)
-        for thing in wrong:
-            mask |= thing.mask
-        return ndimage.binary_closing(mask) | mask
 
 
 # What is pleasing -------------------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ class Segmenter:
                 both = self.patch(colour, union)
                 pieces = [(mask, patch), *(parts[k] for k in order)]
                 alone = sum(one.merit * piece.sum() for piece, one in pieces if one) / union.sum()
-                if both.merit >= 0.55 and both.merit > alone + 0.03:
+                if both.merit >= 0.5 and both.merit > alone + 0.03:
                     mask, patch = union, both
                     parts = [part for k, part in enumerate(parts) if k not in order]
                     break
