@@ -11,12 +11,17 @@ How it judges:
    and blended colours alike. Half a pixel and the softness of an autoencoder are forgiven.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations
 
 import numpy as np
+import torch
 from scipy import ndimage
+from scipy.optimize import linear_sum_assignment
 
+from reward.feedback import SCORES, Reward
 from tinyworld.claims import Claims, Found, things_of
 from tinyworld.fit import cover
 from tinyworld.grammar import parse
@@ -27,9 +32,8 @@ from tinyworld.segment import NAMES, PALETTE, Segmenter
 KINDS = ("wrong colour", "wrong shape", "malformed", "missing", "extra", "relation")
 """The kinds of flaw that a verdict names."""
 
-WEIGHTS = {"plausibility": 0.25, "alignment": 0.35, "aesthetics": 0.15}
-"""Overall = these, and for the rest (0.25) the geometric mean of plausibility and alignment: both are needed."""
-
+_WEIGHTS = {"plausibility": 0.25, "alignment": 0.35, "aesthetics": 0.15}
+_UNMATCHED = 0.5  # the distance, in picture sides, of a thing that the other picture has not
 _TOLERANCE, _FULL = 28.0, 80.0  # difference of colour that is forgiven, and the further one that counts fully
 _NOISE = 0.3  # of a full difference: less is not marked
 _SPECK = 2.6  # flaws that weigh less, in fully wrong pixels, are not seen
@@ -49,7 +53,7 @@ class Verdict:
         plausibility: in [0, 1], falls with the malformed area relative to the things'; 0.5 where nothing is drawn.
         alignment: in [0, 1], the share of the caption's claims that hold, by degrees; 0 where nothing is drawn.
         aesthetics: in [0, 1], sizes, balance and margins of what is drawn, and its cleanliness.
-        overall: in [0, 1], see `WEIGHTS`.
+        overall: in [0, 1], see `overall_of`.
         satisfied: whether all that is asked for is there, nothing else, and well formed.
         flaws: the kinds of flaw found, of `KINDS`.
         things: what was found, malformed things included, blotches and debris not.
@@ -69,7 +73,7 @@ class Verdict:
     @property
     def scores(self) -> dict[str, float]:
         """The four scores by name."""
-        return {name: getattr(self, name) for name in ("plausibility", "alignment", "aesthetics", "overall")}
+        return {name: getattr(self, name) for name in SCORES}
 
 
 _parse = cache(parse)
@@ -107,8 +111,7 @@ def judge(picture: np.ndarray, caption: str) -> Verdict:
     plausibility = _plausibility(badness, debris, drawn)
     alignment = claims.score()
     aesthetics = _aesthetics(drawn, wrongness)
-    overall = WEIGHTS["plausibility"] * plausibility + WEIGHTS["alignment"] * alignment
-    overall += WEIGHTS["aesthetics"] * aesthetics + (1 - sum(WEIGHTS.values())) * (plausibility * alignment) ** 0.5
+    overall = overall_of(plausibility, alignment, aesthetics)
     return Verdict(
         implausible,
         claims.mask(),
@@ -118,6 +121,14 @@ def judge(picture: np.ndarray, caption: str) -> Verdict:
         flaws=frozenset(flaws),
         things=tuple(drawn),
     )
+
+
+def overall_of(plausibility: float, alignment: float, aesthetics: float) -> float:
+    """0.25 plausibility + 0.35 alignment + 0.15 aesthetics + 0.25 sqrt(plausibility x alignment): both are needed."""
+    linear = sum(
+        weight * score for weight, score in zip(_WEIGHTS.values(), (plausibility, alignment, aesthetics), strict=True)
+    )
+    return linear + (1 - sum(_WEIGHTS.values())) * (plausibility * alignment) ** 0.5
 
 
 # What is implausible ----------------------------------------------------------------------------------------------
@@ -217,3 +228,76 @@ def _aesthetics(things: list[Found], wrongness: np.ndarray) -> float:
     )
     margin = np.clip((nearest + 2) / 8, 0, 1)
     return float(0.4 * clean + 0.25 * balance + 0.2 * size + 0.15 * margin)
+
+
+# What others make of verdicts -------------------------------------------------------------------------------------
+
+
+class JudgeReward:
+    """The judge as a `reward.feedback.RewardFn`, for evaluation: `total` is the verdict's `overall`.
+
+    Training must not see it: it shows whether a learned reward was obeyed or gamed. Terms are the four scores and
+    `satisfied`; what alignment costs is laid on the belied words in equal parts.
+
+    Args:
+        penalty: what a picture that is wrong everywhere loses by each of the maps `implausibility` and `misalignment`,
+            on top of `total`. At 0 there are no maps: the scores already count what the maps show.
+    """
+
+    differentiable = False
+
+    def __init__(self, penalty: float = 0.0):
+        if not penalty >= 0:
+            raise ValueError(f"penalty is {penalty}; it must be at least 0")
+        self.penalty = penalty
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> Reward:
+        """Judge `images` (B, 3, 64, 64) float in [0, 1] for their B `prompts`; see `judge` for errors."""
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+        pictures = images.detach().permute(0, 2, 3, 1).float().cpu().numpy()
+        verdicts = [judge(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+        terms = {name: [verdict.scores[name] for verdict in verdicts] for name in SCORES}
+        terms["satisfied"] = [float(verdict.satisfied) for verdict in verdicts]
+        terms = {name: torch.tensor(values, dtype=torch.float32) for name, values in terms.items()}
+        penalties = {}
+        if self.penalty:
+            masks = {
+                "implausibility": [verdict.implausible for verdict in verdicts],
+                "misalignment": [verdict.misaligned for verdict in verdicts],
+            }
+            penalties = {name: self.penalty * torch.from_numpy(np.stack(mask)).float() for name, mask in masks.items()}
+        words = []
+        for verdict, prompt in zip(verdicts, prompts, strict=True):
+            costs = torch.zeros(len(prompt.split()))
+            if verdict.words:
+                costs[list(verdict.words)] = _WEIGHTS["alignment"] * (1 - verdict.alignment) / len(verdict.words)
+            words.append(costs)
+        return Reward(terms["overall"], penalties, words, terms)
+
+
+def layout_distance(one: Verdict, other: Verdict) -> float:
+    """How differently two pictures of one caption are laid out, in picture sides.
+
+    The mean over things of the distance between places and sizes (x, y, radius), things of one noun paired first, and
+    as closely as possible; a thing without a partner counts 0.5. Two empty pictures are 0 apart.
+    """
+    if not one.things and not other.things:
+        return 0.0
+    places = [np.array([(t.x, t.y, t.radius) for t in verdict.things]).reshape(-1, 3) for verdict in (one, other)]
+    apart = np.linalg.norm(places[0][:, None] - places[1][None], axis=-1) / SIZE
+    kin = np.array([[a.noun == b.noun for b in other.things] for a in one.things]).reshape(apart.shape)
+    rows, columns = linear_sum_assignment(apart + 2 * ~kin)
+    most = max(len(one.things), len(other.things))
+    return float((apart[rows, columns].sum() + _UNMATCHED * (most - len(rows))) / most)
+
+
+def diversity(verdicts: Sequence[Verdict]) -> float:
+    """The mean `layout_distance` over all pairs of one caption's pictures.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    if len(verdicts) < 2:
+        raise ValueError(f"diversity is that of two pictures or more, not of {len(verdicts)}")
+    return float(np.mean([layout_distance(one, other) for one, other in combinations(verdicts, 2)]))
