@@ -182,6 +182,17 @@ class RahfModel(PreTrainedModel):
             model.tie_weights()
         return model
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; the weights are then copied, so that the model predicts the bits that it did when saved.
+
+        safetensors hands out views of the file at odd addresses, and CPU kernels round differently there.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        for parameter in (loaded[0] if isinstance(loaded, tuple) else loaded).parameters():
+            parameter.data = parameter.data.clone()
+        return loaded
+
     def _init_weights(self, module: nn.Module) -> None:
         """New layers keep the scale of what flows through them (T5's embeddings have a variance of 1, not 0.02**2)."""
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):

@@ -46,7 +46,11 @@ class RichFeedbackPredictor:
         """
         check_model_folder(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        return cls(RahfModel.from_pretrained(folder), tokenizer).to(device)
+        model, report = RahfModel.from_pretrained(folder, output_loading_info=True)
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise ValueError(f"{folder} lacks weights of the model: {missing[:3]} ({len(missing)} in all)")
+        return cls(model, tokenizer).to(device)
 
     def to(self, device: str | torch.device) -> "RichFeedbackPredictor":
         self.model.to(device)
@@ -191,7 +195,8 @@ def read_prompt_file(path: Path) -> list[str]:
 
 def _predict_file(predictor: RichFeedbackPredictor, path: Path, prompt: str, index: int, folder: Path) -> dict:
     try:
-        image = to_tensor(Image.open(path)).float()[None] / 255
+        with Image.open(path) as opened:
+            image = to_tensor(opened).float()[None] / 255
     except FileNotFoundError as error:
         raise ValueError(f"there is no image {path}") from error
     except (UnidentifiedImageError, OSError) as error:

@@ -187,14 +187,16 @@ def dev_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def best_word_threshold(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The probability, of 0.05, 0.1, ... 0.95, above which calling a word misaligned gives the best F1.
+    """The probability, of 0.05, 0.1, ... 0.95, above which calling a word misaligned gives the best F1; the nearest to
+    0.5 where several do.
 
     Args:
         logits, labels: (N, T), labels 1 = misaligned, -100 = not counted.
     """
     thresholds = np.arange(1, 20) / 20
     f1 = [_words_at(float(np.log(p / (1 - p))), logits, labels)["f1"] for p in thresholds]
-    return float(thresholds[int(np.argmax(f1))])
+    best = thresholds[np.array(f1) == max(f1)]
+    return float(best[np.argmin(np.abs(best - 0.5))])
 
 
 def _words_at(threshold: float, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -208,7 +210,13 @@ def build_model(arguments: RahfArguments) -> tuple[RahfModel, PreTrainedTokenize
     if arguments.model is not None:
         check_model_folder(arguments.model)
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        return RahfModel.from_pretrained(arguments.model, **arguments.model_options), tokenizer
+        model, report = RahfModel.from_pretrained(
+            arguments.model, output_loading_info=True, ignore_mismatched_sizes=True, **arguments.model_options
+        )
+        new = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+        if astray := sorted(key for key in new if "_head" not in key.split(".")[0]):
+            raise ValueError(f"{arguments.model} lacks weights of the encoders: {astray[:3]} ({len(astray)} in all)")
+        return model, tokenizer
     tokenizer = AutoTokenizer.from_pretrained(arguments.text_model)
     options = {"heatmap_head": "paper", "score_head": "paper", **arguments.model_options}
     return RahfModel.from_backbones(arguments.vision_model, arguments.text_model, **options), tokenizer

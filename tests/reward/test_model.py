@@ -105,15 +105,6 @@ def test_saved_and_loaded_gives_the_same_bits(make_config, batch, tmp_path):
     assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())  # under the modules' own names
 
 
-def test_loading_with_another_head_keeps_the_rest(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    other = RahfModel.from_pretrained(tmp_path, heatmap_head="paper")
-    assert torch.equal(other.encoder.embed_tokens.weight, model.encoder.embed_tokens.weight)
-    head = other.heatmap_heads["implausibility"]
-    assert head.read.bias.item() == -3.0
-    assert all(parameter.isfinite().all() for parameter in other.parameters())
-
-
 def test_from_backbones_takes_their_weights(tmp_path, batch):
     torch.manual_seed(1)
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

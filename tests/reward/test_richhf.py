@@ -117,7 +117,7 @@ def test_a_file_that_is_cut_off_is_found(records, tmp_path, keep):
     path = tmp_path / "x.tfrecord"
     write_tfrecords(path, records[:1])
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="record 0 of .* cut off"):
+    with pytest.raises(ValueError, match=r"record 0 of .* cut off"):
         list(read_tfrecords(path))
 
 
@@ -127,7 +127,7 @@ def test_records_of_another_kind_are_named(records, tmp_path):
     with pytest.raises(ValueError, match="no field filename"):
         list(read_tfrecords(path))
     path.write_bytes(frame(b"\xff\xff"))
-    with pytest.raises(ValueError, match="record 0 of .* not one of RichHF"):
+    with pytest.raises(ValueError, match=r"record 0 of .* not one of RichHF"):
         list(read_tfrecords(path))
 
 

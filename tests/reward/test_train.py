@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reward import richhf, train
@@ -159,5 +160,23 @@ def test_the_real_command_says_what_is_wrong_in_one_line(command):
 def test_best_word_threshold():
     logits = np.log(np.array([[0.1, 0.3], [0.35, 0.9]]) / (1 - np.array([[0.1, 0.3], [0.35, 0.9]])))
     labels = np.array([[0, -100], [1, 1]])
-    assert train.best_word_threshold(logits, labels) == pytest.approx(0.1, abs=0.051)
-    assert train.best_word_threshold(logits, np.array([[1, 0], [0, 1]])) == pytest.approx(0.4)
+    assert train.best_word_threshold(logits, labels) == pytest.approx(0.3)
+    assert train.best_word_threshold(logits, np.array([[0, 0], [0, 1]])) == pytest.approx(0.5)
+
+
+def test_another_head_is_new_and_the_encoders_are_kept(model, model_folder):
+    other, _ = train.build_model(train.RahfArguments(data="", model=str(model_folder), heatmap_head="paper"))
+    assert torch.equal(other.encoder.embed_tokens.weight, model.encoder.embed_tokens.weight)
+    assert other.heatmap_heads["implausibility"].read.bias.item() == -3.0
+    assert all(parameter.isfinite().all() for parameter in other.parameters())
+    assert 0 < other.heatmap_heads["implausibility"].body[0].weight.std() < 0.2
+
+
+def test_encoders_that_are_not_there_are_an_error(model_folder):
+    state = load_file(model_folder / "model.safetensors")
+    del state["encoder.final_layer_norm.weight"]
+    save_file(state, model_folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks weights of the encoders"):
+        train.build_model(train.RahfArguments(data="", model=str(model_folder)))
+    with pytest.raises(ValueError, match="lacks weights of the model"):
+        RichFeedbackPredictor.from_pretrained(model_folder)

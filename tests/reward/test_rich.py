@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from reward.rich import RichReward
+
+PROMPTS = ["a red circle", "blue", ""]
+
+
+@pytest.fixture
+def images():
+    return torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+
+
+def test_reward_by_hand(predictor, images):
+    reward = RichReward(
+        predictor,
+        score_weights={"overall": 2.0, "alignment": -1.0},
+        penalty_weights={"implausibility": 0.5, "misalignment": 0.0},
+        word_weight=3.0,
+    )(images, PROMPTS)
+    feedback = predictor(images, PROMPTS)
+    wrong = torch.tensor([feedback.misaligned[0].mean(), feedback.misaligned[1].mean(), 0.0])
+    total = 2 * feedback.scores["overall"] - feedback.scores["alignment"] - 3 * wrong
+    torch.testing.assert_close(reward.total, total)
+    assert set(reward.penalties) == {"implausibility"}
+    torch.testing.assert_close(reward.penalties["implausibility"], 0.5 * feedback.heatmaps["implausibility"])
+    torch.testing.assert_close(
+        reward.objective, total - 0.5 * feedback.heatmaps["implausibility"].mean((1, 2)), atol=1e-6, rtol=0
+    )
+    assert [len(words) for words in reward.word_penalties] == [3, 1, 0]
+    torch.testing.assert_close(torch.stack([words.sum() for words in reward.word_penalties]), 3 * wrong)
+    torch.testing.assert_close(reward.terms["misaligned_words"], wrong)
+    assert all(value.shape == (3,) for value in reward.terms.values())
+
+
+def test_the_default_is_the_overall_score(model_folder, predictor, images):
+    reward = RichReward(model_folder)(images, PROMPTS)
+    assert torch.equal(reward.total, predictor(images, PROMPTS).scores["overall"])
+    assert reward.penalties == {}
+    assert reward.word_penalties is None
+
+
+def test_it_is_differentiable(predictor, images):
+    reward_fn = RichReward(predictor, penalty_weights={"implausibility": 1.0}, word_weight=1.0)
+    assert reward_fn.differentiable
+    images.requires_grad_()
+    reward_fn(images, PROMPTS).objective.sum().backward()
+    assert (images.grad.abs().sum((1, 2, 3)) > 0).all()
+
+
+def test_nan_is_not_hidden(predictor, images):
+    images[0, 0, 0, 0] = float("nan")
+    reward = RichReward(predictor, penalty_weights={"implausibility": 1.0}, word_weight=1.0)(images, PROMPTS)
+    assert reward.total.isnan().tolist() == [True, False, False]
+    assert reward.objective.isnan().tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"score_weights": {"beauty": 1}}, "score_weights has no beauty; it may have plausibility"),
+        ({"penalty_weights": {"overall": 1}}, "penalty_weights has no overall"),
+        ({"penalty_weights": {"implausibility": -1}}, "must not be negative"),
+        ({"word_weight": -0.5}, "must not be negative"),
+    ],
+)
+def test_wrong_settings_are_named(predictor, settings, message):
+    with pytest.raises(ValueError, match=message):
+        RichReward(predictor, **settings)
