@@ -38,15 +38,19 @@ class RichFeedbackPredictor:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "RichFeedbackPredictor":
+    def from_pretrained(
+        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "RichFeedbackPredictor":
         """Load what `reward.train` saved in `folder`: weights, settings of the preprocessing, tokenizer.
+
+        `dtype` is what the model computes in, whatever the weights were stored in; feedback is float32 always.
 
         Raises:
             ValueError: the folder does not exist or is not a RAHF checkpoint.
         """
         check_model_folder(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model, report = RahfModel.from_pretrained(folder, output_loading_info=True)
+        model, report = RahfModel.from_pretrained(folder, output_loading_info=True, dtype=dtype)
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])
             raise ValueError(f"{folder} lacks weights of the model: {missing[:3]} ({len(missing)} in all)")

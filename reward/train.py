@@ -28,6 +28,7 @@ from reward.feedback import HEATMAPS, SCORES
 from reward.losses import IGNORE
 from reward.metrics import heatmap_metrics, score_metrics, word_metrics
 from reward.model import RahfModel, RahfOutput
+from reward.panels import ExamplePanels
 from reward.predict import check_model_folder
 
 _BACKBONE = ("vision.", "encoder.", "decoder.")
@@ -55,6 +56,7 @@ class RahfArguments:
     brightness: float = field(default=0.0, metadata={"help": "x: factor in [1 - x, 1 + x]"})
     contrast: float = field(default=0.0, metadata={"help": "x: factor in [1 - x, 1 + x]"})
     saturation: float = field(default=0.0, metadata={"help": "x: factor in [1 - x, 1 + x]"})
+    panels: int = field(default=8, metadata={"help": "dev pictures drawn at each evaluation; 0: none"})
 
     def __post_init__(self):
         backbones = self.vision_model is not None and self.text_model is not None
@@ -211,7 +213,11 @@ def build_model(arguments: RahfArguments) -> tuple[RahfModel, PreTrainedTokenize
         check_model_folder(arguments.model)
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         model, report = RahfModel.from_pretrained(
-            arguments.model, output_loading_info=True, ignore_mismatched_sizes=True, **arguments.model_options
+            arguments.model,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            dtype=torch.float32,
+            **arguments.model_options,
         )
         new = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
         if astray := sorted(key for key in new if "_head" not in key.split(".")[0]):
@@ -297,9 +303,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         data_collator=FeedbackCollator(tokenizer, model.config),
         processing_class=tokenizer,
     )
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback):
-            callback.logging_dir = str(Path(args.output_dir) / "tensorboard")
+    boards = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TensorBoardCallback)]
+    for board in boards:
+        board.logging_dir = str(Path(args.output_dir) / "tensorboard")
+    if arguments.panels:
+        panels = ExamplePanels(dev, trainer.data_collator, arguments.panels, next(iter(boards), None))
+        trainer.add_callback(panels)
     trainer.train(resume_from_checkpoint=checkpoint)
     final = trainer.predict(dev, metric_key_prefix="eval")
     if len(final.predictions) > 2:

@@ -77,6 +77,14 @@ def test_loaded_predicts_the_same_bits(predictor, model_folder, images):
     assert torch.equal(torch.cat(first.misaligned), torch.cat(again.misaligned))
 
 
+def test_weights_stored_in_half_are_computed_in_full(model, model_folder, tokenizer, images):
+    model.half().save_pretrained(model_folder)
+    loaded = RichFeedbackPredictor.from_pretrained(model_folder)
+    assert loaded.model.dtype == torch.float32
+    expected = RichFeedbackPredictor(model.float(), tokenizer)(images, PROMPTS)
+    assert torch.equal(loaded(images, PROMPTS).scores["overall"], expected.scores["overall"])
+
+
 def test_empty_prompts_are_judged(predictor, images):
     feedback = predictor(images, ["", " ,. ", "red"])
     assert [len(words) for words in feedback.misaligned] == [0, 0, 1]

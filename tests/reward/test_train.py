@@ -52,8 +52,10 @@ def test_a_short_training_leaves_a_model_that_predicts_and_its_figures(command, 
     assert json.loads((out / "dev_metrics.json").read_text())["eval_quality"] == pytest.approx(metrics["eval_quality"])
     feedback = RichFeedbackPredictor.from_pretrained(out)(torch.rand(2, 3, 20, 30), ["a red circle", "blue"])
     assert feedback.heatmaps["misalignment"].shape == (2, 20, 30)
-    log = EventAccumulator(str(out / "tensorboard")).Reload().Tags()["scalars"]
-    assert {"train/score_loss", "train/heatmap_loss", "train/word_loss", "eval/srcc_overall"} <= set(log)
+    tags = EventAccumulator(str(out / "tensorboard")).Reload().Tags()
+    assert {"train/score_loss", "train/heatmap_loss", "train/word_loss", "eval/srcc_overall"} <= set(tags["scalars"])
+    assert tags["images"] == ["examples/raters_above_model"]
+    assert (out / "examples.png").is_file()
 
 
 def test_the_seed_decides_everything(command, raw_data):
