@@ -62,11 +62,12 @@ class Claims:
         things: list[Found | None],
         answers: list[Patch | None],
         extra: list[Found],
+        clarity: list[float],
     ):
         self.request, self.slots, self.things, self.extra = request, slots, things, extra
         self.degrees = [
-            self._of_thing(request.nouns[noun], patch) if patch else (0.0, 0.0, 0.0)
-            for noun, patch in zip(slots, answers, strict=True)
+            self._of_thing(request.nouns[noun], patch, clear) if patch else (0.0, 0.0, 0.0)
+            for noun, patch, clear in zip(slots, answers, clarity, strict=True)
         ]
         self.relation = None
         if request.relation:
@@ -75,15 +76,15 @@ class Claims:
             self.relation = holds(request.relation, *fits, one.mask) if one and other else 0.0
 
     @staticmethod
-    def _of_thing(noun: Noun, patch: Patch) -> tuple[float, float, float]:
+    def _of_thing(noun: Noun, patch: Patch, clear: float) -> tuple[float, float, float]:
         """How far a thing is there, of the colour, and of the shape."""
-        there = min(1.0, patch.area / 60)
+        there = clear * min(1.0, patch.area / 60)
         gaps = np.linalg.norm(PALETTE[1:] - patch.mean, axis=-1)
         gap = gaps[list(COLOURS).index(noun.colour)] - gaps[list(COLOURS).index(patch.colour)]
-        colour = 1.0 if patch.colour == noun.colour else float(np.clip(0.49 - gap / 200, 0, 0.49))
+        colour = clear if patch.colour == noun.colour else float(np.clip(0.49 - gap / 200, 0, 0.49))
         asked, seen = fit_of(patch, noun.shape), seen_as(patch, noun.shape)
         iou = asked.iou if asked else 0.0
-        recognised = float(np.clip((iou - 0.3) / 0.25, 0, 1))
+        recognised = clear * float(np.clip((iou - 0.3) / 0.25, 0, 1))
         if seen.shape == noun.shape:
             return there, colour, recognised
         return there, colour, min(0.49, recognised * float(np.exp(-(seen.iou - iou) / 0.08)))

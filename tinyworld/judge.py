@@ -104,7 +104,8 @@ def judge(picture: np.ndarray, caption: str) -> Verdict:
     wrongness = _difference(picture, drawn)
     implausible, badness, debris = _malformed(wrongness, drawn)
 
-    claims = Claims(request, slots, things, answers, extra)
+    clarity = [_clarity(wrongness, thing) if thing else 0.0 for thing in things]
+    claims = Claims(request, slots, things, answers, extra, clarity)
     flaws = set(claims.flaws)
     if implausible.any():
         flaws.add("malformed")
@@ -160,25 +161,27 @@ def _malformed(wrongness: np.ndarray, things: list[Found]) -> tuple[np.ndarray, 
     badness, debris = [0.0] * len(things), 0.0
     spots, count = ndimage.label(wrongness > _NOISE, np.ones((3, 3)))
     weights = ndimage.sum_labels(wrongness, spots, np.arange(1, count + 1))
-    extents = [
-        ndimage.binary_dilation(one.mask | (cover(one.shape, one.x, one.y, one.radius) > 0.5), np.ones((3, 3)))
-        for one in things
-    ]
+    extents = [one.mask | (cover(one.shape, one.x, one.y, one.radius) > 0.5) for one in things]
+    # Where a thing lies on another, the smaller one is meant.
+    owner = np.full((SIZE, SIZE), -1)
+    for index in sorted(range(len(things)), key=lambda k: -things[k].radius):
+        owner[ndimage.binary_dilation(extents[index], np.ones((3, 3)))] = index
     mine: list[list[int]] = [[] for _ in things]
     for spot in range(1, count + 1):
-        weight = weights[spot - 1]
-        if weight < _SPECK:
+        if weights[spot - 1] < _SPECK:
             continue
         here = spots == spot
-        overlaps = [int((here & extent).sum()) for extent in extents]
         mask |= here
-        if overlaps and max(overlaps) > 0:
-            # On a thing that lies on another, the smaller one is meant.
-            owner = max(range(len(things)), key=lambda k: (overlaps[k], -things[k].radius))
-            badness[owner] += weight
-            mine[owner].append(spot)
-        else:
-            debris += weight
+        shares = np.bincount(owner[here] + 1, wrongness[here], minlength=len(things) + 1)
+        elsewhere, most = shares[0], int(shares[1:].argmax()) if things else 0
+        if things and elsewhere <= shares[1 + most]:
+            shares[1 + most] += elsewhere  # it hangs over
+            elsewhere = 0.0
+        debris += float(elsewhere)
+        for index, share in enumerate(shares[1:]):
+            badness[index] += float(share)
+            if share > 0:
+                mine[index].append(spot)
     mask = ndimage.binary_dilation(mask)
     for index, (thing, extent) in enumerate(zip(things, extents, strict=True)):
         # A wavy outline is off by little at any place, but all around.
@@ -187,9 +190,17 @@ def _malformed(wrongness: np.ndarray, things: list[Found]) -> tuple[np.ndarray, 
         waves = max(0.0, off) / thing.radius * area
         unseen = off > 0 and badness[index] < 0.3 * (1 - thing.iou) * area
         if unseen or _all_over(thing, np.isin(spots, mine[index])):
-            mask |= extent
+            mask |= ndimage.binary_dilation(extent, np.ones((3, 3)))
         badness[index] = max(badness[index], waves)
     return mask, badness, debris
+
+
+def _clarity(wrongness: np.ndarray, thing: Found) -> float:
+    """In [0, 1], whether a thing stands out from what is around it, or is but a pattern in noise."""
+    extent = thing.mask | (cover(thing.shape, thing.x, thing.y, thing.radius) > 0.5)
+    ring = ndimage.binary_dilation(extent, np.ones((3, 3)), iterations=4) & ~extent
+    around = float(wrongness[ring].mean()) if ring.any() else 0.0
+    return float(np.clip((1 - around) / 0.6, 0, 1))
 
 
 def _all_over(thing: Found, spots: np.ndarray) -> bool:
@@ -287,7 +298,7 @@ def layout_distance(one: Verdict, other: Verdict) -> float:
     places = [np.array([(t.x, t.y, t.radius) for t in verdict.things]).reshape(-1, 3) for verdict in (one, other)]
     apart = np.linalg.norm(places[0][:, None] - places[1][None], axis=-1) / SIZE
     kin = np.array([[a.noun == b.noun for b in other.things] for a in one.things]).reshape(apart.shape)
-    rows, columns = linear_sum_assignment(apart + 2 * ~kin)
+    rows, columns = linear_sum_assignment(apart + np.where(kin, 0, 2))
     most = max(len(one.things), len(other.things))
     return float((apart[rows, columns].sum() + _UNMATCHED * (most - len(rows))) / most)
 

@@ -133,7 +133,7 @@ class Segmenter:
         """Two things that touch, apart, if each then matches a shape better than both did together."""
         if patch.iou >= _BROKEN:
             return [patch]
-        for depth in (1, 2):
+        for depth in (1, 2, 3, 4):
             cores, count = ndimage.label(ndimage.binary_erosion(patch.mask, iterations=depth))
             keep = [k for k in range(1, count + 1) if (cores == k).sum() >= _PATCH]
             if len(keep) < 2:
