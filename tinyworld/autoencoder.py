@@ -39,7 +39,7 @@ def to_pictures(images: torch.Tensor) -> np.ndarray:
 
 
 def train_autoencoder(pictures: np.ndarray, work: Path, steps: int = STEPS) -> AutoencoderKL:
-    """Train on (N, 64, 64, 3) uint8 pictures; sets `scaling_factor` so that latents have unit variance."""
+    """Train on (N, 64, 64, 3) uint8 pictures; the latents are whitened, and `scaling_factor` is 1."""
     vae = new_autoencoder()
 
     def loss(step: int) -> torch.Tensor:
@@ -54,9 +54,27 @@ def train_autoencoder(pictures: np.ndarray, work: Path, steps: int = STEPS) -> A
         return F.l1_loss(decoded, images) + 0.5 * F.mse_loss(decoded, images) + 1e-3 * divergence
 
     vae = fit(vae, loss, work / "autoencoder.pt", steps=steps, rate=2e-3, averaging=0.99)
-    latents = encode(vae, pictures[:2000])
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    whiten(vae, pictures[:2000])
     return vae
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKL, pictures: np.ndarray) -> None:
+    """Give each latent channel zero mean and unit variance over `pictures`, by the convolutions next to the latents.
+
+    A pipeline knows one scaling factor for all channels. Under it a channel of small variance, such as one that tells
+    two colours apart, drowns in noise until the last sampling step, which then blends what it cannot tell apart.
+    """
+    latents = encode(vae, pictures)
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    into, out_of = vae.quant_conv, vae.post_quant_conv  # 1x1 convolutions to (mean, log variance), and from latents
+    channels = len(mean)
+    into.weight[:channels] /= std[:, None, None, None]
+    into.bias[:channels] = (into.bias[:channels] - mean) / std
+    into.bias[channels:] -= 2 * std.log()
+    out_of.bias += out_of.weight[:, :, 0, 0] @ mean
+    out_of.weight *= std[None, :, None, None]
+    vae.register_to_config(scaling_factor=1.0)
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ _HALF = SIZE // 2
 _ROWS, _COLUMNS = (axis.astype(np.float32) + 0.5 for axis in np.mgrid[:SIZE, :SIZE])
 _STEPS = 4
 _WINDOW = 5  # how far outside the patch's box a fit looks
-_CONTENDERS = 0.12  # shapes that far below the best of the coarse search are fitted no further
+_CONTENDERS = 3  # so many shapes are fitted exactly, and those that are wanted
+_BEHIND = 0.12  # a shape that much worse than the best of the coarse search is not
 _BITTEN = 0.9  # a match that is worse may be that of a bitten thing
 _OUTSIDE = 0.04  # as much of a bitten thing's patch lies outside its ideal shape, at most
 _COVERED_COST = 0.3  # what a fit pays to hide behind pixels that it is not judged by
@@ -144,7 +145,8 @@ def _refine(shape: str, start: _Start, patch: np.ndarray, weight: np.ndarray, st
     rows, columns = _ROWS[window], _COLUMNS[window]
     for step in range(steps):
         ideal = cover(shape, x, y, radius, window)
-        down, right = np.gradient(ideal)
+        right, down = np.zeros_like(ideal), np.zeros_like(ideal)
+        right[:, 1:-1], down[1:-1] = (ideal[:, 2:] - ideal[:, :-2]) / 2, (ideal[2:] - ideal[:-2]) / 2
         grow = -((columns - x) * right + (rows - y) * down) / radius
         residual = patch - ideal
         trust = weight if step == 0 else weight / (1 + (residual / 0.4) ** 2)
@@ -169,13 +171,14 @@ def fit(patch: np.ndarray, weight: np.ndarray, wanted: frozenset[str] = frozense
         wanted: shapes that are fitted even if they match badly.
     """
     found = _search(patch, weight)
-    limit = max((score for score, *_ in found.values()), default=0) - _CONTENDERS
+    ranked = sorted(found, key=lambda shape: -found[shape][0])
     fits = []
-    for shape, (score, start, bitten) in found.items():
-        if score < limit and shape not in wanted:
+    for rank, shape in enumerate(ranked):
+        score, start, bitten = found[shape]
+        if shape not in wanted and (rank >= _CONTENDERS or score < found[ranked[0]][0] - _BEHIND):
             continue
         one = _refine(shape, start, patch, weight)
-        if one.iou < _BITTEN:
+        if one.iou < _BITTEN and (rank == 0 or shape in wanted):
             # Where a part is missing, the best overlap shifts towards what is left. A shape that holds all of it is
             # where the thing was.
             other = _refine(shape, bitten, patch, weight, steps=_STEPS + 2)

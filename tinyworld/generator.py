@@ -93,9 +93,7 @@ def train_generator(
         return F.mse_loss(predicted.float(), scheduler.get_velocity(clean, noise, timesteps))
 
     slower = list(model.text_encoder.parameters())
-    return fit(
-        model, loss, path, steps=steps, rate=1.5e-3, warmup=300, averaging=0.9985, slower=slower, report=report
-    )
+    return fit(model, loss, path, steps=steps, rate=1.5e-3, warmup=300, averaging=0.9985, slower=slower, report=report)
 
 
 def pipeline(denoiser: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:

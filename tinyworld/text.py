@@ -69,9 +69,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer, seed: int = 0) -> CLIPTextModel:
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     """Captions -> (B, 16) token ids, padded as a Stable Diffusion pipeline pads them."""
-    return tokenizer(
-        captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
-    ).input_ids
+    return tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
 
 
 def _meaning(request: Request) -> list[int]:

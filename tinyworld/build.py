@@ -1,0 +1,252 @@
+"""Make the small world's assets again, from nothing.
+
+    python -m tinyworld.build [--stages ceiling] [--work build/tinyworld]
+
+Every stage is skipped if its result is there, and goes on where it was stopped. Times are for 2 CPU cores.
+
+    stage       makes                                                                      minutes
+    pictures    200,000 captioned training pictures, half of them with 30% flawed ones        4
+    text        tokenizer and pretrained text encoder                                         1
+    autoencoder the VAE, and all pictures' latents                                           12
+    generator   the U-Net and text encoder, with earlier states for the rated pictures       50
+    rated       generated pictures, rated by three raters, in RichHF-18K's format             5
+    pretraining the predictor's backbones, by captions of flawless pictures                  20
+    predictor   the RAHF checkpoint, by `python -m reward.train`                             10
+    assets      everything above into `tinyworld/assets`, in half precision                   0
+    ceiling     the same generator on flawless pictures only, and its figures                55
+
+`ceiling` is not among the default stages: nothing needs it but the figure in the README.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from reward import richhf
+from reward.arguments import main_guard, parse_arguments
+from tinyworld import rated
+from tinyworld.autoencoder import encode, train_autoencoder
+from tinyworld.figures import figures_of
+from tinyworld.generator import Denoiser, new_unet, pipeline, sample, train_generator
+from tinyworld.grammar import ASSETS, draw_request, is_held_out
+from tinyworld.pool import FLAWED, make_pool
+from tinyworld.pretrain import make_predictor_tokenizer, pretrain_predictor
+from tinyworld.text import make_tokenizer, new_text_encoder, pretrain_text_encoder
+
+STAGES = ("pictures", "text", "autoencoder", "generator", "rated", "pretraining", "predictor", "assets", "ceiling")
+SNAPSHOTS = {"early": 2500, "middle": 4000}
+"""States of the generator's training that draw some of the rated pictures, by step."""
+
+PROMPTS = {"train": 512, "held_out": 512}
+_PICTURE_SEED, _FLAWLESS_SEED, _PROMPT_SEED = 0, 1, 7
+
+
+@dataclass
+class BuildArguments:
+    """What to make, and where."""
+
+    work: str = field(default="build/tinyworld", metadata={"help": "folder for everything in between"})
+    stages: list[str] = field(
+        default_factory=lambda: list(STAGES[:-1]), metadata={"help": f"which of {', '.join(STAGES)}"}
+    )
+
+    def __post_init__(self):
+        if unknown := sorted(set(self.stages) - set(STAGES)):
+            raise ValueError(f"no such stages: {', '.join(unknown)}; there are {', '.join(STAGES)}")
+
+
+class Build:
+    """The stages, in order; each is a method, and reads what those before it left in `work`."""
+
+    def __init__(self, work: Path):
+        self.work = work
+
+    # What the generator is made of --------------------------------------------------------------------------------
+
+    def pictures(self) -> None:
+        self._pool(flawed=True)
+        self._pool(flawed=False)
+
+    def text(self) -> None:
+        tokenizer = make_tokenizer(self.work / "tokenizer")
+        self._whole("text_encoder", pretrain_text_encoder(tokenizer, self.work).save_pretrained)
+
+    def autoencoder(self) -> None:
+        pictures, _ = self._pool(flawed=True)
+        self._whole("vae", train_autoencoder(pictures, self.work).save_pretrained)
+        for flawed in (True, False):
+            self._latents(flawed)
+
+    def generator(self) -> None:
+        self._train_generator("generator", flawed=True)
+
+    def ceiling(self) -> None:
+        denoiser = self._train_generator("ceiling", flawed=False)
+        parts = pipeline(denoiser, self._vae(), self._tokenizer())
+        prompts = (ASSETS / "prompts_held_out.txt").read_text().split("\n")[:512]
+        figures = figures_of(sample(parts, prompts, seed=0), prompts)
+        (ASSETS / "ceiling.json").write_text(json.dumps(figures, indent=1) + "\n")
+        print(figures)
+
+    # What the predictor is made of --------------------------------------------------------------------------------
+
+    def rated(self) -> None:
+        folder = self.work / "rated"
+        for seed, split in enumerate(rated.SPLITS, start=100):
+            file = folder / f"pictures_{split.file}.npz"
+            if file.exists():
+                continue
+            captions = rated.draw_captions(split, seed)
+            pictures = rated.draw_pictures(captions, self._checkpoint, seed)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(file.with_suffix(".part.npz"), pictures=pictures, captions=captions)
+            file.with_suffix(".part.npz").replace(file)
+        rated.write_all(folder)
+        shutil.rmtree(self.work / "feedback", ignore_errors=True)
+        richhf.main(
+            ["--tfrecords", str(folder), "--images", str(folder / "pickapic"), "--out", str(self.work / "feedback")]
+        )
+
+    def pretraining(self) -> None:
+        pictures, captions = self._pool(flawed=False)
+        model = pretrain_predictor(pictures, captions, self.work)
+
+        def save(folder: Path) -> None:
+            model.save_pretrained(folder)
+            make_predictor_tokenizer().save_pretrained(folder)
+
+        self._whole("rahf_pretrained", save)
+
+    def predictor(self) -> None:
+        settings = ["--config", "configs/rahf_tinyworld.yaml", "--overwrite_output_dir", "true"]
+        places = ["--model", self.work / "rahf_pretrained", "--data", self.work / "feedback"]
+        output = ["--output_dir", self.work / "rahf"]
+        subprocess.run([sys.executable, "-m", "reward.train", *settings, *map(str, [*places, *output])], check=True)
+
+    # What the repository keeps ------------------------------------------------------------------------------------
+
+    def assets(self) -> None:
+        parts = self._checkpoint("final").to(torch.float16)
+        parts.save_pretrained(self.work / "sd")
+        for name in ("vocab.json", "merges.txt"):  # older libraries read these
+            shutil.copy(self.work / "tokenizer" / name, self.work / "sd" / "tokenizer" / name)
+        shutil.rmtree(ASSETS / "sd", ignore_errors=True)
+        shutil.copytree(self.work / "sd", ASSETS / "sd")
+        shutil.rmtree(ASSETS / "rahf", ignore_errors=True)
+        keep_predictor(self.work / "rahf", ASSETS / "rahf")
+        for name, prompts in draw_prompts().items():
+            (ASSETS / f"prompts_{name}.txt").write_text("\n".join(prompts))
+
+    # Parts --------------------------------------------------------------------------------------------------------
+
+    def _whole(self, name: str, save: Callable[[Path], object]) -> None:
+        """Save a folder beside its place and move it there, so that it is whole if it is there."""
+        beside = self.work / f"{name}.part"
+        shutil.rmtree(beside, ignore_errors=True)
+        save(beside)
+        shutil.rmtree(self.work / name, ignore_errors=True)
+        beside.rename(self.work / name)
+
+    def _pool(self, flawed: bool) -> tuple[np.ndarray, list[str]]:
+        if flawed:
+            return make_pool(self.work / "pool", FLAWED, _PICTURE_SEED)
+        return make_pool(self.work / "pool_flawless", 0.0, _FLAWLESS_SEED)
+
+    def _latents(self, flawed: bool) -> torch.Tensor:
+        """(N, 4, 16, 16) float16, scaled."""
+        file = self.work / ("pool" if flawed else "pool_flawless") / "latents.safetensors"
+        if not file.exists():
+            pictures, _ = self._pool(flawed)
+            vae = self._vae()
+            latents = torch.cat([encode(vae, pictures[i : i + 1000]) for i in range(0, len(pictures), 1000)])
+            save_file({"latents": (latents * vae.config.scaling_factor).half()}, file.with_suffix(".part"))
+            file.with_suffix(".part").replace(file)
+        return load_file(file)["latents"]
+
+    def _vae(self) -> AutoencoderKL:
+        return AutoencoderKL.from_pretrained(self.work / "vae").eval().requires_grad_(False)
+
+    def _tokenizer(self) -> CLIPTokenizer:
+        return CLIPTokenizer.from_pretrained(self.work / "tokenizer")
+
+    def _train_generator(self, name: str, flawed: bool) -> Denoiser:
+        _, captions = self._pool(flawed)
+        tokenizer, vae = self._tokenizer(), self._vae()
+        prompts = draw_prompts()["held_out"][:128]
+
+        def report(step: int, average: Denoiser) -> dict:
+            for snapshot, at in SNAPSHOTS.items():
+                if step == at:
+                    _save_half(average, self.work / f"{name}_{snapshot}.safetensors")
+            return figures_of(sample(pipeline(average.eval(), vae, tokenizer), prompts, seed=0), prompts)
+
+        text_encoder = CLIPTextModel.from_pretrained(self.work / "text_encoder")
+        path = self.work / f"{name}.pt"
+        denoiser = train_generator(text_encoder, tokenizer, self._latents(flawed), captions, path, report=report)
+        _save_half(denoiser, self.work / f"{name}_final.safetensors")
+        return denoiser
+
+    def _checkpoint(self, name: str) -> StableDiffusionPipeline:
+        """The pipeline with a state of the generator's training: early, middle or final."""
+        tokenizer = self._tokenizer()
+        denoiser = Denoiser(new_unet(), new_text_encoder(tokenizer))
+        weights = load_file(self.work / f"generator_{name}.safetensors")
+        denoiser.load_state_dict({key: value.float() for key, value in weights.items()})
+        return pipeline(denoiser.eval(), self._vae(), tokenizer)
+
+
+def draw_prompts() -> dict[str, list[str]]:
+    """Prompts for fine-tuning, and held-out ones to judge it by; all different."""
+    rng = np.random.default_rng(_PROMPT_SEED)
+    prompts: dict[str, dict[str, None]] = {name: {} for name in PROMPTS}
+    while any(len(prompts[name]) < count for name, count in PROMPTS.items()):
+        request = draw_request(rng)
+        name = "held_out" if is_held_out(request) else "train"
+        if len(prompts[name]) < PROMPTS[name]:
+            prompts[name][str(request)] = None
+    return {name: list(chosen) for name, chosen in prompts.items()}
+
+
+def keep_predictor(source: Path, target: Path) -> None:
+    """Copy a RAHF checkpoint without its training state, weights in half precision."""
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.suffix in (".json", ".txt") and file.is_file() and not file.name.startswith("trainer"):
+            shutil.copy(file, target / file.name)
+    weights = load_file(source / "model.safetensors")
+    save_file({name: value.half() for name, value in weights.items()}, target / "model.safetensors", {"format": "pt"})
+
+
+def _save_half(module: torch.nn.Module, file: Path) -> None:
+    state = {name: value.half().contiguous() for name, value in module.state_dict().items()}
+    save_file(state, file.with_suffix(".part"))
+    file.with_suffix(".part").replace(file)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    (arguments,) = parse_arguments([BuildArguments], argv)
+    work = Path(arguments.work)
+    work.mkdir(parents=True, exist_ok=True)
+    build = Build(work)
+    for stage in STAGES:
+        done = work / f"{stage}.done"
+        if stage not in arguments.stages or done.exists():
+            continue
+        print(f"== {stage}", flush=True)
+        getattr(build, stage)()
+        done.touch()
+
+
+if __name__ == "__main__":
+    main_guard(main)
