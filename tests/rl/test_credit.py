@@ -1,0 +1,115 @@
+import pytest
+import torch
+
+from rl.advantages import content_map, focus_weights, group_advantages, penalty_map, to_latent_grid
+from rl.losses import ppo_loss
+
+
+def test_advantages_are_z_scores_within_groups():
+    values = torch.tensor([1.0, 3.0, 10.0, 10.0, 0.0, 4.0])
+    expected = torch.tensor([-1.0, 1.0, 0.0, 0.0, -1.0, 1.0])
+    torch.testing.assert_close(group_advantages(values, 2, std_floor=1e-3), expected)
+
+
+def test_std_floor_keeps_small_differences_small():
+    values = torch.tensor([0.0, 1e-4])
+    torch.testing.assert_close(group_advantages(values, 2, std_floor=0.01), torch.tensor([-0.005, 0.005]))
+
+
+def test_batch_scale_keeps_the_groups_relative_sizes_and_clip_cuts():
+    values = torch.tensor([-1.0, 1.0, -3.0, 3.0])
+    torch.testing.assert_close(
+        group_advantages(values, 2, 1e-3, scale="batch"), torch.tensor([-1.0, 1.0, -3.0, 3.0]) / 5**0.5
+    )
+    assert group_advantages(values, 2, 1e-3, clip=0.5).tolist() == [-0.5, 0.5, -0.5, 0.5]
+    assert group_advantages(values, 2, 1e-3, scale="none").tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("size", [(4, 4), (3, 5), (16, 16), (20, 6), (8, 8)])
+def test_latent_grid_keeps_the_mean(size):
+    maps = torch.rand(2, 8, 12)
+    resized = to_latent_grid(maps, size)
+    assert resized.shape == (2, *size)
+    torch.testing.assert_close(resized.mean(dim=(1, 2)), maps.mean(dim=(1, 2)))
+
+
+def test_shrinking_averages_areas_and_an_empty_map_stays_empty():
+    maps = torch.tensor([[[1.0, 3.0, 0.0, 0.0], [5.0, 7.0, 0.0, 0.0]]])
+    assert to_latent_grid(maps, (1, 2)).tolist() == [[[4.0, 0.0]]]
+    assert not to_latent_grid(torch.zeros(1, 4, 4), (2, 2)).any()
+
+
+def test_content_is_what_differs_from_the_border():
+    images = torch.full((1, 3, 32, 32), 0.8)
+    images[:, 0, 10:20, 8:16] = 0.1
+    content = content_map(images)[0]
+    assert content[15, 10] > 0.8
+    assert content.sum() == content[10:20, 8:16].sum()
+
+
+def test_focus_has_mean_one_a_floor_and_no_sign():
+    maps = torch.rand(3, 4, 4) * torch.tensor([1.0, 10.0, 0.0])[:, None, None]
+    weights = focus_weights(maps, floor=0.2)
+    torch.testing.assert_close(weights.mean(dim=(1, 2)), torch.ones(3))
+    assert weights.min() >= 0.2
+    assert torch.equal(weights[2], torch.ones(4, 4))
+    torch.testing.assert_close(focus_weights(torch.full((1, 4, 4), 0.3), 0.1), torch.ones(1, 4, 4))
+
+
+def test_penalty_maps_are_added_up():
+    maps = {"a": torch.full((1, 4, 4), 0.25), "b": torch.full((1, 8, 8), 0.5)}
+    torch.testing.assert_close(penalty_map(maps, (2, 2)), torch.full((1, 2, 2), 0.75))
+    assert penalty_map({}, (2, 2)) is None
+
+
+def log_probs():
+    old = torch.randn(3, 4, 4, dtype=torch.float64)
+    return (old + 0.01 * torch.randn(3, 4, 4, dtype=torch.float64)).requires_grad_(), old
+
+
+def test_image_loss_is_ppos():
+    new, old = log_probs()
+    advantages, epsilon = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64), 0.001
+    loss, metrics = ppo_loss(new, old, advantages, torch.ones(3, 4, 4), epsilon)
+    ratios = (new - old).detach().mean(dim=(1, 2)).exp().tolist()
+    clipped = [min(max(ratio, 1 - epsilon), 1 + epsilon) for ratio in ratios]
+    terms = [min(r * a, c * a) for r, c, a in zip(ratios, clipped, advantages.tolist(), strict=True)]
+    assert loss.item() == pytest.approx(-sum(terms) / 3)
+    assert float(metrics["clip_fraction"]) == pytest.approx(sum(abs(ratio - 1) > epsilon for ratio in ratios) / 3)
+
+
+@pytest.mark.parametrize("level", ["image", "location"])
+def test_first_pass_gradient_is_minus_the_weighted_score(level):
+    old = torch.randn(3, 4, 4, dtype=torch.float64)
+    new, advantages, weights = old.clone().requires_grad_(), torch.randn(3).double(), torch.rand(3, 4, 4).double()
+    loss, metrics = ppo_loss(new, old, advantages, weights, 0.1, level)
+    loss.backward()
+    torch.testing.assert_close(new.grad, -advantages[:, None, None] * weights / old.numel())
+    assert metrics["ratio"] == 1
+    assert metrics["ratio_deviation"] == 0
+
+
+def test_a_constant_map_makes_focus_equal_to_image():
+    """Always with the image's ratio; with the location's, on the first pass."""
+    new, old = log_probs()
+    advantages = torch.randn(3, dtype=torch.float64)
+    weights = focus_weights(torch.full((3, 4, 4), 0.7), floor=0.2).double()
+    plain, _ = ppo_loss(new, old, advantages, torch.ones(3, 4, 4).double(), 0.01)
+    focused, _ = ppo_loss(new, old, advantages, weights, 0.01)
+    torch.testing.assert_close(plain, focused)
+    gradients = []
+    for level, weight in (("image", torch.ones(3, 4, 4).double()), ("location", weights)):
+        start = old.clone().requires_grad_()
+        ppo_loss(start, old, advantages, weight, 0.01, level)[0].backward()
+        gradients.append(start.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_locations_are_clipped_one_by_one():
+    old = torch.zeros(1, 1, 2)
+    new = torch.tensor([[[0.5, 0.0]]], requires_grad=True)
+    loss, metrics = ppo_loss(new, old, torch.ones(1), torch.ones(1, 1, 2), 0.1, "location")
+    loss.backward()
+    assert loss.item() == pytest.approx(-(1.1 + 1.0) / 2)
+    assert new.grad.tolist() == [[[0.0, -0.5]]]  # the clipped place has no gradient, the other keeps its own
+    assert metrics["clip_fraction"] == 0.5

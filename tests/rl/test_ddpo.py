@@ -1,0 +1,287 @@
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rl.advantages import group_advantages
+from rl.interrupt import RunInterrupted
+from rl.policy import LORA_WEIGHTS
+from rl.scoring import RewardError
+from tests.rl.toy_rewards import Plain, Redness
+
+
+def lora(folder):
+    return load_file(f"{folder}/{LORA_WEIGHTS}")
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def test_ratio_is_exactly_one_on_the_first_pass_and_moves_on_the_second(make_trainer):
+    """Exactly: micro-batches are the batches that the rollout ran."""
+    trainer = make_trainer(num_iterations=2, num_train_epochs=2, learning_rate=0.05)
+    trainer.train()
+    deviation = logged(trainer, "ratio_deviation")
+    assert deviation[0] == 0
+    assert deviation[1] > 0
+    assert deviation[2] == 0
+    assert logged(trainer, "ratio")[0] == 1
+
+
+def test_ratio_is_one_up_to_rounding_where_batches_differ(make_trainer):
+    trainer = make_trainer(per_device_rollout_batch_size=3, num_train_epochs=1)
+    trainer.train()
+    assert logged(trainer, "ratio_deviation")[0] < 1e-4
+
+
+def test_gradient_is_that_of_the_log_prob_times_the_advantage(make_trainer):
+    """One update at learning rate 1 by SGD moves the LoRA by minus the policy gradient, taken by hand."""
+    trainer = make_trainer(
+        num_train_epochs=1, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    after = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if name in before:
+                parameter.copy_(before[name])
+    experience, policy, schedule = trainer.experience, trainer.policy, trainer.schedule
+    embeds = policy.encode(experience.prompts)
+    objective = 0
+    for k, step in enumerate(experience.trajectory.steps.tolist()):
+        latents = experience.trajectory.latents[k]
+        scheduler_output = policy.network(latents, schedule.timesteps[step], encoder_hidden_states=embeds).sample
+        alpha, next_alpha, std = schedule.alphas[step], schedule.next_alphas[step], schedule.stds[step]
+        x0 = alpha.sqrt() * latents - (1 - alpha).sqrt() * scheduler_output
+        noise = alpha.sqrt() * scheduler_output + (1 - alpha).sqrt() * latents
+        mean = next_alpha.sqrt() * x0 + (1 - next_alpha - std**2).sqrt() * noise
+        log_probs = torch.distributions.Normal(mean, std).log_prob(experience.trajectory.next_latents[k])
+        objective = objective + (experience.advantages * log_probs.mean(dim=(1, 2, 3))).mean() / 2
+    objective.backward()
+    for name, parameter in trainer.model.named_parameters():
+        if name in before:
+            torch.testing.assert_close(after[name] - before[name], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_only_trained_steps_are_kept_and_advantages_are_the_groups(make_trainer):
+    trainer = make_trainer(train_steps=["1"], gradient_accumulation_steps=2, num_train_epochs=1)
+    trainer.train()
+    experience = trainer.experience
+    assert experience.trajectory.latents.shape == (1, 8, 4, 8, 8)
+    assert experience.trajectory.log_probs.shape == (1, 8, 8, 8)
+    assert experience.trajectory.log_probs.dtype == torch.float32
+    assert len(set(experience.prompts)) == 2
+    images = trainer.policy.decode(experience.trajectory.final_latents)
+    expected = group_advantages(Redness()(images, experience.prompts).objective, 4, 1e-3, 5.0)
+    torch.testing.assert_close(experience.advantages, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_batch_size_and_accumulation_are_one_and_the_same(make_trainer, tmp_path):
+    weights = []
+    for batch, accumulate in ((2, 8), (8, 2)):
+        trainer = make_trainer(
+            output_dir=str(tmp_path / str(batch)), per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate, num_train_epochs=1, optim="sgd", learning_rate=1.0,
+        )  # fmt: skip
+        trainer.train()
+        weights.append(lora(tmp_path / str(batch) / "checkpoint-1"))
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_constant_map_makes_focus_equal_to_image_over_a_whole_run(make_trainer, tmp_path):
+    weights = []
+    for credit in ("image", "focus"):
+        trainer = make_trainer(
+            Redness(constant_map=True), credit=credit, output_dir=str(tmp_path / credit), optim="sgd", learning_rate=1.0
+        )
+        trainer.train()
+        weights.append(lora(tmp_path / credit / "checkpoint-2"))
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("focus_on", ["maps", "content"])
+def test_focus_changes_where_the_gradient_acts(make_trainer, focus_on):
+    trainer = make_trainer(credit="focus", focus_on=focus_on, num_train_epochs=1, importance_sampling_level="location")
+    trainer.train()
+    weights = trainer.experience.weights
+    torch.testing.assert_close(weights.mean(dim=(1, 2)), torch.ones(8), rtol=1e-4, atol=1e-4)
+    assert weights.std() > 0.01
+
+
+def test_focus_on_maps_needs_maps(make_trainer):
+    with pytest.raises(ValueError, match="this one has none"):
+        make_trainer(Plain(), credit="focus").train()
+
+
+def test_scalar_credit_ignores_the_penalties(make_trainer):
+    trainer = make_trainer(credit="scalar", num_train_epochs=1)
+    trainer.train()
+    images = trainer.policy.decode(trainer.experience.trajectory.final_latents)
+    expected = group_advantages(Redness()(images, trainer.experience.prompts).total, 4, 1e-3, 5.0)
+    torch.testing.assert_close(trainer.experience.advantages, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_training_raises_the_reward(make_trainer):
+    trainer = make_trainer(
+        num_train_epochs=9, generation_batch_size=256, num_generations=64, per_device_train_batch_size=256,
+        gradient_accumulation_steps=1, learning_rate=0.02, save_strategy="no", lora_rank=4, train_steps=["1"],
+    )  # fmt: skip
+    trainer.train()
+    rewards = logged(trainer, "reward")
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.01  # one std of the pictures of a prompt
+
+
+def test_kl_penalty_holds_the_policy_back(make_trainer, tmp_path):
+    kls = []
+    for beta in (0.0, 1.0):
+        trainer = make_trainer(
+            output_dir=str(tmp_path / str(beta)), beta=beta, num_train_epochs=6, learning_rate=0.01, save_strategy="no"
+        )
+        trainer.train()
+        kls.append(logged(trainer, "kl"))
+    assert kls[0][0] == kls[1][0] == 0
+    assert 0 < kls[1][-1] < kls[0][-1]
+
+
+def test_first_update_has_a_learning_rate(make_trainer):
+    trainer = make_trainer(warmup_steps=2, num_train_epochs=3, learning_rate=0.4)
+    trainer.train()
+    assert logged(trainer, "learning_rate") == pytest.approx([0.2, 0.4, 0.4])
+
+
+def test_resumed_run_is_the_uninterrupted_one_to_the_bit(make_trainer, tmp_path):
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), num_train_epochs=4, save_total_limit=None)
+    whole.train()
+    part = make_trainer(output_dir=str(tmp_path / "part"), num_train_epochs=2)
+    part.train()
+    rest = make_trainer(output_dir=str(tmp_path / "part"), num_train_epochs=4)
+    rest.train(resume_from_checkpoint="latest")
+    assert rest.state.global_step == 4
+    assert_same(lora(tmp_path / "whole/checkpoint-4"), lora(tmp_path / "part/checkpoint-4"))
+    assert logged(whole, "reward") == logged(rest, "reward")
+    assert logged(whole, "drawn") == logged(rest, "drawn")
+
+
+def test_checkpoint_is_a_lora_folder_without_the_base(make_trainer):
+    trainer = make_trainer(num_train_epochs=1)
+    trainer.train()
+    files = sorted(os.listdir(f"{trainer.args.output_dir}/checkpoint-1"))
+    assert files == [
+        "complete.json", "optimizer.pt", LORA_WEIGHTS, "rng_state.pth", "scheduler", "scheduler.pt",
+        "trainer_state.json",
+    ]  # fmt: skip
+
+
+def test_checkpoint_that_was_not_completed_is_not_resumed(make_trainer):
+    trainer = make_trainer(num_train_epochs=2)
+    trainer.train()
+    last = f"{trainer.args.output_dir}/checkpoint-2"
+    os.remove(f"{last}/complete.json")
+    with pytest.raises(ValueError, match=r"was not completely written.*newest whole one is .*checkpoint-1"):
+        make_trainer().train(resume_from_checkpoint=last)
+    resumed = make_trainer(num_train_epochs=2)
+    resumed.train(resume_from_checkpoint="latest")
+    assert len(logged(resumed, "reward")) == 2
+    with pytest.raises(ValueError, match="there is no folder"):
+        make_trainer().train(resume_from_checkpoint="nowhere")
+
+
+def test_full_disk_leaves_the_previous_checkpoint_whole(make_trainer, monkeypatch):
+    trainer = make_trainer(num_train_epochs=3)
+    real, calls = torch.save, []
+
+    def full(thing, file, *args, **kwargs):
+        calls.append(file)
+        if "checkpoint-2" in str(file):
+            raise OSError(28, "No space left on device")
+        return real(thing, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"cannot write the checkpoint .*checkpoint-2.*No space left.*are whole"):
+        trainer.train()
+    assert sorted(name for name in os.listdir(trainer.args.output_dir) if name != "runs") == ["checkpoint-1"]
+    monkeypatch.setattr(torch, "save", real)
+    resumed = make_trainer(num_train_epochs=3)
+    resumed.train(resume_from_checkpoint="latest")
+    assert resumed.state.global_step == 3
+
+
+def test_nan_stops_the_run_and_keeps_the_last_checkpoint(make_trainer):
+    trainer = make_trainer(Redness(nan_after=3), num_train_epochs=4)
+    with pytest.raises(RewardError, match=r"term `red` is nan for the prompt '"):
+        trainer.train()
+    assert os.path.isfile(f"{trainer.args.output_dir}/checkpoint-1/complete.json")
+
+
+@pytest.mark.parametrize("updates", [1, 4])
+def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(make_trainer, tmp_path, updates):
+    """Asked for in the second rollout: the state is that of its start, or, if updates were made in it, of its end."""
+
+    class Interrupting(Redness):
+        def __call__(self, images, prompts):
+            reward = super().__call__(images, prompts)
+            if self.calls == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return reward
+
+    settings = {"gradient_accumulation_steps": 4 // updates, "num_train_epochs": 3, "save_strategy": "no"}
+    trainer = make_trainer(Interrupting(), output_dir=str(tmp_path / "stopped"), **settings)
+    with pytest.raises(RunInterrupted, match=rf"--resume_from_checkpoint .*checkpoint-{updates}"):
+        trainer.train()
+    settings["save_strategy"] = "epoch"
+    resumed = make_trainer(output_dir=str(tmp_path / "stopped"), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"stopped/checkpoint-{updates}"))
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **settings)
+    whole.train()
+    last = f"checkpoint-{3 * updates}"
+    assert_same(lora(tmp_path / "stopped" / last), lora(tmp_path / "whole" / last))
+
+
+def test_emptying_pictures_are_warned_about(make_trainer, caplog):
+    trainer = make_trainer(num_train_epochs=2)
+    trainer.edge_energy_at_start = 100.0
+    trainer.train()
+    assert "learning to draw less" in caplog.text
+
+
+def test_tensorboard_gets_figures_and_pictures(make_trainer):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = make_trainer(report_to=["tensorboard"], num_log_images=2, num_train_epochs=1)
+    trainer.train()
+    (run,) = os.listdir(f"{trainer.args.output_dir}/runs")
+    events = EventAccumulator(f"{trainer.args.output_dir}/runs/{run}").Reload()
+    tags = events.Tags()
+    wanted = {"reward", "term/red", "penalty/implausibility", "ratio", "clip_fraction", "kl", "grad_norm", "diversity"}
+    assert {f"train/{name}" for name in wanted} <= set(tags["scalars"])
+    assert tags["images"] == ["samples"]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_two_ranks_are_one(engine, pipeline_folder, make_trainer, tmp_path):
+    """Two CPU ranks draw the pictures of one, compare them over both, and end at the same weights up to rounding."""
+    trainer = make_trainer(num_train_epochs=2, optim="sgd", learning_rate=1.0, output_dir=str(tmp_path / "one"))
+    trainer.train()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "tests/rl/two_ranks.py", engine]
+    done = subprocess.run(
+        [*command, pipeline_folder, str(tmp_path / "two")], capture_output=True, text=True, check=False, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = lora(tmp_path / "one/checkpoint-2"), lora(tmp_path / "two/checkpoint-2")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)

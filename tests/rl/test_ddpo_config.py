@@ -1,0 +1,81 @@
+import pytest
+
+from reward.arguments import parse_arguments
+from rl.ddpo import DDPOConfig
+
+
+def test_the_worked_example(make_args):
+    args = make_args(
+        generation_batch_size=256, num_generations=8, train_steps=[1, 2], per_device_train_batch_size=64,
+        gradient_accumulation_steps=8,
+    )  # fmt: skip
+    plan = args.plan(2)
+    assert (plan.pictures, plan.prompts, plan.micro_batches, plan.updates) == (256, 32, 8, 1)
+    args.num_iterations, args.gradient_accumulation_steps = 2, 4
+    assert args.plan(2).updates == 4
+
+
+def test_steps_per_generation_says_the_same(make_args):
+    args = make_args(generation_batch_size=None, steps_per_generation=8, per_device_train_batch_size=64)
+    assert args.plan(2).pictures == 256
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"generation_batch_size": 10}, r"\(10\) is not a multiple of num_generations \(4\); use 8 or 12"),
+        ({"per_device_train_batch_size": 3}, r"per_device_train_batch_size \(3\).*use 6 or 9"),
+        ({"steps_per_generation": 4}, "both say how large"),
+        ({"num_generations": 1}, "at least 2 pictures"),
+        ({"eta": 0}, "eta is 0"),
+        ({"eta": 1.5}, "eta is 1.5"),
+        ({"epsilon": 0}, "epsilon is 0"),
+        ({"focus_floor": 2}, "focus_floor is 2"),
+        ({"beta": -1}, "beta is -1"),
+        ({"lora_target_modules": []}, "lora_target_modules is empty"),
+        ({"reward_batch_size": 0}, "reward_batch_size is 0"),
+        ({"num_iterations": 0}, "num_iterations is 0"),
+        ({"credit": "everything"}, "credit is 'everything'"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+    ],
+)
+def test_wrong_settings_are_named(make_args, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_args(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gradient_accumulation_steps": 3}, r"\(3\) does not divide the 4 micro-batches.*use one of 1, 2, 4"),
+        ({"gradient_accumulation_steps": 2, "max_steps": 3}, r"max_steps \(3\).*2 updates.*use 2 or 4"),
+        ({"num_train_epochs": 1.5}, "num_train_epochs is 1.5"),
+        (
+            {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 3},
+            r"save_steps \(3\).*use 2 or 4",
+        ),
+        ({"generation_batch_size": None, "steps_per_generation": 3}, r"steps_per_generation \(3\).*use 2 or 4"),
+    ],
+)
+def test_numbers_that_do_not_divide_come_with_the_remedy(make_args, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_args(**changes).plan(2)
+
+
+def test_train_steps_come_from_flags_and_yaml_alike(tmp_path):
+    (tmp_path / "list.yaml").write_text("train_steps: [1, 2]\n")
+    (tmp_path / "window.yaml").write_text('train_steps: "1:3"\n')
+    for flags, expected in (
+        (["--train_steps", "1", "2"], ["1", "2"]),
+        (["--train_steps", "all"], ["all"]),
+        (["--config", str(tmp_path / "list.yaml")], ["1", "2"]),
+        (["--config", str(tmp_path / "window.yaml")], ["1:3"]),
+    ):
+        (args,) = parse_arguments([DDPOConfig], [*flags, "--use_cpu"])
+        assert args.train_steps == expected
+
+
+def test_every_field_of_ours_has_help():
+    from dataclasses import fields
+
+    assert all(field.metadata.get("help") for field in fields(DDPOConfig))

@@ -1,0 +1,28 @@
+"""The same small run as the test's, under torchrun: `two_ranks.py ddp|zero2 PIPELINE OUTPUT`."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from rl.ddpo import DDPOConfig, DDPOTrainer
+from rl.policy import StableDiffusionPolicy
+from tests.rl.conftest import PROMPTS
+from tests.rl.toy_rewards import Redness
+
+engine, pipeline, output = sys.argv[1:]
+torch.set_num_threads(1)
+deepspeed = None
+if engine == "zero2":
+    deepspeed = json.loads((Path(__file__).parents[2] / "configs/deepspeed/zero2.json").read_text())
+args = DDPOConfig(
+    output_dir=output, use_cpu=True, num_train_epochs=2, num_inference_steps=3, generation_batch_size=8,
+    num_generations=4, per_device_train_batch_size=4, gradient_accumulation_steps=2, lora_rank=2, lora_alpha=4.0,
+    disable_tqdm=True, report_to=[], seed=3, num_log_images=0, train_steps=["0:2"], optim="sgd", learning_rate=1.0,
+    deepspeed=deepspeed,
+)  # fmt: skip
+policy = StableDiffusionPolicy.load(pipeline, lora_rank=2, lora_alpha=4.0, seed=3)
+DDPOTrainer(policy, Redness(), args, PROMPTS).train()
