@@ -1,0 +1,117 @@
+"""The real command line, on a tiny pipeline with a toy reward."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from diffusers import StableDiffusionPipeline
+
+import run_ddpo
+from reward.arguments import main_guard
+from tests.rl.conftest import PROMPTS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(pipeline_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    settings = {
+        "policy": pipeline_folder, "reward": "tests.rl.toy_rewards:Redness", "reward_kwargs": {"weight": 1.0},
+        "prompts": str(tmp_path / "prompts.txt"), "eval_prompts": str(tmp_path / "prompts.txt"),
+        "eval_rewards": {"judge": "tests.rl.toy_rewards:Plain"}, "num_before_after": 2,
+        "output_dir": str(tmp_path / "run"), "use_cpu": True, "num_train_epochs": 2, "num_inference_steps": 3,
+        "train_steps": [0, 1], "generation_batch_size": 8, "num_generations": 4, "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4, "lora_rank": 2, "num_log_images": 2,
+    }  # fmt: skip
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(settings))  # JSON is YAML
+    return str(path)
+
+
+def command(*argv):
+    """Exit code of `python run_ddpo.py argv`, in this process."""
+    with pytest.raises(SystemExit) as caught:
+        main_guard(run_ddpo.main, argv)
+    return caught.value.code
+
+
+def test_from_yaml_to_lora_figures_and_pictures(config, tmp_path, capsys, pipeline_folder):
+    assert command("--config", config, "--num_train_epochs", "1") == 0
+    folder = tmp_path / "run"
+    summary = json.loads((folder / "summary.json").read_text())
+    for phase in ("before", "after"):
+        assert {"reward", "judge.satisfied", "diversity", "n"} <= summary[phase].keys()
+    assert {"rollout", "decode", "reward", "update", "rest", "total"} <= summary["seconds"].keys()
+    for name in ("before_after.png", "evaluation.json", "run_config.json", "runs", "checkpoint-1"):
+        assert (folder / name).exists(), name
+    said = capsys.readouterr().out
+    for phrase in ("evaluating before", "training for 1 rollouts of 8 pictures", "judge.satisfied", "tensorboard"):
+        assert phrase in said
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None, requires_safety_checker=False)
+    pipe.load_lora_weights(str(folder))
+    assert pipe.get_active_adapters()
+
+    assert command("--config", config, "--num_train_epochs", "2") == 2  # another run's folder
+    assert "num_train_epochs: 1 -> 2" in capsys.readouterr().err
+    assert command("--config", config, "--num_train_epochs", "2", "--resume_from_checkpoint", "latest") == 0
+    assert (folder / "checkpoint-2").exists()
+    assert command("--config", config, "--num_train_epochs", "1", "--overwrite_output_dir") == 0
+    assert not (folder / "checkpoint-2").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--learning_rte", "1"], ["learning_rte", "learning_rate"]),
+        (["--prompts", "nowhere.txt"], ["nowhere.txt"]),
+        (["--eval_prompts", "nowhere.txt"], ["nowhere.txt"]),
+        (["--policy", "./nowhere"], ["no pipeline folder ./nowhere"]),
+        (["--generation_batch_size", "10"], ["generation_batch_size (10)", "num_generations (4)", "8 or 12"]),
+        (["--gradient_accumulation_steps", "3"], ["(3)", "4 micro-batches", "1, 2, 4"]),
+        (["--train_steps", "2"], ["step 2", "deterministic"]),
+        (["--reward", "tests.rl.toy_rewards:Nothing"], ["no attribute Nothing"]),
+        (["--reward_kwargs", '{"wait": 1}'], ["wait"]),
+        (["--resume_from_checkpoint", "latest"], ["holds no whole one"]),
+        (["--eval_rewards", '{"reward": "tests.rl.toy_rewards:Plain"}'], ["eval_rewards"]),
+        (["--reward_kwargs", '{"nan_after": 3}'], ["term `red` is nan for the prompt"]),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(config, capsys, flags, names):
+    assert command("--config", config, *flags) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert all(name in lines[0] for name in names), lines[0]
+
+
+def test_ctrl_c_ends_with_a_checkpoint_and_how_to_go_on(config, tmp_path):
+    run = subprocess.Popen(
+        [sys.executable, "run_ddpo.py", "--config", config, "--num_train_epochs", "100000", "--save_strategy", "no"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TQDM_DISABLE": "1"},
+    )  # fmt: skip
+    for line in run.stdout:
+        if line.startswith("training"):
+            break
+    time.sleep(3)
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 130, err
+    assert "go on with --resume_from_checkpoint" in out
+    assert "Traceback" not in err
+    assert list((tmp_path / "run").glob("checkpoint-*/complete.json"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("ddpo_*.yaml")), ids=lambda path: path.name)
+def test_presets_are_valid_and_open_with_three_comment_lines(path):
+    lines = path.read_text().splitlines()
+    assert all(line.startswith("# ") for line in lines[:3])
+    assert f"--config configs/{path.name}" in lines[0]
+    _, args = run_ddpo.parse_arguments(
+        [run_ddpo.RunArguments, run_ddpo.DDPOConfig], ["--config", str(path), "--use_cpu", "--bf16", "false"]
+    )
+    args.plan(len(args.train_steps))
