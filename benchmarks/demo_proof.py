@@ -1,0 +1,181 @@
+"""Does the demo's run make the pictures better, to a judge it never saw - and could one have had that for free?
+
+    python benchmarks/demo_proof.py [--config configs/ddpo_tinyworld_long.yaml] [--quick] [--json FILE] [--seeds N]
+
+Runs the config once a seed and compares before and after on the same held-out prompts and noise. Controls, on the same
+prompts: the base at other guidance scales and at 50 steps, the base trained on as long as the run took updates, and the
+best of N base pictures by the trained reward, N such that as many pictures are drawn as the run drew.
+Runs that are there already (`--work`) are not repeated.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline
+from paired import paired_interval
+from report import Row, flags, publish
+
+from reward.rich import RichReward
+from tinyworld.autoencoder import encode
+from tinyworld.generator import BATCH, Denoiser, new_scheduler, sample
+from tinyworld.judge import Verdict, diversity, judge
+from tinyworld.pool import FLAWED, make_pool
+from tinyworld.text import tokenize
+
+TERMS = ("satisfied", "overall", "plausibility", "alignment")
+GUIDANCE_SCALES = (1.5, 2.0, 3.0, 5.0)
+GENERATIONS = 2
+
+
+class Proof:
+    """One config's runs, and what the judge says of them and of the controls."""
+
+    def __init__(self, config: Path, work: Path, prompts: int | None, extra: list[str]):
+        self.config, self.work, self.extra = config, work, extra
+        self.settings = yaml.safe_load(config.read_text())
+        held_out = Path(self.settings["eval_prompts"]).read_text().splitlines()
+        self.prompts = [prompt for prompt in held_out if prompt.strip()][:prompts]
+        self.captions = [prompt for prompt in self.prompts for _ in range(GENERATIONS)]
+        self.base = StableDiffusionPipeline.from_pretrained(self.settings["policy"], safety_checker=None)
+        self.steps = int(self.settings.get("num_inference_steps", 10))
+
+    def run(self, seed: int) -> Path:
+        """The folder of one seed's run; `summary.json` is written last."""
+        folder = self.work / f"seed{seed}"
+        if not (folder / "summary.json").exists():
+            command = [sys.executable, "run_ddpo.py", "--config", self.config, "--seed", seed, "--output_dir", folder]
+            subprocess.run([*map(str, command), "--overwrite_output_dir", "true", *self.extra], check=True)
+        return folder
+
+    def verdicts(self, name: str, draw: Callable[[], np.ndarray]) -> list[Verdict]:
+        """The judge on two pictures a prompt, kept in `work` under `name`."""
+        file = self.work / f"{name}.npz"
+        if not file.exists():
+            self.work.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(file.with_suffix(".part.npz"), pictures=draw())
+            file.with_suffix(".part.npz").replace(file)
+        pictures = np.load(file)["pictures"]
+        return [judge(picture, caption) for picture, caption in zip(pictures, self.captions, strict=True)]
+
+    def draw(self, pipeline: StableDiffusionPipeline, **how) -> np.ndarray:
+        return sample(pipeline, self.captions, seed=1, **({"steps": self.steps} | how))
+
+    def tuned(self, folder: Path) -> StableDiffusionPipeline:
+        """The base with a run's LoRA, loaded as any user of diffusers would."""
+        pipeline = StableDiffusionPipeline.from_pretrained(self.settings["policy"], safety_checker=None)
+        pipeline.load_lora_weights(str(folder))
+        return pipeline
+
+    def trained_on(self, updates: int, pool: Path) -> StableDiffusionPipeline:
+        """The base after `updates` more steps of its own training, on its own kind of pictures."""
+        pipeline = StableDiffusionPipeline.from_pretrained(self.settings["policy"], safety_checker=None)
+        pictures, captions = make_pool(pool, FLAWED, seed=99, count=updates * BATCH)
+        latents = encode(pipeline.vae, pictures) * pipeline.vae.config.scaling_factor
+        ids, scheduler = tokenize(pipeline.tokenizer, captions), new_scheduler()
+        denoiser = Denoiser(pipeline.unet, pipeline.text_encoder).train()
+        optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4)
+        source = torch.Generator().manual_seed(0)
+        for step in range(updates):
+            rows = slice(step * BATCH, (step + 1) * BATCH)
+            noise = torch.randn(latents[rows].shape, generator=source)
+            timesteps = torch.randint(scheduler.config.num_train_timesteps, (BATCH,), generator=source)
+            predicted = denoiser(scheduler.add_noise(latents[rows], noise, timesteps), timesteps, ids[rows])
+            wanted = scheduler.get_velocity(latents[rows], noise, timesteps)
+            torch.nn.functional.mse_loss(predicted, wanted).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        denoiser.eval()
+        return pipeline
+
+    def best_of(self, count: int) -> np.ndarray:
+        """For each picture wanted, the best by the trained reward of `count` that the base draws."""
+        reward = RichReward(**self.settings["reward_kwargs"])
+        best, record = None, torch.full((len(self.captions),), -torch.inf)
+        for draw in range(count):
+            pictures = sample(self.base, self.captions, seed=1000 + draw, steps=self.steps)
+            best = pictures.copy() if best is None else best
+            for start in range(0, len(pictures), 64):
+                rows = slice(start, start + 64)
+                images = torch.from_numpy(pictures[rows]).permute(0, 3, 1, 2).float() / 255
+                with torch.no_grad():
+                    value = reward(images, self.captions[rows]).objective
+                better = value > record[rows]
+                best[rows][better.numpy()] = pictures[rows][better.numpy()]
+                record[rows] = torch.where(better, value, record[rows])
+        return best
+
+
+def term(verdicts: list[Verdict], name: str) -> np.ndarray:
+    """(P,) one figure a prompt: the mean over its pictures."""
+    values = [float(v.satisfied) if name == "satisfied" else v.scores[name] for v in verdicts]
+    return np.array(values).reshape(-1, GENERATIONS).mean(axis=1)
+
+
+def spread(verdicts: list[Verdict]) -> float:
+    """Mean over prompts of the judge's `diversity` of a prompt's pictures: places and sizes."""
+    groups = [verdicts[start : start + GENERATIONS] for start in range(0, len(verdicts), GENERATIONS)]
+    return float(np.mean([diversity(group) for group in groups]))
+
+
+def main() -> None:
+    parser = flags(__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=Path("configs/ddpo_tinyworld.yaml"))
+    parser.add_argument("--work", type=Path, help="folder of the runs (default outputs/proof/<config>)")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    seeds = range(1 if options.quick else options.seeds)
+    work = options.work or Path("outputs/proof") / (options.config.stem + ("_quick" if options.quick else ""))
+    extra = ["--num_train_epochs", "2", "--save_strategy", "no"] if options.quick else []
+    proof = Proof(options.config, work, 64 if options.quick else None, extra)
+
+    base = proof.verdicts("base", lambda: proof.draw(proof.base))
+    runs = [proof.run(seed) for seed in seeds]
+    after = [
+        proof.verdicts(f"after{seed}", lambda folder=folder: proof.draw(proof.tuned(folder)))
+        for seed, folder in zip(seeds, runs, strict=True)
+    ]
+    rows = []
+    for name in TERMS:
+        rows.append(Row(f"{name}, base", float(term(base, name).mean()), n=len(base)))
+        rows.append(Row(f"{name}, after", float(np.mean([term(one, name) for one in after])), n=len(base)))
+        gains = [term(one, name) - term(base, name) for one in after]
+        goal = "low > 0" if name in ("satisfied", "overall") else None
+        rows.append(Row(f"{name}, gain", *paired_interval(gains), n=len(gains), goal=goal))
+    ratio = float(np.mean([spread(one) for one in after])) / spread(base)
+    rows.append(Row("diversity of layouts, after / before", ratio, n=len(after), goal=">= 0.8"))
+
+    summary = json.loads((runs[0] / "summary.json").read_text())
+    drawn = summary["rollouts"] * summary["pictures_per_rollout"]
+    scales = GUIDANCE_SCALES[:1] if options.quick else GUIDANCE_SCALES
+    controls = {
+        f"base, guidance {scale:g}": lambda scale=scale: proof.draw(proof.base, guidance=scale) for scale in scales
+    }
+    controls["base, 50 steps"] = lambda: proof.draw(proof.base, steps=50)
+    state = (
+        json.loads(
+            (max(runs[0].glob("checkpoint-*"), key=lambda p: int(p.name[11:])) / "trainer_state.json").read_text()
+        )
+        if not options.quick
+        else {"global_step": 2}
+    )
+    updates = state["global_step"]
+    controls[f"base, trained on for {updates} updates"] = lambda: proof.draw(proof.trained_on(updates, work / "pool"))
+    count = max(2, round(drawn / len(proof.captions)))
+    controls[f"base, best of {count} (as many pictures as the run drew)"] = lambda: proof.best_of(count)
+    for name, draw in controls.items():
+        verdicts = proof.verdicts(name.replace(",", "").replace(" ", "_").split("_(")[0], draw)
+        for figure in ("satisfied", "overall"):
+            rows.append(Row(f"{figure}, {name}", float(term(verdicts, figure).mean()), n=len(verdicts)))
+        rows.append(Row(f"diversity, {name}", spread(verdicts) / spread(base), n=len(verdicts)))
+    publish(rows, began, options.json, options.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""What the benchmarks' claims rest on: paired intervals and goals."""
+
+import numpy as np
+import pytest
+from paired import paired_interval
+from report import Row
+
+
+def test_interval_of_one_seed_is_the_prompts_standard_error():
+    differences = np.random.default_rng(0).normal(0.3, 1.0, 400)
+    mean, low, high = paired_interval([differences])
+    error = differences.std() / np.sqrt(400)
+    assert mean == pytest.approx(differences.mean())
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.25 * error)
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    prompts = np.random.default_rng(0).normal(0, 0.1, 400)
+    _, low, high = paired_interval([prompts + shift for shift in (-1.0, 0.0, 1.0)])
+    assert low < -0.5
+    assert high > 0.5
+
+
+@pytest.mark.parametrize(
+    ("goal", "holds"),
+    [(None, None), (">= 1.5", True), ("> 1.5", False), ("low > 0", True), ("high < 1.9", False), ("<= 2", True)],
+)
+def test_goals(goal, holds):
+    assert Row("speed", 1.5, 0.1, 2.0, goal=goal).holds is holds

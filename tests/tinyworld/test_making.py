@@ -1,0 +1,110 @@
+"""The parts that `tinyworld.build` is made of: loop, autoencoder, text, pretraining tasks, pool."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tinyworld.autoencoder import decode, encode, new_autoencoder, whiten
+from tinyworld.build import PROMPTS, STAGES, draw_prompts
+from tinyworld.grammar import WORDS, draw_request, is_held_out, parse
+from tinyworld.loop import fit, keyed
+from tinyworld.pool import make_pool
+from tinyworld.pretrain import falsify, make_predictor_tokenizer
+from tinyworld.rated import SPLITS, VARIANTS, draw_captions
+from tinyworld.text import LENGTH, make_tokenizer, tokenize
+
+
+def quadratic(model: nn.Linear):
+    """A loss whose batch depends on the step alone."""
+    return lambda step: (model(torch.randn(8, 3, generator=keyed(1, step))) - 1).square().mean()
+
+
+def test_a_resumed_fit_ends_where_an_uninterrupted_one_does(tmp_path, capsys):
+    def run(name: str, stops: list[int]) -> dict[str, torch.Tensor]:
+        for stop in stops:
+            torch.manual_seed(0)
+            model = nn.Linear(3, 1)
+            # A schedule of 8 steps throughout: the run is cut off after `stop` of them.
+            loss = quadratic(model)
+
+            def cut_off(step: int, loss=loss, stop=stop) -> torch.Tensor:
+                if step == stop:
+                    raise KeyboardInterrupt
+                return loss(step)
+
+            try:
+                average = fit(model, cut_off, tmp_path / name, steps=8, rate=0.1, warmup=2, save_every=2)
+            except KeyboardInterrupt:
+                continue
+        return average.state_dict()
+
+    whole, resumed = run("whole.pt", [8]), run("resumed.pt", [3, 8])
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_keyed_draws_differ_by_key_and_agree_for_the_same():
+    draws = {key: torch.rand(3, generator=keyed(*key)) for key in [(0, 1), (1, 0), (0, 2), (0, 1, 0)]}
+    values = {tuple(draw.tolist()) for draw in draws.values()}
+    assert len(values) == len(draws)
+    assert torch.equal(draws[0, 1], torch.rand(3, generator=keyed(0, 1)))
+
+
+def test_whitening_changes_the_latents_and_not_the_pictures():
+    vae = new_autoencoder().eval()
+    pictures = np.random.default_rng(0).integers(0, 255, (16, 64, 64, 3), dtype=np.uint8)
+    before, drawn = encode(vae, pictures), decode(vae, encode(vae, pictures))
+    whiten(vae, pictures)
+    latents = encode(vae, pictures)
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
+    assert before.std((0, 2, 3)).sub(1).abs().max() > 0.1
+    assert np.abs(decode(vae, latents).astype(int) - drawn).max() <= 1
+
+
+def test_every_word_is_one_token_and_captions_fit(tmp_path):
+    tokenizer = make_tokenizer(tmp_path)
+    ids = tokenize(tokenizer, [*WORDS, "a red star left of a blue square and a green cross"])
+    assert ids.shape == (len(WORDS) + 1, LENGTH)
+    assert len({int(row[1]) for row in ids[:-1]}) == len(WORDS)
+    assert int((ids[-1] == tokenizer.eos_token_id).sum()) == LENGTH - 13
+    assert make_predictor_tokenizer()("a purple star").input_ids.count(2) == 1  # a word it does not know
+
+
+def test_falsified_captions_are_false_and_marked_where_they_are():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        request = draw_request(rng)
+        false, labels = falsify(request, rng)
+        words, true = str(false).split(), str(request).split()
+        assert parse(str(false)) == false
+        assert len(labels) == len(words)
+        assert 1 in labels
+        assert str(false) != str(request)
+        if len(words) == len(true):  # then only plurals may differ besides what is marked
+            changed = {place for place, pair in enumerate(zip(words, true, strict=True)) if pair[0] != pair[1]}
+            marked = {place for place, label in enumerate(labels) if label}
+            plural = {place for place in changed - marked if words[place].rstrip("es") == true[place].rstrip("es")}
+            assert changed - marked <= plural
+            assert marked <= changed
+
+
+def test_the_pool_is_drawn_once_and_holds_nothing_held_out(tmp_path):
+    pictures, captions = make_pool(tmp_path / "pool", 0.5, seed=3, count=40)
+    again, _ = make_pool(tmp_path / "pool", 0.5, seed=4, count=40)  # there already: the seed is not asked
+    other, _ = make_pool(tmp_path / "same", 0.5, seed=3, count=40)
+    assert np.array_equal(pictures, again)
+    assert np.array_equal(pictures, other)
+    assert not any(is_held_out(parse(caption)) for caption in captions)
+
+
+def test_prompts_and_splits_keep_held_out_apart():
+    prompts = draw_prompts()
+    assert {name: len(chosen) for name, chosen in prompts.items()} == PROMPTS
+    assert all(len(set(chosen)) == len(chosen) for chosen in prompts.values())
+    assert all(is_held_out(parse(prompt)) for prompt in prompts["held_out"])
+    assert not any(is_held_out(parse(prompt)) for prompt in prompts["train"])
+    for split in SPLITS[1:]:
+        assert all(is_held_out(parse(caption)) == split.held_out for caption in draw_captions(split, 1))
+    assert sum(variant.share for variant in VARIANTS) == pytest.approx(1)
+    assert STAGES[-1] == "ceiling"
