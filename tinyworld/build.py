@@ -47,7 +47,7 @@ STAGES = ("pictures", "text", "autoencoder", "generator", "rated", "pretraining"
 SNAPSHOTS = {"early": 2500, "middle": 4000}
 """States of the generator's training that draw some of the rated pictures, by step."""
 
-PROMPTS = {"train": 512, "held_out": 512}
+PROMPTS = {"train": 512, "held_out": 256}
 _PICTURE_SEED, _FLAWLESS_SEED, _PROMPT_SEED = 0, 1, 7
 
 
@@ -93,7 +93,7 @@ class Build:
     def ceiling(self) -> None:
         denoiser = self._train_generator("ceiling", flawed=False)
         parts = pipeline(denoiser, self._vae(), self._tokenizer())
-        prompts = (ASSETS / "prompts_held_out.txt").read_text().split("\n")[:512]
+        prompts = (ASSETS / "prompts_held_out.txt").read_text().splitlines()
         figures = figures_of(sample(parts, prompts, seed=0), prompts)
         (ASSETS / "ceiling.json").write_text(json.dumps(figures, indent=1) + "\n")
         print(figures)
@@ -145,7 +145,7 @@ class Build:
         shutil.rmtree(ASSETS / "rahf", ignore_errors=True)
         keep_predictor(self.work / "rahf", ASSETS / "rahf")
         for name, prompts in draw_prompts().items():
-            (ASSETS / f"prompts_{name}.txt").write_text("\n".join(prompts))
+            (ASSETS / f"prompts_{name}.txt").write_text("\n".join(prompts) + "\n")
 
     # Parts --------------------------------------------------------------------------------------------------------
 
