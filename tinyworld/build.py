@@ -9,13 +9,15 @@ Every stage is skipped if its result is there, and goes on where it was stopped.
     text        tokenizer and pretrained text encoder                                         1
     autoencoder the VAE, and all pictures' latents                                           12
     generator   the U-Net and text encoder, with earlier states for the rated pictures       50
-    rated       generated pictures, rated by three raters, in RichHF-18K's format             5
+    rated       generated pictures, two a caption, in Pick-a-Pic's format                     5
+    feedback    three raters' feedback on them, in RichHF-18K's format, and both joined       2
     pretraining the predictor's backbones, by captions of flawless pictures                  20
     predictor   the RAHF checkpoint, by `python -m reward.train`                             10
     assets      everything above into `tinyworld/assets`, in half precision                   0
     ceiling     the same generator on flawless pictures only, and its figures                55
 
-`ceiling` is not among the default stages: nothing needs it but the figure in the README.
+`ceiling` is not among the default stages: nothing needs it but the figure in the README. `--stages feedback` alone makes
+the rated data set again from the pictures that the repository keeps.
 """
 
 import json
@@ -43,7 +45,10 @@ from tinyworld.pool import FLAWED, make_pool
 from tinyworld.pretrain import make_predictor_tokenizer, pretrain_predictor
 from tinyworld.text import make_tokenizer, new_text_encoder, pretrain_text_encoder
 
-STAGES = ("pictures", "text", "autoencoder", "generator", "rated", "pretraining", "predictor", "assets", "ceiling")
+STAGES = (
+    *("pictures", "text", "autoencoder", "generator", "rated", "feedback", "pretraining", "predictor", "assets"),
+    "ceiling",
+)
 SNAPSHOTS = {"early": 2500, "middle": 4000}
 """States of the generator's training that draw some of the rated pictures, by step."""
 
@@ -101,21 +106,25 @@ class Build:
     # What the predictor is made of --------------------------------------------------------------------------------
 
     def rated(self) -> None:
-        folder = self.work / "rated"
-        for seed, split in enumerate(rated.SPLITS, start=100):
-            file = folder / f"pictures_{split.file}.npz"
-            if file.exists():
+        for name in dict.fromkeys(split.name for split in rated.SPLITS):
+            if (self.work / "pickapic" / f"{name}.parquet").exists():
                 continue
-            captions = rated.draw_captions(split, seed)
-            pictures = rated.draw_pictures(captions, self._checkpoint, seed)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(file.with_suffix(".part.npz"), pictures=pictures, captions=captions)
-            file.with_suffix(".part.npz").replace(file)
-        rated.write_all(folder)
+            captions, pictures = [], []
+            for number, split in enumerate(rated.SPLITS, start=100):
+                if split.name == name:
+                    captions += (drawn := rated.draw_captions(split, number))
+                    pictures.append(rated.draw_pictures(drawn, self._checkpoint, number))
+            rated.write_pictures(name, captions, np.concatenate(pictures), self.work / "pickapic.part")
+            (self.work / "pickapic").mkdir(exist_ok=True)
+            (self.work / "pickapic.part" / f"{name}.parquet").replace(self.work / "pickapic" / f"{name}.parquet")
+
+    def feedback(self) -> None:
+        """From the pictures just drawn, or from those that the repository keeps."""
+        pickapic = self.work / "pickapic" if (self.work / "pickapic").exists() else ASSETS / "pickapic"
+        rated.rate_all(pickapic, self.work / "rated")
         shutil.rmtree(self.work / "feedback", ignore_errors=True)
-        richhf.main(
-            ["--tfrecords", str(folder), "--images", str(folder / "pickapic"), "--out", str(self.work / "feedback")]
-        )
+        places = {"--tfrecords": self.work / "rated", "--images": pickapic, "--out": self.work / "feedback"}
+        richhf.main([str(word) for place in places.items() for word in place])
 
     def pretraining(self) -> None:
         pictures, captions = self._pool(flawed=False)
@@ -142,6 +151,8 @@ class Build:
             shutil.copy(self.work / "tokenizer" / name, self.work / "sd" / "tokenizer" / name)
         shutil.rmtree(ASSETS / "sd", ignore_errors=True)
         shutil.copytree(self.work / "sd", ASSETS / "sd")
+        shutil.rmtree(ASSETS / "pickapic", ignore_errors=True)
+        shutil.copytree(self.work / "pickapic", ASSETS / "pickapic")
         shutil.rmtree(ASSETS / "rahf", ignore_errors=True)
         keep_predictor(self.work / "rahf", ASSETS / "rahf")
         for name, prompts in draw_prompts().items():

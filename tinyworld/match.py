@@ -12,6 +12,7 @@ from tinyworld.grammar import Request
 from tinyworld.segment import Patch
 
 _FORMED = 0.7  # what is not asked for and matches its best shape less is debris, not an extra thing
+_HIDDEN = 0.35  # what hides more of its best shape behind others is no extra thing
 _INSET = 0.95  # what lies on another thing unasked and matches its best shape less is a blotch
 _EXTRA_AREA = 45
 _CANDIDATES = 7
@@ -103,6 +104,7 @@ def match(request: Request, slots: list[int], patches: list[Patch]) -> tuple[lis
         if k not in chosen
         and one.area >= _EXTRA_AREA
         and one.iou >= _FORMED
+        and one.fits[0].hidden <= _HIDDEN
         and (inset[k] or (not hosts[k].intersection(chosen) and not lying[k]))
     ]
     return answers, spare

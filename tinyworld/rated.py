@@ -6,7 +6,7 @@ raters judge each; records and pictures are written as RichHF-18K's TFRecords an
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,36 +97,47 @@ def draw_pictures(captions: list[str], load: Callable[[str], StableDiffusionPipe
     return pictures
 
 
-def write_all(folder: Path) -> None:
-    """Rate the pictures in `folder`'s `pictures_*.npz` and write each split's `<split>.tfrecord`, its pictures in
-    `pickapic/<split>.parquet`, and the test split's held-out captions in `held_out.txt`.
+def write_pictures(split: str, captions: list[str], pictures: np.ndarray, folder: Path) -> None:
+    """Write `<split>.parquet` in Pick-a-Pic's columns: pictures 2 * i and 2 * i + 1 are of caption i.
 
-    Pick-a-Pic's columns `jpg_0` and `jpg_1` hold PNG here: at 64 pixels JPEG would blur what is to be judged.
+    `jpg_0` and `jpg_1` hold lossless WebP here, colours rounded to steps of 4 so that the files are small: at 64 pixels
+    JPEG would blur what is to be judged.
     """
-    (folder / "pickapic").mkdir(parents=True, exist_ok=True)
+    uids = [hashlib.sha256(f"{split} {row}".encode()).hexdigest()[:16] for row in range(len(pictures))]
+    encoded = [_webp(picture // 4 * 4 + 2) for picture in pictures]
+    columns = {"image_0_uid": uids[0::2], "image_1_uid": uids[1::2], "jpg_0": encoded[0::2], "jpg_1": encoded[1::2]}
+    folder.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pa.table(columns | {"caption": captions}), folder / f"{split}.parquet")
+
+
+def read_pictures(file: Path) -> Iterator[tuple[str, np.ndarray, str]]:
+    """uid, (64, 64, 3) uint8 picture and caption of every picture that `write_pictures` wrote."""
+    for row in pyarrow.parquet.read_table(file).to_pylist():
+        for side in "01":
+            picture = np.array(Image.open(io.BytesIO(row[f"jpg_{side}"])).convert("RGB"))
+            yield row[f"image_{side}_uid"], picture, row["caption"]
+
+
+def rate_all(pickapic: Path, folder: Path) -> None:
+    """Rate the pictures of every split: `<split>.tfrecord` in RichHF-18K's form, and the held-out captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held_out: dict[str, None] = {}
     for name in dict.fromkeys(split.name for split in SPLITS):
-        parts = [np.load(folder / f"pictures_{split.file}.npz") for split in SPLITS if split.name == name]
-        captions = [str(caption) for part in parts for caption in part["captions"]]
-        pictures = np.concatenate([part["pictures"] for part in parts])
-        uids = [hashlib.sha256(f"{name} {row}".encode()).hexdigest()[:16] for row in range(len(pictures))]
-        encoded = [_png(picture) for picture in pictures]
-        columns = {"image_0_uid": uids[0::2], "image_1_uid": uids[1::2], "jpg_0": encoded[0::2], "jpg_1": encoded[1::2]}
-        pyarrow.parquet.write_table(pa.table(columns | {"caption": captions}), folder / "pickapic" / f"{name}.parquet")
-        rows = zip(uids, pictures, np.repeat(captions, 2), strict=True)
+        rows = list(read_pictures(pickapic / f"{name}.parquet"))
         write_tfrecords(folder / f"{name}.tfrecord", (rated_record(name, *row) for row in rows))
-    held_out = [str(parse(caption)) for caption in captions if is_held_out(parse(caption))]
-    (folder / "held_out.txt").write_text("\n".join(dict.fromkeys(held_out)))
+        held_out |= dict.fromkeys(caption for _, _, caption in rows if is_held_out(parse(caption)))
+    (folder / "held_out.txt").write_text("\n".join(held_out) + "\n")
 
 
 def rated_record(split: str, uid: str, picture: np.ndarray, caption: str) -> Record:
     """What three raters say of one picture, together, as RichHF-18K would hold it."""
-    verdict, words = judge(picture, str(caption)), len(str(caption).split())
+    verdict, words = judge(picture, caption), len(caption.split())
     said = consolidate([rate(verdict, words, uid, rater) for rater in range(RATERS)], SIZE)
     maps = {name: encode_map(heatmap) for name, heatmap in said.maps.items()}
     return Record(f"{split}/{uid}.png", said.scores, maps, said.labels)
 
 
-def _png(picture: np.ndarray) -> bytes:
+def _webp(picture: np.ndarray) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG", optimize=True)
+    Image.fromarray(picture).save(file, "WEBP", lossless=True, quality=100, method=6)
     return file.getvalue()

@@ -1,0 +1,1 @@
+"""Every other use of the predictor; the first commands are still to come."""
