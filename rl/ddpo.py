@@ -6,6 +6,7 @@ advantages and credit by place. Shapes: B rows of a micro-batch, C latent channe
 
 import logging
 import os
+import re
 import shutil
 import time
 from collections import defaultdict
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
@@ -266,7 +268,8 @@ class DDPOTrainer(Trainer):
                 ) from None
             finally:
                 self.train_seconds = time.perf_counter() - start
-                self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes bar and writer
+                if self.is_in_train:  # an exception: the Trainer closes bar and writer at a normal end only
+                    self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def _stop_if_asked(self, everywhere: bool = False) -> None:
         """Leave the Trainer's loop if a stop is asked for and the weights are those of a rollout boundary.
@@ -302,12 +305,17 @@ class DDPOTrainer(Trainer):
             "edge_energy_at_start": self.edge_energy_at_start,
         }
         try:
+            if self.args.should_save:
+                shutil.rmtree(self._run_dir, ignore_errors=True)  # of a run that was killed while writing
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 publish(Path(self._run_dir) / place.name, place, marker)
                 rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not re.search("inline_container|PytorchStreamWriter", str(error)):
+                raise  # torch.save's reports of a full disk name these; any other is a bug
             raise OSError(
                 f"cannot write the checkpoint {place}: {error}; earlier checkpoints in {self.args.output_dir} are whole"
             ) from error

@@ -1,4 +1,5 @@
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -200,21 +201,29 @@ def test_checkpoint_that_was_not_completed_is_not_resumed(make_trainer):
         make_trainer().train(resume_from_checkpoint="nowhere")
 
 
-def test_full_disk_leaves_the_previous_checkpoint_whole(make_trainer, monkeypatch):
+@pytest.mark.parametrize("writer", ["safetensors", "torch.save"])
+def test_full_disk_leaves_the_previous_checkpoint_whole(make_trainer, monkeypatch, writer):
+    """No file may grow beyond a few bytes while the second checkpoint is written: what a full disk looks like."""
     trainer = make_trainer(num_train_epochs=3)
-    real, calls = torch.save, []
+    owner, name = (
+        (trainer.policy, "save_adapter") if writer == "safetensors" else (trainer, "_save_optimizer_and_scheduler")
+    )
+    save = getattr(owner, name)
 
-    def full(thing, file, *args, **kwargs):
-        calls.append(file)
-        if "checkpoint-2" in str(file):
-            raise OSError(28, "No space left on device")
-        return real(thing, file, *args, **kwargs)
+    def with_a_full_disk(*args):
+        if trainer.state.global_step < 2:
+            return save(*args)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+        try:
+            return save(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match=r"cannot write the checkpoint .*checkpoint-2.*No space left.*are whole"):
+    monkeypatch.setattr(owner, name, with_a_full_disk)
+    with pytest.raises(OSError, match=r"cannot write the checkpoint .*checkpoint-2.*are whole"):
         trainer.train()
     assert sorted(name for name in os.listdir(trainer.args.output_dir) if name != "runs") == ["checkpoint-1"]
-    monkeypatch.setattr(torch, "save", real)
     resumed = make_trainer(num_train_epochs=3)
     resumed.train(resume_from_checkpoint="latest")
     assert resumed.state.global_step == 3
