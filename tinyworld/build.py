@@ -16,8 +16,8 @@ Every stage is skipped if its result is there, and goes on where it was stopped.
     assets      everything above into `tinyworld/assets`, in half precision                   0
     ceiling     the same generator on flawless pictures only, and its figures                55
 
-`ceiling` is not among the default stages: nothing needs it but the figure in the README. `--stages feedback` alone makes
-the rated data set again from the pictures that the repository keeps.
+`ceiling` is not among the default stages: nothing needs it but the figure in the README. `--stages feedback` alone
+makes the rated data set again from the pictures that the repository keeps.
 """
 
 import json
@@ -179,8 +179,9 @@ class Build:
         if not file.exists():
             pictures, _ = self._pool(flawed)
             vae = self._vae()
-            latents = torch.cat([encode(vae, pictures[i : i + 1000]) for i in range(0, len(pictures), 1000)])
-            save_file({"latents": (latents * vae.config.scaling_factor).half()}, file.with_suffix(".part"))
+            with torch.autocast("cpu", torch.bfloat16):
+                chunks = [encode(vae, pictures[i : i + 1000]).half() for i in range(0, len(pictures), 1000)]
+            save_file({"latents": torch.cat(chunks) * vae.config.scaling_factor}, file.with_suffix(".part"))
             file.with_suffix(".part").replace(file)
         return load_file(file)["latents"]
 

@@ -1,6 +1,6 @@
 """The predictor's backbones, pretrained on rendered scenes and their captions; no rater and no judge is asked.
 
-As the paper's ViT and T5 come pretrained from the web, these learn from flawless pictures to read a scene, in two tasks:
+As the paper's ViT and T5 come pretrained from the web, these learn from flawless pictures to read a scene:
 masked captioning (most words hidden, say them from the picture) and replaced-word detection (some words changed so that
 the caption is false, say which; ELECTRA's task, arXiv 2003.10555, with the picture as the witness).
 """
