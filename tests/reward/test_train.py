@@ -67,10 +67,12 @@ def test_the_seed_decides_everything(command, raw_data):
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-def test_resuming_ends_where_an_uninterrupted_training_ends(command, raw_data):
+@pytest.mark.parametrize("stop", [2, 3], ids=["between epochs", "amid an epoch"])
+def test_resuming_ends_where_an_uninterrupted_training_ends(command, raw_data, stop):
     settings = {"load_best_model_at_end": False, "lr_scheduler_type": "constant", "contrast": 0.2}
+    settings |= {"eval_steps": stop, "save_steps": stop}
     train.main(command("whole", **settings))
-    train.main(command("halves", **settings, max_steps=2))
+    train.main(command("halves", **settings, max_steps=stop))
     train.main(command("halves", **settings, resume_from_checkpoint="last"))
     whole, halves = weights(raw_data / "whole"), weights(raw_data / "halves")
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
