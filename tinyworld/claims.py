@@ -83,8 +83,9 @@ class Claims:
         gap = gaps[list(COLOURS).index(noun.colour)] - gaps[list(COLOURS).index(patch.colour)]
         colour = clear if patch.colour == noun.colour else float(np.clip(0.49 - gap / 200, 0, 0.49))
         asked, seen = fit_of(patch, noun.shape), seen_as(patch, noun.shape)
-        iou = asked.iou if asked else 0.0
-        recognised = clear * float(np.clip((iou - 0.3) / 0.25, 0, 1))
+        iou, hidden = (asked.iou, asked.hidden) if asked else (0.0, 0.0)
+        # A small part that is seen of a thing may be of any shape.
+        recognised = clear * float(np.clip((iou - 0.3) / 0.25, 0, 1) * np.clip((0.7 - hidden) / 0.2, 0, 1))
         if seen.shape == noun.shape:
             return there, colour, recognised
         return there, colour, min(0.49, recognised * float(np.exp(-(seen.iou - iou) / 0.08)))
