@@ -206,8 +206,9 @@ class DDPOTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """The Trainer's, one step ahead: a rollout costs too much to be used at the learning rate 0 of the first."""
+        existing = self.lr_scheduler
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        if scheduler is not existing and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
             scheduler.lr_lambdas = [lambda step, f=factor: f(step + 1) for factor in scheduler.lr_lambdas]
             for group, base, factor in zip(
                 scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True

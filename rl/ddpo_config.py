@@ -6,6 +6,7 @@ from typing import Literal
 from transformers import TrainingArguments
 
 from rl.advantages import CREDITS, FOCUSES
+from rl.engines import prepare_deepspeed_on_cpu
 from rl.policy import DEFAULT_LORA_TARGETS
 
 
@@ -194,6 +195,8 @@ class DDPOConfig(TrainingArguments):
         if isinstance(self.train_steps, str | int):
             self.train_steps = [self.train_steps]
         self.train_steps = [str(step) for step in self.train_steps]
+        if self.deepspeed and self.use_cpu:
+            prepare_deepspeed_on_cpu()
         super().__post_init__()
         self._check_ranges()
         self._check_rollout()

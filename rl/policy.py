@@ -289,4 +289,6 @@ def _with_lora(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str],
         network = get_peft_model(unet, config)
     # Trainer's callbacks take a model's config for one of transformers and call methods that diffusers' lacks.
     network.config = None
+    # What Trainer calls for `activation_checkpointing: true`; a PEFT model of diffusers' has no such method.
+    network.activation_checkpointing_enable = lambda **settings: unet.enable_gradient_checkpointing()
     return network

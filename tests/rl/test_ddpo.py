@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from reward.feedback import Reward
 from rl.advantages import group_advantages
 from rl.interrupt import RunInterrupted
 from rl.policy import LORA_WEIGHTS
@@ -102,6 +103,18 @@ def test_batch_size_and_accumulation_are_one_and_the_same(make_trainer, tmp_path
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-5)
 
 
+def test_activation_checkpointing_changes_nothing_but_memory(make_trainer, tmp_path):
+    weights = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(
+            output_dir=str(tmp_path / str(checkpointing)), num_train_epochs=1, activation_checkpointing=checkpointing
+        )
+        trainer.train()
+        assert trainer.policy.pipeline.unet.is_gradient_checkpointing == checkpointing
+        weights.append(lora(tmp_path / str(checkpointing) / "checkpoint-1"))
+    assert_same(*weights)
+
+
 def test_constant_map_makes_focus_equal_to_image_over_a_whole_run(make_trainer, tmp_path):
     weights = []
     for credit in ("image", "focus"):
@@ -146,16 +159,45 @@ def test_training_raises_the_reward(make_trainer):
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.01  # one std of the pictures of a prompt
 
 
-def test_kl_penalty_holds_the_policy_back(make_trainer, tmp_path):
+def test_without_a_compiler_deepspeeds_op_is_switched_off(monkeypatch, caplog):
+    import deepspeed
+
+    from rl.engines import prepare_deepspeed_on_cpu
+
+    ops = dict(deepspeed.ops.__compatible_ops__)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setenv("PATH", "")
+    try:
+        prepare_deepspeed_on_cpu()
+        assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+        assert "switched off" in caplog.text
+    finally:
+        deepspeed.ops.__compatible_ops__.update(ops)
+
+
+def test_kl_penalty_pulls_the_policy_back_to_the_base(make_trainer, tmp_path):
+    """With a reward that does not care, nothing else moves it."""
+
+    def indifferent(images, prompts):
+        return Reward(total=torch.zeros(len(images)))
+
     kls = []
     for beta in (0.0, 1.0):
         trainer = make_trainer(
-            output_dir=str(tmp_path / str(beta)), beta=beta, num_train_epochs=6, learning_rate=0.01, save_strategy="no"
-        )
+            indifferent, output_dir=str(tmp_path / str(beta)), beta=beta, num_train_epochs=4, learning_rate=0.003,
+            save_strategy="no",
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+        before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         trainer.train()
         kls.append(logged(trainer, "kl"))
-    assert kls[0][0] == kls[1][0] == 0
-    assert 0 < kls[1][-1] < kls[0][-1]
+        assert kls[-1][0] > 0
+        if beta == 0:
+            assert_same(before, trainer.model.state_dict())
+    assert kls[1][-1] < 0.8 * kls[1][0]
 
 
 def test_first_update_has_a_learning_rate(make_trainer):

@@ -58,7 +58,7 @@ def test_from_yaml_to_lora_figures_and_pictures(config, tmp_path, capsys, pipeli
     assert pipe.get_active_adapters()
 
     assert command("--config", config, "--num_train_epochs", "2") == 2  # another run's folder
-    assert "num_train_epochs: 1 -> 2" in capsys.readouterr().err
+    assert "num_train_epochs: 1.0 -> 2.0" in capsys.readouterr().err
     assert command("--config", config, "--num_train_epochs", "2", "--resume_from_checkpoint", "latest") == 0
     assert (folder / "checkpoint-2").exists()
     assert command("--config", config, "--num_train_epochs", "1", "--overwrite_output_dir") == 0
