@@ -185,7 +185,7 @@ class FeedbackDataset(torch.utils.data.Dataset):
         return len(self.split)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's data loader: the next epoch's augmentations are others."""
+        """Called at the start of each epoch: its augmentations are others than the last one's."""
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> dict:

@@ -19,7 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import DatasetDict, load_from_disk
-from transformers import AutoTokenizer, EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations import TensorBoardCallback
 
 from reward.arguments import main_guard, parse_arguments
@@ -167,6 +175,19 @@ class RahfTrainer(Trainer):
             (folder / _COMPLETE).touch()
 
 
+class _Epochs(TrainerCallback):
+    """Tells the training data their epoch, which the augmentation is drawn from.
+
+    accelerate's loader would, but not where it wraps the sampler: with several processes, or resuming amid an epoch.
+    """
+
+    def __init__(self, data: FeedbackDataset):
+        self.data = data
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.data.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+
 def dev_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Metrics of the dev split, by names such as `srcc_alignment`, `cc_implausibility`, `f1_words`; and `quality`.
 
@@ -306,6 +327,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     boards = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TensorBoardCallback)]
     for board in boards:
         board.logging_dir = str(Path(args.output_dir) / "tensorboard")
+    trainer.add_callback(_Epochs(trainer.train_dataset))
     if arguments.panels:
         panels = ExamplePanels(dev, trainer.data_collator, arguments.panels, next(iter(boards), None))
         trainer.add_callback(panels)
