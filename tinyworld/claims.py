@@ -84,8 +84,10 @@ class Claims:
         colour = clear if patch.colour == noun.colour else float(np.clip(0.49 - gap / 200, 0, 0.49))
         asked, seen = fit_of(patch, noun.shape), seen_as(patch, noun.shape)
         iou, hidden = (asked.iou, asked.hidden) if asked else (0.0, 0.0)
-        # A small part that is seen of a thing may be of any shape.
-        recognised = clear * float(np.clip((iou - 0.3) / 0.25, 0, 1) * np.clip((0.7 - hidden) / 0.2, 0, 1))
+        recognised = clear * float(np.clip((iou - 0.3) / 0.25, 0, 1))
+        if sum(one.iou > iou - 0.04 for one in patch.fits) > 2:
+            # What little is seen of a thing may be of any shape.
+            recognised *= float(np.clip((0.7 - hidden) / 0.2, 0, 1))
         if seen.shape == noun.shape:
             return there, colour, recognised
         return there, colour, min(0.49, recognised * float(np.exp(-(seen.iou - iou) / 0.08)))
