@@ -46,6 +46,7 @@ def new_scheduler() -> DDIMScheduler:
         set_alpha_to_one=True,
         prediction_type="v_prediction",
         timestep_spacing="trailing",
+        steps_offset=1,  # has no effect under "trailing"; without it the pipeline warns
     )
 
 
