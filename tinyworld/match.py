@@ -28,7 +28,7 @@ def seen_as(patch: Patch, wanted: str) -> Fit:
     """The ideal shape that a patch shows to somebody who asked for `wanted`."""
     best, asked = patch.fits[0], fit_of(patch, wanted)
     # A spoiled outline may come to resemble another shape; a clean one is what it is.
-    charity = _CHARITY + 1.2 * max(0.0, 0.93 - best.iou)
+    charity = _CHARITY + min(0.08, 1.2 * max(0.0, 0.93 - best.iou))
     return asked if asked and asked.iou >= best.iou - charity else best
 
 
