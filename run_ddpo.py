@@ -141,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "seconds": seconds,
             "wall_seconds": time.perf_counter() - start,
             "rollouts": trainer.state.global_step // trainer.plan.updates,
+            "updates": trainer.state.global_step,
             "pictures_per_rollout": trainer.plan.pictures,
             "seed": args.seed,
         }

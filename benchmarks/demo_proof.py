@@ -158,14 +158,7 @@ def main() -> None:
         f"base, guidance {scale:g}": lambda scale=scale: proof.draw(proof.base, guidance=scale) for scale in scales
     }
     controls["base, 50 steps"] = lambda: proof.draw(proof.base, steps=50)
-    state = (
-        json.loads(
-            (max(runs[0].glob("checkpoint-*"), key=lambda p: int(p.name[11:])) / "trainer_state.json").read_text()
-        )
-        if not options.quick
-        else {"global_step": 2}
-    )
-    updates = state["global_step"]
+    updates = summary["updates"]
     controls[f"base, trained on for {updates} updates"] = lambda: proof.draw(proof.trained_on(updates, work / "pool"))
     count = max(2, round(drawn / len(proof.captions)))
     controls[f"base, best of {count} (as many pictures as the run drew)"] = lambda: proof.best_of(count)

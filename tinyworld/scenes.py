@@ -15,8 +15,8 @@ _GAP = 3.0  # clear ground between two things, so that they stay two components
 _MARGIN = 2.0  # clear ground at the border
 _REACH = 1.15  # no shape reaches further from its centre than this many radii
 _RADII = {1: (11.0, 17.0), 2: (9.0, 12.5), 3: (8.0, 9.5)}
-_OUTER_RADII = (19.0, 23.0)
-_INNER_RADII = (7.0, 8.5)
+_OUTER_RADII = (20.0, 23.0)
+_INNER_RADII = (8.5, 10.0)
 
 
 @dataclass(frozen=True)
