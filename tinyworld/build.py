@@ -149,6 +149,10 @@ class Build:
         parts.save_pretrained(self.work / "sd")
         for name in ("vocab.json", "merges.txt"):  # older libraries read these
             shutil.copy(self.work / "tokenizer" / name, self.work / "sd" / "tokenizer" / name)
+        for file in (self.work / "sd").glob("*/config.json"):  # where this machine had it is nobody's business
+            settings = json.loads(file.read_text())
+            settings.pop("_name_or_path", None)
+            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
         shutil.rmtree(ASSETS / "sd", ignore_errors=True)
         shutil.copytree(self.work / "sd", ASSETS / "sd")
         shutil.rmtree(ASSETS / "pickapic", ignore_errors=True)
