@@ -25,4 +25,6 @@ args = DDPOConfig(
     deepspeed=deepspeed,
 )  # fmt: skip
 policy = StableDiffusionPolicy.load(pipeline, lora_rank=2, lora_alpha=4.0, seed=3)
-DDPOTrainer(policy, Redness(), args, PROMPTS).train()
+trainer = DDPOTrainer(policy, Redness(), args, PROMPTS)
+trainer.train()
+trainer.accelerator.end_training()
