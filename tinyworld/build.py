@@ -146,6 +146,8 @@ class Build:
 
     def assets(self) -> None:
         parts = self._checkpoint("final").to(torch.float16)
+        # transformers loads what is stored, diffusers float32: in half precision the two would not fit together.
+        parts.text_encoder.to(torch.float32)
         parts.save_pretrained(self.work / "sd")
         for name in ("vocab.json", "merges.txt"):  # older libraries read these
             shutil.copy(self.work / "tokenizer" / name, self.work / "sd" / "tokenizer" / name)

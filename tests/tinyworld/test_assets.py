@@ -21,7 +21,7 @@ from tinyworld.scenes import Thing, applicable, lay_out, plant, render
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return StableDiffusionPipeline.from_pretrained(ASSETS / "sd", safety_checker=None).to(torch.float32)
+    return StableDiffusionPipeline.from_pretrained(ASSETS / "sd", safety_checker=None)  # as any user would
 
 
 def test_the_pipeline_is_made_of_genuine_parts(pipeline):
