@@ -131,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise
     trainer.save_model()  # on all ranks: an engine may have to gather the weights
     after = judge("after", nullcontext()) if eval_prompts else None
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # a rank that exits with its process group open may abort
 
     if not args.should_save:

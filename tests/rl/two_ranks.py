@@ -1,6 +1,7 @@
 """The same small run as the test's, under torchrun: `two_ranks.py ddp|zero2 PIPELINE OUTPUT`."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -27,4 +28,8 @@ args = DDPOConfig(
 policy = StableDiffusionPolicy.load(pipeline, lora_rank=2, lora_alpha=4.0, seed=3)
 trainer = DDPOTrainer(policy, Redness(), args, PROMPTS)
 trainer.train()
+trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
+# About one run in ten, gloo's threads abort the interpreter's own teardown on one rank, after all is written, and torchrun
+# reports a failure. What is tested is written by now; leave without that teardown.
+os._exit(0)
