@@ -30,6 +30,6 @@ trainer = DDPOTrainer(policy, Redness(), args, PROMPTS)
 trainer.train()
 trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
-# About one run in ten, gloo's threads abort the interpreter's own teardown on one rank, after all is written; torchrun then
-# reports a failure. What is tested is written by now: leave without that teardown.
+# About one run in ten, a rank aborts while its interpreter shuts down, after all is written, and torchrun reports a
+# failure. What is tested is written by now: leave without that teardown.
 os._exit(0)
