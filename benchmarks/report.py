@@ -43,12 +43,13 @@ class Row:
         return {">=": figure >= limit, "<=": figure <= limit, ">": figure > limit, "<": figure < limit}[sign]
 
 
-def flags(description: str, seeds: int = 3) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes."""
+def flags(description: str, seeds: int | None = 3) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes; no `--seeds` (None) where there is nothing to repeat."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="at most 3 minutes on 2 cores; its figures prove nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
-    parser.add_argument("--seeds", type=int, default=seeds, metavar="N", help=f"number of seeds (default {seeds})")
+    if seeds is not None:
+        parser.add_argument("--seeds", type=int, default=seeds, metavar="N", help=f"number of seeds (default {seeds})")
     return parser
 
 

@@ -2,7 +2,7 @@
 
     python -m tinyworld.build [--stages ceiling] [--work build/tinyworld]
 
-Every stage is skipped if its result is there, and goes on where it was stopped. Times are for 2 CPU cores.
+Every stage is skipped if its result is there, and goes on where it was stopped. Times are estimates for 2 CPU cores.
 
     stage       makes                                                                      minutes
     pictures    200,000 captioned training pictures, half of them with 30% flawed ones        4
