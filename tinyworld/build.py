@@ -49,7 +49,7 @@ STAGES = (
     *("pictures", "text", "autoencoder", "generator", "rated", "feedback", "pretraining", "predictor", "assets"),
     "ceiling",
 )
-SNAPSHOTS = {"early": 2500, "middle": 4000}
+SNAPSHOTS = {"early": 2500, "middle": 4500}
 """States of the generator's training that draw some of the rated pictures, by step."""
 
 PROMPTS = {"train": 512, "held_out": 256}
@@ -87,10 +87,8 @@ class Build:
         self._whole("text_encoder", pretrain_text_encoder(tokenizer, self.work).save_pretrained)
 
     def autoencoder(self) -> None:
-        pictures, _ = self._pool(flawed=True)
-        self._whole("vae", train_autoencoder(pictures, self.work).save_pretrained)
-        for flawed in (True, False):
-            self._latents(flawed)
+        self._whole("vae", train_autoencoder(*self._pool(flawed=True), self.work).save_pretrained)
+        self._latents(flawed=True)
 
     def generator(self) -> None:
         self._train_generator("generator", flawed=True)
@@ -186,7 +184,7 @@ class Build:
             pictures, _ = self._pool(flawed)
             vae = self._vae()
             with torch.autocast("cpu", torch.bfloat16):
-                chunks = [encode(vae, pictures[i : i + 1000]).half() for i in range(0, len(pictures), 1000)]
+                chunks = [encode(vae, pictures[i : i + 1000], 25).half() for i in range(0, len(pictures), 1000)]
             save_file({"latents": torch.cat(chunks) * vae.config.scaling_factor}, file.with_suffix(".part"))
             file.with_suffix(".part").replace(file)
         return load_file(file)["latents"]

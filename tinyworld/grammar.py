@@ -158,15 +158,15 @@ def _checked(request: Request, caption: str) -> Request:
 
 
 FORMS = {
-    "one": (0.34, (1,), None),
-    "left of": (0.11, (1, 1), "left of"),
-    "above": (0.11, (1, 1), "above"),
-    "inside": (0.10, (1, 1), "inside"),
-    "pair": (0.13, (1, 1), None),
+    "one": (0.30, (1,), None),
+    "left of": (0.15, (1, 1), "left of"),
+    "above": (0.15, (1, 1), "above"),
+    "inside": (0.07, (1, 1), "inside"),
+    "pair": (0.15, (1, 1), None),
     "two": (0.10, (2,), None),
-    "three": (0.04, (3,), None),
-    "two and one": (0.04, (2, 1), None),
-    "relation and one": (0.03, (1, 1, 1), "any"),
+    "three": (0.03, (3,), None),
+    "two and one": (0.03, (2, 1), None),
+    "relation and one": (0.02, (1, 1, 1), "any"),
 }
 """Form of caption -> (share, count of each noun, relation)."""
 

@@ -8,7 +8,8 @@ How it judges:
 2. Patches are matched with what the caption asks for; what is left over is an extra thing, if it is well formed, or
    else a blotch or debris.
 3. The things found are drawn again, ideally. What the picture shows elsewise is implausible: outlines, blotches, debris
-   and blended colours alike. Half a pixel and the softness of an autoencoder are forgiven.
+   and blended colours alike. What a person sees only when told is forgiven: less than a pixel of wobble, and the
+softness of an autoencoder.
 """
 
 from collections.abc import Sequence
@@ -36,10 +37,10 @@ _WEIGHTS = {"plausibility": 0.25, "alignment": 0.35, "aesthetics": 0.15}
 _UNMATCHED = 0.5  # the distance, in picture sides, of a thing that the other picture has not
 _TOLERANCE, _FULL = 28.0, 80.0  # difference of colour that is forgiven, and the further one that counts fully
 _NOISE = 0.3  # of a full difference: less is not marked
-_SPECK = 2.6  # flaws that weigh less, in fully wrong pixels, are not seen
+_SPECK = 5.0  # flaws that weigh less, in fully wrong pixels, are not seen
 _SOFT = {"circle": 0.3, "square": 0.33, "triangle": 0.47, "diamond": 0.34, "cross": 0.5, "star": 0.68}
 """(1 - IoU) x radius, about how far an outline is off, in pixels, when a flawless shape is a little blurred."""
-_WAVE = 0.5  # pixels by which an outline may be further off
+_WAVE = 0.9  # pixels by which an outline may be further off
 
 
 @dataclass(frozen=True)

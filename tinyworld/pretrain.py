@@ -1,8 +1,9 @@
 """The predictor's backbones, pretrained on rendered scenes and their captions; no rater and no judge is asked.
 
 As the paper's ViT and T5 come pretrained from the web, these learn from flawless pictures to read a scene:
-masked captioning (most words hidden, say them from the picture) and replaced-word detection (some words changed so that
-the caption is false, say which; ELECTRA's task, arXiv 2003.10555, with the picture as the witness).
+masked captioning (most words hidden, say them from the picture), replaced-word detection (some words changed so that
+the caption is false, say which; ELECTRA's task, arXiv 2003.10555, with the picture as the witness), and the same for
+the picture: some places spoiled, say where. What is well formed is learned there, from pictures alone.
 """
 
 from dataclasses import replace
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, ViTConfig
 from reward import losses
 from reward.data import encode_prompts, pad_rows, preprocess
 from reward.model import RahfConfig, RahfModel
+from tinyworld.corruption import corrupt
 from tinyworld.grammar import COLOURS, RELATIONS, ROOMY, SHAPES, WORDS, Request, parse
 from tinyworld.loop import fit, keyed
 from tinyworld.scenes import SIZE
@@ -25,6 +27,7 @@ from tinyworld.scenes import SIZE
 VISION_STEPS = 2000
 STEPS = 4000
 _BATCH = 64
+_SPOILED = 24  # of a batch
 KINDS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 _HIDDEN = 0.7
 _NOISE = 0.04  # on pictures in [0, 1]: generated pictures are never as clean as rendered ones
@@ -116,41 +119,58 @@ def _same(one: Request, other: Request) -> bool:
     return kinds[0] == kinds[1] and one.relation == other.relation
 
 
-class _KindsSeen(nn.Module):
-    """A vision encoder that says which kinds of things ("red circle") it sees."""
+class _Seer(nn.Module):
+    """A vision encoder that says which kinds of things ("red circle") it sees, and where the picture is spoiled."""
 
     def __init__(self, vision: nn.Module):
         super().__init__()
         self.vision = vision
-        self.read = nn.Linear(vision.config.hidden_size, len(KINDS))
+        patch = vision.config.patch_size
+        self.kinds = nn.Linear(vision.config.hidden_size, len(KINDS))
+        self.spoiled = nn.Sequential(nn.Linear(vision.config.hidden_size, patch**2), nn.Unflatten(2, (patch, patch)))
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) -> (B, K) logits: the largest over patches, softly, so that a patch may know its own thing."""
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 3, S, S) -> logits (B, K): the largest over patches, softly, so that a patch may know its own thing; and
+        logits (B, S, S)."""
         patches = self.vision(pixel_values=pixels).last_hidden_state[:, 1:]  # without the class token
-        return self.read(patches).float().logsumexp(dim=1)
+        side = round(patches.shape[1] ** 0.5)
+        spoiled = self.spoiled(patches).unflatten(1, (side, side)).transpose(2, 3).flatten(3).flatten(1, 2)
+        return self.kinds(patches).float().logsumexp(dim=1), spoiled.float()
 
 
 def pretrain_vision(model: RahfModel, pictures: np.ndarray, captions: list[str], work: Path, steps: int) -> None:
-    """Teach a predictor's vision encoder, in place, which kinds of things are in a picture."""
+    """Teach a predictor's vision encoder, in place, which kinds of things are in a picture, and what spoils it."""
     kinds = torch.zeros(len(captions), len(KINDS))
     for row, caption in enumerate(captions):
         kinds[row, [KINDS.index(noun.kind) for noun in parse(caption).nouns]] = 1
-    reader = _KindsSeen(model.vision)
+    seer, whole = _Seer(model.vision), _BATCH - _SPOILED
 
     def loss(step: int) -> torch.Tensor:
         source = keyed(6, step)
         rows = torch.randint(len(pictures), (_BATCH,), generator=source)
+        images, spoiled = _partly_spoiled(pictures[rows.numpy()], source)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = reader(preprocess(_noisy(pictures[rows.numpy()], source), model.config))
-        return F.binary_cross_entropy_with_logits(logits.float(), kinds[rows], reduction="sum") / _BATCH
+            seen, where = seer(preprocess(images, model.config))
+        kinds_loss = F.binary_cross_entropy_with_logits(seen[:whole], kinds[rows[:whole]], reduction="sum") / whole
+        return kinds_loss + _place_loss(where[whole:], spoiled)
 
-    trained = fit(reader, loss, work / "vision_pretraining.pt", steps=steps, rate=1e-3, averaging=0.995)
+    trained = fit(seer, loss, work / "vision_pretraining.pt", steps=steps, rate=1e-3, averaging=0.995)
     model.vision.load_state_dict(trained.vision.state_dict())
 
 
-def _noisy(pictures: np.ndarray, source: torch.Generator) -> torch.Tensor:
-    """(B, 64, 64, 3) uint8 -> (B, 3, 64, 64) in [0, 1], each with its own amount of noise."""
+def _partly_spoiled(pictures: np.ndarray, source: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, 64, 64, 3) uint8 -> noisy (B, 3, 64, 64) in [0, 1], the last `_SPOILED` of them spoiled, and where."""
     images = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 255
+    spoiled, where = corrupt(images[-_SPOILED:], source)
+    return _noisy(torch.cat([images[:-_SPOILED], spoiled]), source), where
+
+
+def _place_loss(logits: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    return 3 * F.binary_cross_entropy_with_logits(logits, where.float())  # a few pixels in a hundred are spoiled
+
+
+def _noisy(images: torch.Tensor, source: torch.Generator) -> torch.Tensor:
+    """(B, 3, 64, 64) in [0, 1], each with its own amount of noise."""
     amount = _NOISE * torch.rand(len(images), 1, 1, 1, generator=source)
     return (images + amount * torch.randn(images.shape, generator=source)).clamp(0, 1)
 
@@ -158,34 +178,47 @@ def _noisy(pictures: np.ndarray, source: torch.Generator) -> torch.Tensor:
 def pretrain_predictor(
     pictures: np.ndarray, captions: list[str], work: Path, steps: int = STEPS, vision_steps: int = VISION_STEPS
 ) -> RahfModel:
-    """Train a new predictor's backbones (and word head) on flawless (N, 64, 64, 3) uint8 pictures and captions."""
+    """Train a new predictor's backbones, and the heads of words and of implausible places.
+
+    Args:
+        pictures: (N, 64, 64, 3) uint8, flawless, with their captions.
+        work: where states are kept.
+    """
     tokenizer = make_predictor_tokenizer()
     model = new_predictor(tokenizer)
     pretrain_vision(model, pictures, captions, work, vision_steps)
-    half = _BATCH // 2
+    whole = _BATCH - _SPOILED
+    half = whole // 2
+    heatmap_head = model.heatmap_heads["implausibility"]
 
     def loss(step: int) -> torch.Tensor:
         source, rng = keyed(5, step), np.random.default_rng((5, step))
         rows = np.sort(rng.choice(len(pictures), _BATCH, replace=False))
         rng.shuffle(rows)
-        images = _noisy(pictures[rows], source)
+        images, spoiled = _partly_spoiled(pictures[rows], source)
         words = [captions[row].split() for row in rows[:half]]
         labels: list[list[int]] = []
-        for row in rows[half:]:
+        for row in rows[half:whole]:
             request = parse(captions[row])
             false, wrong = falsify(request, rng) if rng.random() < 0.8 else (request, [0] * len(captions[row].split()))
             words.append(str(false).split())
             labels.append(wrong)
+        words += [captions[row].split() for row in rows[whole:]]
         text = encode_prompts(tokenizer, words, model.config.max_text_length)
         ids, mask = text["input_ids"], text["attention_mask"]
         hidden = (torch.rand(ids[:half].shape, generator=source) < _HIDDEN) & (text_words(text)[:half])
         masked = torch.cat([ids[:half].masked_fill(hidden, tokenizer.mask_token_id), ids[half:]])
         with torch.autocast("cpu", torch.bfloat16):
-            _, fused = model.fuse(preprocess(images, model.config), masked, mask)
+            seen, fused = model.fuse(preprocess(images, model.config), masked, mask)
             said = fused[:half][hidden] * fused.shape[-1] ** -0.5 @ model.encoder.embed_tokens.weight.T
-            wrong = model.word_head(fused[half:], text["word_positions"][half:])
-        return losses.caption_loss(said.float(), ids[:half][hidden]) + losses.word_loss(
-            wrong.float(), pad_rows([row + [losses.IGNORE] * (wrong.shape[1] - len(row)) for row in labels], 0)
+            wrong = model.word_head(fused[half:whole], text["word_positions"][half:whole])
+            grid = (model.config.grid,) * 2
+            where = heatmap_head(seen[whole:].transpose(1, 2).unflatten(2, grid))
+        targets = pad_rows([row + [losses.IGNORE] * (wrong.shape[1] - len(row)) for row in labels], 0)
+        return (
+            losses.caption_loss(said.float(), ids[:half][hidden])
+            + losses.word_loss(wrong.float(), targets)
+            + _place_loss(where.float(), spoiled)
         )
 
     return fit(model, loss, work / "predictor_pretraining.pt", steps=steps, rate=1e-3, averaging=0.998)

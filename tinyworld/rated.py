@@ -66,7 +66,7 @@ class Split:
         return f"{self.name}_held_out" if self.held_out else self.name
 
 
-SPLITS = (Split("train", 2400), Split("dev", 250), Split("test", 250), Split("test", 150, held_out=True))
+SPLITS = (Split("train", 5000), Split("dev", 250), Split("test", 250), Split("test", 150, held_out=True))
 
 
 def draw_captions(split: Split, seed: int) -> list[str]:
@@ -100,11 +100,11 @@ def draw_pictures(captions: list[str], load: Callable[[str], StableDiffusionPipe
 def write_pictures(split: str, captions: list[str], pictures: np.ndarray, folder: Path) -> None:
     """Write `<split>.parquet` in Pick-a-Pic's columns: pictures 2 * i and 2 * i + 1 are of caption i.
 
-    `jpg_0` and `jpg_1` hold lossless WebP here, colours rounded to steps of 4 so that the files are small: at 64 pixels
+    `jpg_0` and `jpg_1` hold lossless WebP here, colours rounded to steps of 8 so that the files are small: at 64 pixels
     JPEG would blur what is to be judged.
     """
     uids = [hashlib.sha256(f"{split} {row}".encode()).hexdigest()[:16] for row in range(len(pictures))]
-    encoded = [_webp(picture // 4 * 4 + 2) for picture in pictures]
+    encoded = [_webp(picture // 8 * 8 + 4) for picture in pictures]
     columns = {"image_0_uid": uids[0::2], "image_1_uid": uids[1::2], "jpg_0": encoded[0::2], "jpg_1": encoded[1::2]}
     folder.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pa.table(columns | {"caption": captions}), folder / f"{split}.parquet")
