@@ -185,7 +185,8 @@ class Build:
             vae = self._vae()
             with torch.autocast("cpu", torch.bfloat16):
                 chunks = [encode(vae, pictures[i : i + 1000], 25).half() for i in range(0, len(pictures), 1000)]
-            save_file({"latents": torch.cat(chunks) * vae.config.scaling_factor}, file.with_suffix(".part"))
+            latents = (torch.cat(chunks) * vae.config.scaling_factor).contiguous()
+            save_file({"latents": latents}, file.with_suffix(".part"))
             file.with_suffix(".part").replace(file)
         return load_file(file)["latents"]
 

@@ -1,6 +1,7 @@
 """What the repository keeps of the small world: genuine parts, whole, and true to what is said of them."""
 
 import json
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from reward.feedback import HEATMAPS, SCORES
 from reward.predict import RichFeedbackPredictor
 from tinyworld.autoencoder import decode, encode
 from tinyworld.build import draw_prompts
+from tinyworld.eye import disagreements, labelled_pictures
 from tinyworld.generator import sample
-from tinyworld.grammar import ASSETS, draw_held_out, draw_request, held_out_compositions, is_held_out, parse
+from tinyworld.grammar import ASSETS, COLOURS, draw_held_out, draw_request, held_out_compositions, is_held_out, parse
 from tinyworld.judge import judge
 from tinyworld.rated import read_pictures
 from tinyworld.scenes import Thing, applicable, lay_out, plant, render
@@ -57,6 +59,22 @@ def test_the_judge_sees_the_same_through_the_autoencoder(pipeline):
     returned = decode(pipeline.vae, encode(pipeline.vae, pictures))
     verdicts = [[judge(*pair).satisfied for pair in zip(some, captions, strict=True)] for some in (pictures, returned)]
     assert np.mean(np.equal(*verdicts)) >= 0.97
+
+
+def test_no_colour_lies_halfway_between_two_others_in_the_latents(pipeline):
+    squares = np.stack([render((Thing(colour, "square", 32, 32, 17),)) for colour in COLOURS] + [render(())])
+    colours = encode(pipeline.vae, squares)[:, :, 6:10, 6:10].mean((2, 3))  # (7, 4), the last is the ground
+    for (a, one), (b, other) in combinations(enumerate(colours), 2):
+        others = torch.stack([colour for c, colour in enumerate(colours) if c not in (a, b)])
+        nearest = (others - (one + other) / 2).norm(dim=1).min()
+        assert nearest > 0.4 * (one - other).norm() / 2
+
+
+def test_a_person_and_the_judge_agree_on_generated_pictures():
+    labelled = labelled_pictures()
+    assert len(labelled) == 100
+    assert 20 < sum(one.satisfied for one in labelled) < 80  # or agreement would say little
+    assert len(disagreements(labelled)) <= 8
 
 
 def test_prompts_are_as_drawn_and_held_out_ones_apart():

@@ -7,11 +7,14 @@ from torch import nn
 
 from tinyworld.autoencoder import decode, encode, new_autoencoder, whiten
 from tinyworld.build import PROMPTS, STAGES, draw_prompts
+from tinyworld.corruption import corrupt
+from tinyworld.eye import Labelled, contact_sheet, disagreements
 from tinyworld.grammar import WORDS, draw_request, is_held_out, parse
 from tinyworld.loop import fit, keyed
 from tinyworld.pool import make_pool
 from tinyworld.pretrain import falsify, make_predictor_tokenizer
 from tinyworld.rated import SPLITS, VARIANTS, draw_captions
+from tinyworld.scenes import Thing, render
 from tinyworld.text import LENGTH, make_tokenizer, tokenize
 
 
@@ -87,6 +90,40 @@ def test_falsified_captions_are_false_and_marked_where_they_are():
             plural = {place for place in changed - marked if words[place].rstrip("es") == true[place].rstrip("es")}
             assert changed - marked <= plural
             assert marked <= changed
+
+
+def test_spoiled_places_are_those_that_changed():
+    rng = np.random.default_rng(0)
+    things = [Thing("red", "star", *rng.uniform(20, 44, 2).tolist(), 14.0) for _ in range(32)]
+    pictures = np.stack([render((thing,)) for thing in things])
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    spoiled, where = corrupt(images, keyed(1))
+    change = (spoiled - images).abs().amax(1)
+    assert change[~where].max() <= 0.25  # what nobody sees is not marked
+    assert (change[where].mean() > 0.25)
+    assert where.any((1, 2)).float().mean() > 0.8
+    again, there = corrupt(images, keyed(1))
+    assert torch.equal(again, spoiled)
+    assert torch.equal(there, where)
+    empty, nowhere = corrupt(images[:, :, :1, :1].expand(-1, -1, 64, 64), keyed(1))  # nothing there to spoil
+    assert not nowhere.any()
+    assert torch.isfinite(empty).all()
+
+
+def test_the_eye_and_the_judge_are_compared_picture_by_picture():
+    good, bad = (
+        render((Thing("red", "circle", 32, 32, 14),)),
+        render((Thing("red", "circle", 32, 32, 14, (0.28, 3, 0)),)),
+    )
+    labelled = [
+        Labelled(good, "a red circle", True),
+        Labelled(bad, "a red circle", True),
+        Labelled(good, "a red square", False),
+        Labelled(good, "a red circle", False),
+    ]
+    found = disagreements(labelled)
+    assert [(number, said) for number, _, said in found] == [(1, "malformed"), (3, "satisfied")]
+    assert contact_sheet(found).size == (6 * 192, 192 + 44)
 
 
 def test_the_pool_is_drawn_once_and_holds_nothing_held_out(tmp_path):
