@@ -4,10 +4,11 @@ from scipy import ndimage
 from scipy.stats import spearmanr
 
 from reward.feedback import HEATMAPS, SCORES
-from tinyworld.grammar import GROUND, draw_request
+from tinyworld.grammar import ASSETS, draw_request
 from tinyworld.judge import judge
+from tinyworld.rated import read_pictures
 from tinyworld.raters import FRESH, Rating, ceiling, consolidate, disks, rate
-from tinyworld.scenes import SIZE, applicable, lay_out, plant, render
+from tinyworld.scenes import SIZE, lay_out, plant
 
 
 def _rating(score=3, implausible=(), misaligned=(), words=(0, 0, 0)):
@@ -18,24 +19,9 @@ def _rating(score=3, implausible=(), misaligned=(), words=(0, 0, 0)):
 
 @pytest.fixture(scope="module")
 def population():
-    """Verdicts on a mixture of pictures, with captions' lengths: clean, flawed, half-formed, and of another caption."""
-    rng, verdicts = np.random.default_rng(0), []
-    for index in range(320):
-        scene, other = (lay_out(draw_request(rng), rng) for _ in range(2))
-        picture = render(scene.things)
-        if index % 4 == 1:
-            picture = plant(scene, str(rng.choice(applicable(scene))), float(rng.uniform(0.3, 1)), rng).picture
-        if index % 4 > 1:  # the space itself is bent, as a weak generator draws
-            bent = np.array([ndimage.gaussian_filter(rng.normal(0, 1, (SIZE, SIZE)), 4) for _ in range(2)])
-            rows, columns = np.mgrid[:SIZE, :SIZE] + rng.uniform(0, 4) / bent.std() * bent
-            channels = [ndimage.map_coordinates(picture[..., k], (rows, columns), order=1) for k in range(3)]
-            picture = np.stack(channels, axis=-1)
-            picture[(rows < 0) | (columns < 0) | (rows > SIZE - 1) | (columns > SIZE - 1)] = GROUND
-        if index % 4 == 3:
-            scene = other
-        caption = str(scene.request)
-        verdicts.append((judge(picture, caption), len(caption.split())))
-    return verdicts
+    """Verdicts on generated pictures such as raters are asked about, with captions' lengths."""
+    rows = list(read_pictures(ASSETS / "pickapic" / "test.parquet"))[:400]
+    return [(judge(picture, caption), len(caption.split())) for _, picture, caption in rows]
 
 
 def _trio(population, first):
