@@ -37,10 +37,10 @@ _WEIGHTS = {"plausibility": 0.25, "alignment": 0.35, "aesthetics": 0.15}
 _UNMATCHED = 0.5  # the distance, in picture sides, of a thing that the other picture has not
 _TOLERANCE, _FULL = 28.0, 80.0  # difference of colour that is forgiven, and the further one that counts fully
 _NOISE = 0.3  # of a full difference: less is not marked
-_SPECK = (
-    0.066  # of a thing's radius squared (8 pixels at 11): flaws that weigh less, in fully wrong pixels, are not seen
-)
-_CRUMB = 5.0  # fully wrong pixels: the same for what belongs to no thing
+# What weighs less in all, in fully wrong pixels, is not seen: a share of a thing's radius squared (8 pixels at 11).
+_SEEN = 0.066
+_SPECK = 2.0  # fully wrong pixels: a spot that weighs less does not count there
+_CRUMB = 5.0  # fully wrong pixels: a spot that belongs to no thing and weighs less is not seen
 _SOFT = {"circle": 0.3, "square": 0.33, "triangle": 0.47, "diamond": 0.34, "cross": 0.5, "star": 0.68}
 """(1 - IoU) x radius, about how far an outline is off, in pixels, when a flawless shape is a little blurred."""
 _WAVE = 0.9  # pixels by which an outline may be further off
@@ -162,7 +162,7 @@ def _difference(picture: np.ndarray, things: list[Found]) -> np.ndarray:
 def _malformed(wrongness: np.ndarray, things: list[Found]) -> tuple[np.ndarray, list[float], float]:
     """The implausible pixels; the weight of what is wrong with each thing, and of debris, in fully wrong pixels."""
     mask = np.zeros((SIZE, SIZE), bool)
-    badness, marked, debris = [0.0] * len(things), [0.0] * len(things), 0.0
+    badness, debris = [0.0] * len(things), 0.0
     spots, count = ndimage.label(wrongness > _NOISE, np.ones((3, 3)))
     weights = ndimage.sum_labels(wrongness, spots, np.arange(1, count + 1))
     extents = [one.mask | (cover(one.shape, one.x, one.y, one.radius) > 0.5) for one in things]
@@ -171,24 +171,27 @@ def _malformed(wrongness: np.ndarray, things: list[Found]) -> tuple[np.ndarray, 
     for index in sorted(range(len(things)), key=lambda k: -things[k].radius):
         owner[ndimage.binary_dilation(extents[index], np.ones((3, 3)))] = index
     mine: list[list[int]] = [[] for _ in things]
+    marked = [0.0] * len(things)
     for spot in range(1, count + 1):
         here = spots == spot
         shares = np.bincount(owner[here] + 1, wrongness[here], minlength=len(things) + 1)
         elsewhere, most = shares[0], int(shares[1:].argmax()) if things else 0
-        hangs_over = bool(things) and elsewhere <= shares[1 + most]
-        seen = weights[spot - 1] >= (_SPECK * things[most].radius ** 2 if hangs_over else _CRUMB)
-        if not seen and not hangs_over:
+        if things and elsewhere <= shares[1 + most]:
+            shares[1 + most] += elsewhere  # it hangs over
+        elif weights[spot - 1] >= _CRUMB:
+            debris += float(elsewhere)
+            mask |= here
+        else:
             continue
-        if hangs_over:
-            shares[1 + most] += elsewhere
-            elsewhere = 0.0
-        debris += float(elsewhere)
         for index, share in enumerate(shares[1:]):
             badness[index] += float(share)  # what nobody would mark still makes an outline a little worse
-            if share > 0 and seen:
+            if share >= _SPECK:
                 marked[index] += float(share)
                 mine[index].append(spot)
-        mask |= here & seen
+    for index, thing in enumerate(things):
+        if marked[index] < _SEEN * thing.radius**2:
+            marked[index], mine[index] = 0.0, []
+        mask |= np.isin(spots, mine[index])
     mask = ndimage.binary_dilation(mask)
     for index, (thing, extent) in enumerate(zip(things, extents, strict=True)):
         # A wavy outline is off by little at any place, but all around.

@@ -7,7 +7,9 @@ raters judge each; records and pictures are written as RichHF-18K's TFRecords an
 import hashlib
 import io
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +126,9 @@ def rate_all(pickapic: Path, folder: Path) -> None:
     held_out: dict[str, None] = {}
     for name in dict.fromkeys(split.name for split in SPLITS):
         rows = list(read_pictures(pickapic / f"{name}.parquet"))
-        write_tfrecords(folder / f"{name}.tfrecord", (rated_record(name, *row) for row in rows))
+        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # torch's threads do not survive a fork
+            columns = ([name] * len(rows), *zip(*rows, strict=True))
+            write_tfrecords(folder / f"{name}.tfrecord", pool.map(rated_record, *columns, chunksize=64))
         held_out |= dict.fromkeys(caption for _, _, caption in rows if is_held_out(parse(caption)))
     (folder / "held_out.txt").write_text("\n".join(held_out) + "\n")
 
