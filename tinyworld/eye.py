@@ -2,8 +2,8 @@
 
     python -m tinyworld.eye [--sheet disagreements.png]
 
-A picture was labelled satisfied if everything asked for is there, nothing else, and every shape is, enlarged six times,
-what a drawing program would have drawn but for a little wobble. Pictures and labels are kept in `assets/eye`.
+A picture was labelled satisfied if everything asked for is there, nothing else, and every shape, enlarged four times, is
+what a drawing program would have drawn but for a little wobble. Nothing in the judge was chosen by these pictures.
 """
 
 import json
@@ -20,8 +20,8 @@ from tinyworld.judge import judge
 from tinyworld.scenes import SIZE
 
 FOLDER = ASSETS / "eye"
-_ZOOM = 3
-_COLUMNS = 6
+_ZOOM = 4
+_COLUMNS = 5
 _LINES = 44  # pixels below a picture, for what is said of it
 
 

@@ -123,7 +123,7 @@ def test_the_eye_and_the_judge_are_compared_picture_by_picture():
     ]
     found = disagreements(labelled)
     assert [(number, said) for number, _, said in found] == [(1, "malformed"), (3, "satisfied")]
-    assert contact_sheet(found).size == (6 * 192, 192 + 44)
+    assert contact_sheet(found).size == (5 * 256, 256 + 44)
 
 
 def test_the_pool_is_drawn_once_and_holds_nothing_held_out(tmp_path):
