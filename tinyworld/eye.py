@@ -2,8 +2,8 @@
 
     python -m tinyworld.eye [--sheet disagreements.png]
 
-A picture was labelled satisfied if everything asked for is there, nothing else, and every shape is, four times enlarged,
-what a drawing program would have drawn but for a little wobble. Nothing in the judge was chosen by these pictures.
+A picture was labelled satisfied if everything asked for is there, nothing else, and every shape, enlarged, is what a
+drawing program would have drawn but for a little wobble. Nothing in the judge was chosen by these pictures.
 """
 
 import json
