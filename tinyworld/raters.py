@@ -20,9 +20,9 @@ POINTS = 5  # the scale: 1 .. 5
 DISK = 1 / 20  # radius of a mark, in image heights
 FRESH = 1000  # raters from this number on have rated nothing that anybody trains on
 
-_LENIENCY = 0.04  # standard deviation over raters, scores in [0, 1]
-_MOOD = 0.04  # of a rater's view of one picture, shared by its scores
-_HESITATION = {"plausibility": 0.09, "alignment": 0.06, "aesthetics": 0.055, "overall": 0.06}
+_LENIENCY = 0.03  # standard deviation over raters, scores in [0, 1]
+_MOOD = 0.03  # of a rater's view of one picture, shared by its scores
+_HESITATION = {"plausibility": 0.09, "alignment": 0.06, "aesthetics": 0.05, "overall": 0.06}
 _SEEN_AREA = 15.0  # pixels: a flaw of this area is overlooked by 37% of the raters
 _SEEN_WORD = 0.85  # chance that a belied word is marked
 _SLIP = 0.02  # chance that another word is marked

@@ -99,9 +99,11 @@ def test_spoiled_places_are_those_that_changed():
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
     spoiled, where = corrupt(images, keyed(1))
     change = (spoiled - images).abs().amax(1)
-    assert change[~where].max() <= 0.25  # what nobody sees is not marked
-    assert change[where].mean() > 0.25
-    assert where.any((1, 2)).float().mean() > 0.8
+    seen = change > 0.25
+    around = torch.nn.functional.max_pool2d(seen.float()[:, None], 3, stride=1, padding=1)[:, 0] > 0
+    assert torch.equal(where, around)
+    assert 0.8 < where.any(2).any(1).float().mean() <= 1
+    assert where.float().mean() < 0.2
     again, there = corrupt(images, keyed(1))
     assert torch.equal(again, spoiled)
     assert torch.equal(there, where)
@@ -122,7 +124,9 @@ def test_the_eye_and_the_judge_are_compared_picture_by_picture():
         Labelled(good, "a red circle", False),
     ]
     found = disagreements(labelled)
-    assert [(number, said) for number, _, said in found] == [(1, "malformed"), (3, "satisfied")]
+    assert [number for number, *_ in found] == [1, 3]
+    assert "malformed" in found[0][2]
+    assert found[1][2] == "satisfied"
     assert contact_sheet(found).size == (5 * 256, 256 + 44)
 
 

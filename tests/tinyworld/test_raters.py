@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 from scipy import ndimage
-from scipy.stats import spearmanr
+from scipy.stats import pearsonr, spearmanr
 
 from reward.feedback import HEATMAPS, SCORES
 from tinyworld.grammar import ASSETS, draw_request
@@ -20,7 +20,7 @@ def _rating(score=3, implausible=(), misaligned=(), words=(0, 0, 0)):
 @pytest.fixture(scope="module")
 def population():
     """Verdicts on generated pictures such as raters are asked about, with captions' lengths."""
-    rows = list(read_pictures(ASSETS / "pickapic" / "test.parquet"))[:400]
+    rows = read_pictures(ASSETS / "pickapic" / "test.parquet")
     return [(judge(picture, caption), len(caption.split())) for _, picture, caption in rows]
 
 
@@ -68,7 +68,7 @@ def test_bad_ratings_are_named():
 
 
 def test_ratings_are_fixed_by_seed_picture_and_rater(population):
-    verdict, words = population[1]
+    verdict, words = next(one for one in population if one[0].implausible.any() and one[0].words)
 
     def said(*key):
         rating = rate(verdict, words, *key)
@@ -90,7 +90,8 @@ def test_raters_are_right_on_the_whole(population):
     trio = _trio(population, 0)
     for name in SCORES:
         truth = [verdict.scores[name] for verdict, _ in population]
-        assert spearmanr([said.scores[name] for said in trio], truth)[0] > 0.75
+        # Not by ranks: seven pictures of ten are aligned to the full, and there is no order among them.
+        assert pearsonr([said.scores[name] for said in trio], truth)[0] > 0.75
     wrong = np.concatenate([np.isin(np.arange(words), verdict.words) for verdict, words in population])
     said = np.concatenate([said.labels for said in trio])
     assert 0.85 < said[wrong].mean() < 1
