@@ -200,6 +200,11 @@ class DDPOTrainer(Trainer):
             self._metrics[name].append(value)
         return loss
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As they are: the buffer lies on the device already, and must stay float32. With DeepSpeed, the Trainer's own
+        would round it to the engine's dtype, and the ratio of the first pass would no longer be 1."""
+        return inputs
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         with self.clock("update"):
             return super().training_step(model, inputs, num_items_in_batch)

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +47,25 @@ def test_ratio_is_one_up_to_rounding_where_batches_differ(make_trainer):
     trainer = make_trainer(per_device_rollout_batch_size=3, num_train_epochs=1)
     trainer.train()
     assert logged(trainer, "ratio_deviation")[0] < 1e-4
+
+
+def test_ratio_is_exactly_one_with_guidance(make_trainer):
+    trainer = make_trainer(guidance_scale=3.0, num_train_epochs=1)
+    trainer.train()
+    assert logged(trainer, "ratio_deviation")[0] == 0
+
+
+def test_buffer_stays_float32_whatever_the_engines_dtype(make_trainer, monkeypatch):
+    """A stub stands for DeepSpeed in bfloat16, to whose dtype the Trainer casts what it feeds the model."""
+    trainer = make_trainer()
+    engine = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", engine)
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    batch = next(trainer.rollout(0))
+    inputs = trainer._prepare_inputs(batch)
+    for name in ("latents", "next_latents", "old_log_probs", "advantages", "weights"):
+        assert inputs[name].dtype == torch.float32, name
+        assert torch.equal(inputs[name], batch[name]), name
 
 
 def test_gradient_is_that_of_the_log_prob_times_the_advantage(make_trainer):

@@ -100,7 +100,7 @@ def test_spoiled_places_are_those_that_changed():
     spoiled, where = corrupt(images, keyed(1))
     change = (spoiled - images).abs().amax(1)
     assert change[~where].max() <= 0.25  # what nobody sees is not marked
-    assert (change[where].mean() > 0.25)
+    assert change[where].mean() > 0.25
     assert where.any((1, 2)).float().mean() > 0.8
     again, there = corrupt(images, keyed(1))
     assert torch.equal(again, spoiled)
