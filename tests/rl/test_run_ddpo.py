@@ -77,7 +77,7 @@ def test_from_yaml_to_lora_figures_and_pictures(config, tmp_path, capsys, pipeli
         (["--train_steps", "2"], ["step 2", "deterministic"]),
         (["--reward", "tests.rl.toy_rewards:Nothing"], ["no attribute Nothing"]),
         (["--reward_kwargs", '{"wait": 1}'], ["wait"]),
-        (["--resume_from_checkpoint", "latest"], ["holds no whole one"]),
+        (["--resume_from_checkpoint", "latest"], ["holds no whole checkpoint"]),
         (["--eval_rewards", '{"reward": "tests.rl.toy_rewards:Plain"}'], ["eval_rewards"]),
         (["--reward_kwargs", '{"nan_after": 3}'], ["term `red` is nan for the prompt"]),
     ],
@@ -89,9 +89,31 @@ def test_mistakes_end_in_one_line_and_exit_code_2(config, capsys, flags, names):
     assert all(name in lines[0] for name in names), lines[0]
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--reward", "tests.rl.toy_rewards:Nothing"],
+        ["--reward_kwargs", '{"nan_after": 0}'],
+        ["--resolution", "3"],
+        ["--lora_target_modules", "no_such_layer"],
+    ],
+)
+def test_a_run_that_cannot_start_deletes_nothing_of_the_one_before(config, tmp_path, flags):
+    whole = tmp_path / "run/checkpoint-1/complete.json"
+    whole.parent.mkdir(parents=True)
+    for file in (whole, tmp_path / "run/run_config.json", tmp_path / "run/summary.json"):
+        file.write_text("{}")
+    assert command("--config", config, "--overwrite_output_dir", *flags) == 2
+    assert whole.exists()
+    assert (tmp_path / "run/summary.json").exists()
+    assert (tmp_path / "run/run_config.json").read_text() == "{}"
+
+
 def test_ctrl_c_ends_with_a_checkpoint_and_how_to_go_on(config, tmp_path):
+    folder = tmp_path / "run [b]"  # rich would read it as markup, and break the line that names it
     run = subprocess.Popen(
-        [sys.executable, "run_ddpo.py", "--config", config, "--num_train_epochs", "100000", "--save_strategy", "no"],
+        [sys.executable, "run_ddpo.py", "--config", config, "--num_train_epochs", "100000", "--save_strategy", "no",
+         "--output_dir", str(folder)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TQDM_DISABLE": "1"},
     )  # fmt: skip
     for line in run.stdout:
@@ -101,9 +123,9 @@ def test_ctrl_c_ends_with_a_checkpoint_and_how_to_go_on(config, tmp_path):
     run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=120)
     assert run.returncode == 130, err
-    assert "go on with --resume_from_checkpoint" in out
+    assert f"go on with --resume_from_checkpoint {folder}/checkpoint-" in out
     assert "Traceback" not in err
-    assert list((tmp_path / "run").glob("checkpoint-*/complete.json"))
+    assert list(folder.glob("checkpoint-*/complete.json"))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("ddpo_*.yaml")), ids=lambda path: path.name)
