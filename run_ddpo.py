@@ -26,6 +26,7 @@ diffusers.logging.disable_progress_bar()
 from reward.arguments import main_guard, parse_arguments  # noqa: E402
 from rl.checkpoints import check_output_dir, claim_output_dir, explained, resolve_checkpoint  # noqa: E402
 from rl.ddpo import DDPOConfig, DDPOTrainer  # noqa: E402
+from rl.ddpo_config import warn_of_ignored  # noqa: E402
 from rl.evaluate import TRAINING_REWARD, Evaluation, evaluate, look  # noqa: E402
 from rl.experience import Samples  # noqa: E402
 from rl.inputs import make_reward, read_prompts  # noqa: E402
@@ -57,10 +58,15 @@ class RunArguments:
     def __post_init__(self):
         if self.eval_generations < 1:
             raise ValueError(f"eval_generations is {self.eval_generations}; it must be at least 1")
+        if self.num_before_after < 1:
+            raise ValueError(f"num_before_after is {self.num_before_after}; it must be at least 1")
         if TRAINING_REWARD in self.eval_rewards:
             raise ValueError(
                 f"eval_rewards must not use the name {TRAINING_REWARD!r}, the training reward's; rename it"
             )
+        if not self.eval_prompts:
+            names = ("eval_rewards", "eval_generations", "eval_seed", "num_before_after")
+            warn_of_ignored(self, names, "there are no eval_prompts")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -38,7 +38,7 @@ def find_attribute(name: str) -> Any:
     Raises:
         ValueError: the name is not of that form, or there is no such module or attribute.
     """
-    module_name, colon, attribute = name.partition(":")
+    module_name, colon, attribute = name.partition(":") if isinstance(name, str) else ("", "", "")
     if not colon or not module_name or not attribute:
         raise ValueError(f"{name!r} does not name a reward; write `package.module:Attribute`")
     try:
@@ -56,18 +56,28 @@ def make_reward(name: str, kwargs: Mapping[str, Any] | None = None) -> RewardFn:
     """The reward function that `package.module:Attribute` names: a class is called with `kwargs`, anything else is it.
 
     Raises:
-        ValueError: see `find_attribute`; `kwargs` that the class does not take, or given to what is not a class.
+        ValueError: see `find_attribute`; `kwargs` that the class does not take, or given to what is not a class; what
+            comes out cannot be called.
     """
     attribute = find_attribute(name)
     kwargs = dict(kwargs or {})
     if not inspect.isclass(attribute):
         if kwargs:
             raise ValueError(f"{name} is not a class, so it takes no arguments, but {kwargs} are given")
-        return attribute
+        return _callable(name, attribute)
     try:
         inspect.signature(attribute).bind(**kwargs)
     except TypeError as error:
         raise ValueError(
             f"{name} cannot be called with the arguments {kwargs}: {error}; it takes {inspect.signature(attribute)}"
         ) from error
-    return attribute(**kwargs)
+    return _callable(name, attribute(**kwargs))
+
+
+def _callable(name: str, reward: Any) -> RewardFn:
+    if not callable(reward):
+        raise ValueError(
+            f"{name} is a {type(reward).__name__}, which cannot be called; "
+            "a reward takes images (B, 3, H, W) and prompts and returns a reward.feedback.Reward"
+        )
+    return reward

@@ -25,7 +25,7 @@ def test_unusable_prompt_files(tmp_path, content, message):
 
 def test_rewards_are_named_by_module_and_attribute():
     assert make_reward("tests.rl.toy_rewards:Redness", {"weight": 2.0}).weight == 2.0
-    assert make_reward("tests.rl.toy_rewards:torch").__name__ == "torch"  # not a class: taken as it is
+    assert make_reward("tests.rl.toy_rewards:brightness").__name__ == "brightness"  # not a class: taken as it is
     assert isinstance(make_reward("tests.rl.toy_rewards:Redness"), Redness)
 
 
@@ -37,6 +37,9 @@ def test_rewards_are_named_by_module_and_attribute():
         ("tests.rl.toy_rewards:Thing", {}, "no attribute Thing"),
         ("tests.rl.toy_rewards:Redness", {"wait": 1}, r"unexpected keyword argument 'wait'.*it takes \(weight"),
         ("tests.rl.toy_rewards:torch", {"a": 1}, "not a class"),
+        ("tests.rl.toy_rewards:torch", {}, "is a module, which cannot be called"),
+        ("tests.rl.toy_rewards:Uncallable", {}, "is a Uncallable, which cannot be called"),
+        (3, {}, "3 does not name a reward"),
     ],
 )
 def test_rewards_that_cannot_be_made(name, kwargs, message):

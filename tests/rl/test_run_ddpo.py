@@ -79,6 +79,9 @@ def test_from_yaml_to_lora_figures_and_pictures(config, tmp_path, capsys, pipeli
         (["--reward_kwargs", '{"wait": 1}'], ["wait"]),
         (["--resume_from_checkpoint", "latest"], ["holds no whole checkpoint"]),
         (["--eval_rewards", '{"reward": "tests.rl.toy_rewards:Plain"}'], ["eval_rewards"]),
+        (["--eval_rewards", '{"judge": 3}'], ["3 does not name a reward"]),
+        (["--num_before_after", "0"], ["num_before_after is 0"]),
+        (["--save_strategy", "best"], ["save_strategy is 'best'", "epoch, steps, no"]),
         (["--reward_kwargs", '{"nan_after": 3}'], ["term `red` is nan for the prompt"]),
     ],
 )
@@ -98,6 +101,18 @@ def test_mistakes_end_in_one_line_and_exit_code_2(config, capsys, flags, names):
         ["--lora_target_modules", "no_such_layer"],
     ],
 )
+@pytest.mark.parametrize(
+    "changes", [{"eval_rewards": {"judge": "a:b"}}, {"eval_generations": 3}, {"eval_seed": 1}, {"num_before_after": 3}]
+)
+def test_settings_of_an_evaluation_without_prompts_are_warned_about(changes, caplog):
+    required = {"policy": "p", "reward": "a:b", "prompts": "p.txt"}
+    run_ddpo.RunArguments(**required)
+    run_ddpo.RunArguments(**required, eval_prompts="p.txt", **changes)
+    assert not caplog.text
+    run_ddpo.RunArguments(**required, **changes)
+    assert f"{next(iter(changes))}={next(iter(changes.values()))!r} is ignored" in caplog.text
+
+
 def test_a_run_that_cannot_start_deletes_nothing_of_the_one_before(config, tmp_path, flags):
     whole = tmp_path / "run/checkpoint-1/complete.json"
     whole.parent.mkdir(parents=True)
