@@ -199,6 +199,7 @@ class DDPOTrainer(Trainer):
             inputs["weights"],
             args.epsilon if args.importance_sampling_level == "image" else args.epsilon_location,
             args.importance_sampling_level,
+            channels=latents.shape[1],
         )
         if inputs["measure_kl"]:
             kl = kl_map(mean, reference_mean, std).mean()
