@@ -35,9 +35,9 @@ def ppo_loss(
 
     Returns:
         loss, a scalar, and metrics: `ratio` (mean), `ratio_deviation` (largest |ratio - 1|), `clip_fraction` (share of
-        ratios outside the clip range), `approx_kl` (KL divergence from the policy that sampled, in nats per latent value
-        as `sde.kl_map` is: the mean over images of the squared log-ratio / 2, divided by the D = C * h * w values of an
-        image. An image's log-ratio is D times the mean of l - l_old.)
+        ratios outside the clip range), `approx_kl` (KL divergence from the policy that sampled, in nats per latent
+        value as `sde.kl_map` is: the mean over images of the squared log-ratio / 2, divided by the D = C * h * w values
+        of an image, whose log-ratio is D times the mean of l - l_old).
     """
     difference = log_probs - old_log_probs
     if level == "image":
