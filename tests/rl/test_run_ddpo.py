@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,10 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from diffusers import StableDiffusionPipeline
 
 import run_ddpo
 from reward.arguments import main_guard
+from reward.feedback import HEATMAPS, SCORES
+from reward.predict import RichFeedbackPredictor
+from rl.inputs import make_reward
 from tests.rl.conftest import PROMPTS
 
 ROOT = Path(__file__).parents[2]
@@ -143,12 +148,44 @@ def test_ctrl_c_ends_with_a_checkpoint_and_how_to_go_on(config, tmp_path):
     assert list(folder.glob("checkpoint-*/complete.json"))
 
 
+def settings_of(path, *flags):
+    return run_ddpo.parse_arguments(
+        [run_ddpo.RunArguments, run_ddpo.DDPOConfig], ["--config", str(path), "--use_cpu", "--bf16", "false", *flags]
+    )
+
+
+def test_readmes_command_for_several_gpus_divides(monkeypatch):
+    """The same two updates a rollout as on one GPU."""
+    (line,) = re.findall(r"accelerate launch .*?(?:\n\n)", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    launcher = re.search(r"--config_file (\S+)", line)[1]
+    accumulation = re.search(r"--gradient_accumulation_steps \d+", line)[0]
+    processes = yaml.safe_load((ROOT / launcher).read_text())["num_processes"]
+    assert accumulation in (ROOT / launcher).read_text()
+    monkeypatch.setattr(run_ddpo.DDPOConfig, "world_size", processes)
+    _, args = settings_of(ROOT / "configs/ddpo_sd15.yaml", *accumulation.split())
+    assert processes == 4
+    assert args.plan(2).updates == 2
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("ddpo_*.yaml")), ids=lambda path: path.name)
+def test_presets_rewards_can_be_built(path, monkeypatch):
+    """All of a preset but the predictor's weights, which may be the user's own."""
+    monkeypatch.setattr(RichFeedbackPredictor, "from_pretrained", lambda folder: folder)
+    run, _ = settings_of(path)
+    reward = make_reward(run.reward, run.reward_kwargs)
+    assert reward.predictor == run.reward_kwargs["model"]
+    assert len(reward.score_weights) >= 2
+    assert reward.penalty_weights
+    assert reward.word_weight > 0
+    if "sd15" in path.name:
+        assert set(reward.score_weights) == set(SCORES)
+        assert set(reward.penalty_weights) == set(HEATMAPS)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("ddpo_*.yaml")), ids=lambda path: path.name)
 def test_presets_are_valid_and_open_with_three_comment_lines(path):
     lines = path.read_text().splitlines()
     assert all(line.startswith("# ") for line in lines[:3])
     assert f"--config configs/{path.name}" in lines[0]
-    _, args = run_ddpo.parse_arguments(
-        [run_ddpo.RunArguments, run_ddpo.DDPOConfig], ["--config", str(path), "--use_cpu", "--bf16", "false"]
-    )
+    _, args = settings_of(path)
     args.plan(len(args.train_steps))
