@@ -23,13 +23,13 @@ transformers.logging.set_verbosity_error()  # says on import what does not conce
 transformers.logging.disable_progress_bar()
 diffusers.logging.disable_progress_bar()
 
-from reward.arguments import main_guard, parse_arguments  # noqa: E402
+from reward.arguments import main_guard, parse_arguments, read_prompt_file  # noqa: E402
 from rl.checkpoints import check_output_dir, claim_output_dir, explained, resolve_checkpoint  # noqa: E402
 from rl.ddpo import DDPOConfig, DDPOTrainer  # noqa: E402
 from rl.ddpo_config import warn_of_ignored  # noqa: E402
 from rl.evaluate import TRAINING_REWARD, Evaluation, evaluate, look  # noqa: E402
 from rl.experience import Samples  # noqa: E402
-from rl.inputs import make_reward, read_prompts  # noqa: E402
+from rl.inputs import make_reward  # noqa: E402
 from rl.interrupt import RunInterrupted  # noqa: E402
 from rl.policy import StableDiffusionPolicy, load_scheduler  # noqa: E402
 from rl.report import print_table, write_report  # noqa: E402
@@ -76,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console(quiet=not args.should_save, highlight=False)
 
     # Whatever can be wrong with the input is found out before the models are loaded.
-    prompts = read_prompts(run.prompts)
-    eval_prompts = read_prompts(run.eval_prompts) if run.eval_prompts else []
+    prompts = read_prompt_file(run.prompts)
+    eval_prompts = read_prompt_file(run.eval_prompts) if run.eval_prompts else []
     check_schedule(run.policy, args)
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     settings, resume = asdict(run) | args.to_dict(), checkpoint is not None

@@ -1,35 +1,11 @@
-"""What a run is given by name: prompt files and reward functions."""
+"""What a run is given by name: reward functions."""
 
 import importlib
 import inspect
-import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from reward.feedback import RewardFn
-
-logger = logging.getLogger(__name__)
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a UTF-8 text file, one a line. Blank lines are skipped, and a log line says how many.
-
-    Raises:
-        ValueError: no such file, not UTF-8, or nothing but blank lines.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise ValueError(f"cannot read the prompt file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the prompt file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"the prompt file {path} holds no prompt; write one a line")
-    if len(prompts) < len(lines):
-        logger.warning("%s: %d blank lines skipped, %d prompts", path, len(lines) - len(prompts), len(prompts))
-    return prompts
 
 
 def find_attribute(name: str) -> Any:

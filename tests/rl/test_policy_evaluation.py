@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from rl.evaluate import evaluate, look
-from rl.pictures import split_words
 from rl.policy import StableDiffusionPolicy
 from rl.report import paired_change, write_report
 from rl.sde import ddim_scheduler, make_schedule
@@ -88,7 +87,3 @@ def test_interval_of_a_paired_change_is_over_prompts():
     change, half_width = paired_change(before, after)
     assert change == 2
     assert half_width == pytest.approx(1.96 * (4 / 3) ** 0.5 / 2)
-
-
-def test_words_are_counted_as_in_richhf():
-    assert split_words('A cat, "sitting" on: a mat.') == ["A", "cat", "sitting", "on", "a", "mat"]
