@@ -98,15 +98,6 @@ def test_mistakes_end_in_one_line_and_exit_code_2(config, capsys, flags, names):
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [
-        ["--reward", "tests.rl.toy_rewards:Nothing"],
-        ["--reward_kwargs", '{"nan_after": 0}'],
-        ["--resolution", "3"],
-        ["--lora_target_modules", "no_such_layer"],
-    ],
-)
-@pytest.mark.parametrize(
     "changes", [{"eval_rewards": {"judge": "a:b"}}, {"eval_generations": 3}, {"eval_seed": 1}, {"num_before_after": 3}]
 )
 def test_settings_of_an_evaluation_without_prompts_are_warned_about(changes, caplog):
@@ -118,6 +109,15 @@ def test_settings_of_an_evaluation_without_prompts_are_warned_about(changes, cap
     assert f"{next(iter(changes))}={next(iter(changes.values()))!r} is ignored" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--reward", "tests.rl.toy_rewards:Nothing"],
+        ["--reward_kwargs", '{"nan_after": 0}'],
+        ["--resolution", "3"],
+        ["--lora_target_modules", "no_such_layer"],
+    ],
+)
 def test_a_run_that_cannot_start_deletes_nothing_of_the_one_before(config, tmp_path, flags):
     whole = tmp_path / "run/checkpoint-1/complete.json"
     whole.parent.mkdir(parents=True)
