@@ -23,12 +23,13 @@ transformers.logging.set_verbosity_error()  # says on import what does not conce
 transformers.logging.disable_progress_bar()
 diffusers.logging.disable_progress_bar()
 
-from reward.arguments import main_guard, parse_arguments  # noqa: E402
-from rl.checkpoints import claim_output_dir, resolve_checkpoint  # noqa: E402
+from reward.arguments import main_guard, parse_arguments, read_prompt_file  # noqa: E402
+from rl.checkpoints import check_output_dir, claim_output_dir, explained, resolve_checkpoint  # noqa: E402
 from rl.ddpo import DDPOConfig, DDPOTrainer  # noqa: E402
+from rl.ddpo_config import warn_of_ignored  # noqa: E402
 from rl.evaluate import TRAINING_REWARD, Evaluation, evaluate, look  # noqa: E402
 from rl.experience import Samples  # noqa: E402
-from rl.inputs import make_reward, read_prompts  # noqa: E402
+from rl.inputs import make_reward  # noqa: E402
 from rl.interrupt import RunInterrupted  # noqa: E402
 from rl.policy import StableDiffusionPolicy, load_scheduler  # noqa: E402
 from rl.report import print_table, write_report  # noqa: E402
@@ -57,30 +58,30 @@ class RunArguments:
     def __post_init__(self):
         if self.eval_generations < 1:
             raise ValueError(f"eval_generations is {self.eval_generations}; it must be at least 1")
+        if self.num_before_after < 1:
+            raise ValueError(f"num_before_after is {self.num_before_after}; it must be at least 1")
         if TRAINING_REWARD in self.eval_rewards:
             raise ValueError(
                 f"eval_rewards must not use the name {TRAINING_REWARD!r}, the training reward's; rename it"
             )
+        if not self.eval_prompts:
+            names = ("eval_rewards", "eval_generations", "eval_seed", "num_before_after")
+            warn_of_ignored(self, names, "there are no eval_prompts")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
-    run, args = parse_arguments([RunArguments, DDPOConfig], argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    run, args = parse_arguments([RunArguments, DDPOConfig], argv)
     console = Console(quiet=not args.should_save, highlight=False)
 
     # Whatever can be wrong with the input is found out before the models are loaded.
-    prompts = read_prompts(run.prompts)
-    eval_prompts = read_prompts(run.eval_prompts) if run.eval_prompts else []
+    prompts = read_prompt_file(run.prompts)
+    eval_prompts = read_prompt_file(run.eval_prompts) if run.eval_prompts else []
     check_schedule(run.policy, args)
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    claim_output_dir(
-        args.output_dir,
-        asdict(run) | args.to_dict(),
-        overwrite=args.overwrite_output_dir,
-        resume=checkpoint is not None,
-        write=args.should_save,
-    )
+    settings, resume = asdict(run) | args.to_dict(), checkpoint is not None
+    check_output_dir(args.output_dir, settings, overwrite=args.overwrite_output_dir, resume=resume)
 
     console.print("[bold]loading[/] policy and rewards")
     rewards = {TRAINING_REWARD: make_reward(run.reward, run.reward_kwargs)}
@@ -88,15 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for reward in rewards.values():
         if hasattr(reward, "to"):
             reward.to(args.device)
-    policy = StableDiffusionPolicy.load(
-        run.policy,
-        lora_rank=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        lora_target_modules=args.lora_target_modules,
-        seed=args.seed,
-        dtype=getattr(torch, args.model_dtype),
-        resolution=args.resolution,
-    )
+    policy = load_policy(run, args)
     trainer = DDPOTrainer(policy, rewards[TRAINING_REWARD], args, prompts)
 
     def judge(phase: str, adapter: AbstractContextManager) -> tuple[Evaluation, Samples]:
@@ -123,11 +116,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return figures, samples
 
     before = judge("before", policy.reference()) if eval_prompts else None
+    if args.should_save:  # only now that nothing else can be wrong: this deletes what is there, if it may
+        claim_output_dir(args.output_dir, settings, resume=resume)
     console.print(f"[bold]training[/] for {trainer.total_rollouts} rollouts of {trainer.plan.pictures} pictures")
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RunInterrupted as interruption:
-        console.print(str(interruption))
+        console.print(str(interruption), soft_wrap=True, markup=False)
         raise
     trainer.save_model()  # on all ranks: an engine may have to gather the weights
     after = judge("after", nullcontext()) if eval_prompts else None
@@ -148,14 +143,28 @@ def main(argv: Sequence[str] | None = None) -> None:
             "seed": args.seed,
         }
         figures = (before[0], after[0])
-        paths |= write_report(args.output_dir, *figures, samples=(before[1], after[1]), facts=facts)
+        with explained(f"the report to {args.output_dir}", args.output_dir):
+            paths |= write_report(args.output_dir, *figures, samples=(before[1], after[1]), facts=facts)
         print_table(console, *figures)
     console.print("seconds of training: " + json.dumps({name: round(value, 1) for name, value in seconds.items()}))
     for what, path in paths.items():
-        console.print(f"{what}: {path}", soft_wrap=True)
+        console.print(f"{what}: {path}", soft_wrap=True, markup=False)
     console.print(
         f'To use it: pipe.load_lora_weights("{args.output_dir}"); to watch: tensorboard --logdir {args.output_dir}',
         soft_wrap=True,
+        markup=False,
+    )
+
+
+def load_policy(run: RunArguments, args: DDPOConfig) -> StableDiffusionPolicy:
+    return StableDiffusionPolicy.load(
+        run.policy,
+        lora_rank=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_target_modules=args.lora_target_modules,
+        seed=args.seed,
+        dtype=getattr(torch, args.model_dtype),
+        resolution=args.resolution,
     )
 
 

@@ -22,6 +22,7 @@ from diffusers import StableDiffusionPipeline
 from paired import paired_interval
 from report import Row, flags, publish
 
+from reward.arguments import read_prompt_file
 from reward.rich import RichReward
 from tinyworld.autoencoder import encode
 from tinyworld.generator import BATCH, Denoiser, new_scheduler, sample
@@ -40,8 +41,7 @@ class Proof:
     def __init__(self, config: Path, work: Path, prompts: int | None, extra: list[str]):
         self.config, self.work, self.extra = config, work, extra
         self.settings = yaml.safe_load(config.read_text())
-        held_out = Path(self.settings["eval_prompts"]).read_text().splitlines()
-        self.prompts = [prompt for prompt in held_out if prompt.strip()][:prompts]
+        self.prompts = read_prompt_file(self.settings["eval_prompts"])[:prompts]
         self.captions = [prompt for prompt in self.prompts for _ in range(GENERATIONS)]
         self.base = StableDiffusionPipeline.from_pretrained(self.settings["policy"], safety_checker=None)
         self.steps = int(self.settings.get("num_inference_steps", 10))

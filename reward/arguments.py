@@ -7,11 +7,14 @@ closed: an unknown key or flag is an error that names the nearest valid one, `--
 does, flags are not abbreviated, values in the YAML are checked like flags are, and whatever is wrong is an
 `ArgumentsError`, a `ValueError` with a message for the user, instead of a traceback or an exit inside the parser.
 
+`read_prompt_file` reads the other thing that commands are given: prompts, one a line.
+
 `main_guard` runs a command's `main`: a mistake of the user ends as one line on stderr and exit code 2.
 """
 
 import difflib
 import json
+import logging
 import os
 import sys
 import traceback
@@ -23,6 +26,8 @@ from typing import NoReturn
 
 import yaml
 from trl import TrlParser
+
+logger = logging.getLogger(__name__)
 
 _OUR_CODE = Path(__file__).resolve().parents[1]
 
@@ -60,6 +65,26 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
         named = [flag for flag in unknown if flag.startswith("-")] or unknown
         raise ArgumentsError(parser.unknown_names([flag.split("=")[0] for flag in named], "on the command line"))
     return tuple(parsed)
+
+
+def read_prompt_file(path: str | Path) -> list[str]:
+    """The prompts of a UTF-8 text file, one a line. Blank lines are skipped, and a log line says how many.
+
+    Raises:
+        ValueError: no such file, not UTF-8, or nothing but blank lines.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise ValueError(f"cannot read the prompt file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"the prompt file {path} holds no prompt; write one a line")
+    if len(prompts) < len(lines):
+        logger.warning("%s: %d blank lines skipped, %d prompts", path, len(lines) - len(prompts), len(prompts))
+    return prompts
 
 
 def main_guard(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None) -> NoReturn:

@@ -18,11 +18,11 @@ import torch
 from datasets import Dataset
 
 from reward import keywords
-from reward.arguments import main_guard, parse_arguments
+from reward.arguments import main_guard, parse_arguments, read_prompt_file
 from reward.data import FeedbackCollator, FeedbackDataset, resize_maps
 from reward.feedback import HEATMAPS, SCORES
 from reward.metrics import average_map_metrics, map_metrics, score_metrics, word_metrics
-from reward.predict import RichFeedbackPredictor, read_prompt_file
+from reward.predict import RichFeedbackPredictor
 from reward.train import load_data
 
 _MAP_METRICS = ("mse", "mse_empty", "cc", "kld", "sim", "nss", "auc_judd")

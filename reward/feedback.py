@@ -3,6 +3,7 @@
 Shapes: B images, H x W their height and width in pixels, T the tokens of one prompt.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -16,6 +17,18 @@ HEATMAPS = ("implausibility", "misalignment")
 """The two heatmaps of RichHF-18K, in [0, 1], higher is worse."""
 
 
+_SEPARATORS = re.compile(r'[,.?!":; ]')
+
+
+def tokenize(prompt: str) -> list[str]:
+    """Split `prompt` at any of `, . ? ! " : ;` and the space; empty pieces are dropped (RichHF-18K's own rule).
+
+    >>> tokenize('A cat, "sitting" on a mat.')
+    ['A', 'cat', 'sitting', 'on', 'a', 'mat']
+    """
+    return [piece for piece in _SEPARATORS.split(prompt) if piece]
+
+
 @dataclass(frozen=True)
 class RichFeedback:
     """What three raters said of a batch of images, or what a predictor thinks they would say.
@@ -23,7 +36,7 @@ class RichFeedback:
     Attributes:
         scores: name of `SCORES` -> (B,) float32 in [0, 1], higher is better.
         heatmaps: name of `HEATMAPS` -> (B, H, W) float32 in [0, 1], higher is worse.
-        tokens: for each image the T tokens of its prompt, as `reward.keywords.tokenize` splits them.
+        tokens: for each image the T tokens of its prompt, as `tokenize` splits them.
         misaligned: for each image (T,) float32 in [0, 1], the probability that the token is misrepresented or missing.
     """
 
@@ -44,8 +57,8 @@ class Reward:
         total: (B,) float32, higher is better. Does *not* contain the penalties below.
         penalties: name -> (B, H, W) float32 >= 0 in the units of `total`: what each place costs. The image's objective
             is `total` minus, for each map, its mean over places (see `objective`). Any resolution.
-        word_penalties: for each image (T,) float32 >= 0, what each word of the prompt costs, or None. They are already
-            counted in `total`; the per-word form says which words they came from.
+        word_penalties: for each image (T,) float32 >= 0, what each word of `tokenize(prompt)` costs, or None. They are
+            already counted in `total`; the per-word form says which words they came from.
         terms: name -> (B,) float32, the parts of the reward, for logs.
     """
 

@@ -4,22 +4,14 @@ Everywhere in this project a label is **1 = misaligned** (the word is misreprese
 format of RichHF-18K has it the other way round, 0 = misaligned; only `parse_labels` and `format_labels` know that.
 """
 
-import re
 from collections.abc import Sequence
+
+from reward.feedback import tokenize
+
+__all__ = ["SUFFIX", "format_labels", "join", "mark", "parse_labels", "tokenize", "unmark"]
 
 SUFFIX = "_0"
 """What RAHF's text decoder appends to a misaligned word (arXiv 2312.10240, section 4.1)."""
-
-_SEPARATORS = re.compile(r'[,.?!":; ]')
-
-
-def tokenize(prompt: str) -> list[str]:
-    """Split `prompt` at any of `, . ? ! " : ;` and the space; empty pieces are dropped (RichHF-18K's own rule).
-
-    >>> tokenize('A cat, "sitting" on a mat.')
-    ['A', 'cat', 'sitting', 'on', 'a', 'mat']
-    """
-    return [piece for piece in _SEPARATORS.split(prompt) if piece]
 
 
 def join(tokens: Sequence[str]) -> str:

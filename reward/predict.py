@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from reward import draw, keywords
-from reward.arguments import main_guard, parse_arguments
+from reward.arguments import main_guard, parse_arguments, read_prompt_file
 from reward.data import encode_prompts, preprocess, to_tensor
 from reward.feedback import HEATMAPS, SCORES, RichFeedback
 from reward.model import RahfModel
@@ -176,25 +176,7 @@ def read_prompts(given: Sequence[str]) -> list[str]:
     """Prompts as given on a command line: themselves, or one `.txt` file with a prompt a line (blank lines skipped)."""
     if len(given) != 1 or not given[0].endswith(".txt"):
         return list(given)
-    return read_prompt_file(Path(given[0]))
-
-
-def read_prompt_file(path: Path) -> list[str]:
-    """The prompts in a text file, one a line; blank lines are skipped.
-
-    Raises:
-        ValueError: the file is missing, not UTF-8, or holds no prompt.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ValueError(f"cannot read the prompt file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the prompt file {path} is not UTF-8 text: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"the prompt file {path} holds no prompt; write one a line")
-    return prompts
+    return read_prompt_file(given[0])
 
 
 def _predict_file(predictor: RichFeedbackPredictor, path: Path, prompt: str, index: int, folder: Path) -> dict:

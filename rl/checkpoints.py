@@ -7,17 +7,22 @@ way, the previous one stays whole, and a folder without the marker is never resu
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
 RUN_CONFIG = "run_config.json"
 BESIDE = ".incomplete"
-RESULTS = ("summary.json", "evaluation.json", "before_after.png", "pytorch_lora_weights.safetensors", RUN_CONFIG)
+REPLACED, ABANDONED = ".replaced", ".abandoned"  # behind the name of a checkpoint that is one no more
+RESULTS = ("summary.json", "evaluation.json", "before_after.png", "pytorch_lora_weights.safetensors")
 FOLDERS = ("runs", "scheduler", BESIDE)
 
 _LATEST = ("latest", "true", "yes", "1")
@@ -30,8 +35,17 @@ def is_complete(checkpoint: Path) -> bool:
 
 def complete_checkpoints(output_dir: str | Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
+    return list(filter(is_complete, _numbered(output_dir)))
+
+
+def _numbered(output_dir: str | Path) -> list[Path]:
     folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdigit()]
-    return sorted(filter(is_complete, folders), key=lambda folder: int(folder.name[11:]))
+    return sorted(folders, key=_number)
+
+
+def _number(folder: Path) -> int:
+    """40 for `checkpoint-40`."""
+    return int(folder.name[11:])
 
 
 def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -> Path | None:
@@ -43,7 +57,7 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
     if resume_from_checkpoint is None or resume_from_checkpoint is False:
         return None
     available = complete_checkpoints(output_dir)
-    offer = f"the newest whole one is {available[-1]}" if available else f"{output_dir} holds no whole one"
+    offer = newest_whole(output_dir)
     if str(resume_from_checkpoint).lower() in _LATEST:
         if not available:
             raise ValueError(f"resume_from_checkpoint {resume_from_checkpoint}: {offer}")
@@ -60,59 +74,153 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
 
 
+def newest_whole(output_dir: str | Path) -> str:
+    """Where a run can go on from, in words for the end of a message."""
+    available = complete_checkpoints(output_dir)
+    return f"the newest whole checkpoint is {available[-1]}" if available else f"{output_dir} holds no whole checkpoint"
+
+
+# ---- Writing: on the disk before it has its name ----
+
+
 def publish(beside: Path, place: Path, marker: Mapping[str, Any]) -> None:
-    """Complete a checkpoint that was written to `beside` with its marker, and move it to its `place`."""
-    with open(beside / MARKER, "w", encoding="utf-8") as file:
-        json.dump(marker, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    shutil.rmtree(place, ignore_errors=True)
+    """Complete a checkpoint that was written to `beside` with its marker, and move it to its `place`.
+
+    A checkpoint that is there already is moved aside first and deleted last, so that one of the two is always whole.
+    """
+    for file in beside.rglob("*"):
+        _sync(file)
+    (beside / MARKER).write_text(json.dumps(marker, indent=2), encoding="utf-8")
+    _sync(beside / MARKER)
+    _sync(beside)
+    replaced = place.with_name(place.name + REPLACED)
+    discard(replaced)
+    if place.exists():
+        os.replace(place, replaced)
     os.replace(beside, place)
+    _sync(place.parent)
+    discard(replaced)
 
 
-def claim_output_dir(
-    output_dir: str | Path,
-    config: Mapping[str, Any],
-    overwrite: bool,
-    resume: bool,
-    write: bool = True,
-) -> None:
-    """Make `output_dir` this run's and note its settings there in run_config.json.
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint; its marker goes first, so that half a checkpoint never passes for a whole one."""
+    if checkpoint.is_dir():
+        (checkpoint / MARKER).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def rotate(output_dir: str | Path, save_total_limit: int | None) -> None:
+    """Keep the newest `save_total_limit` whole checkpoints (None or 0: all), and nothing unfinished below them."""
+    if save_total_limit and save_total_limit > 0 and (kept := complete_checkpoints(output_dir)[-save_total_limit:]):
+        for folder in _numbered(output_dir):
+            if _number(folder) < _number(kept[0]):
+                discard(folder)
+
+
+def abandon_later(step: int, output_dir: str | Path) -> None:
+    """Rename the checkpoints of `output_dir` that are later than `step`, from which a run goes on: they are of another
+    branch now, and must neither be the `latest` one nor push out new ones."""
+    for folder in complete_checkpoints(output_dir):
+        if _number(folder) > step:
+            place = folder.with_name(folder.name + ABANDONED)
+            discard(place)
+            os.replace(folder, place)
+            logger.warning(
+                "going on from update %d: %s is of the branch that is left, now %s", step, folder, place.name
+            )
+
+
+@contextmanager
+def written_beside(folder: Path) -> Iterator[Path]:
+    """A folder to write to; at the end its files move into `folder`, replacing those of the same names there.
+
+    After an error nothing in `folder` has changed: what is there is never half old, half new, or half written.
+    """
+    beside = folder / BESIDE
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        files = [path for path in sorted(beside.rglob("*")) if path.is_file()]
+        for file in files:
+            _sync(file)
+        for file in files:
+            place = folder / file.relative_to(beside)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def explained(what: str, output_dir: str | Path) -> Iterator[None]:
+    """What cannot be written, e.g. because the disk is full, becomes one OSError: `what`, why, what is still whole."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("inline_container|PytorchStreamWriter", str(error)):
+            raise  # torch.save's reports of a full disk name these; any other is a bug
+        raise OSError(f"cannot write {what}: {error}; {newest_whole(output_dir)}") from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- Whose folder it is ----
+
+
+def check_output_dir(output_dir: str | Path, config: Mapping[str, Any], overwrite: bool, resume: bool) -> None:
+    """Complain if a run of the settings `config` may not start in `output_dir`; touches nothing.
 
     Args:
         config: the settings, as JSON can hold them.
-        overwrite: delete what another run left there (only what runs write; other files stay).
-        resume: go on with the run that is there.
-        write: False on ranks that only check.
+        overwrite: what another run left there may be deleted.
+        resume: the run that is there goes on.
 
     Raises:
-        ValueError: the folder holds a run of other settings (they are listed), or an unfinished run of the same ones,
-            and neither `overwrite` nor `resume` is set.
+        ValueError: the folder holds a run of other settings (they are listed), or results of the same ones, and neither
+            `overwrite` nor `resume` is set; or both are.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file; name a folder")
-    config = json.loads(json.dumps(config, default=str))
+    if overwrite and resume:
+        raise ValueError(
+            "overwrite_output_dir would delete the run that resume_from_checkpoint goes on with; give one of them"
+        )
     remedy = "give another --output_dir, --resume_from_checkpoint latest to go on, or --overwrite_output_dir"
-    if (folder / RUN_CONFIG).is_file():
-        changed = differing_keys(json.loads((folder / RUN_CONFIG).read_text(encoding="utf-8")), config)
-        if resume:
-            if changed:
-                logger.warning("resuming with other settings than before: %s", "; ".join(changed))
-        elif changed and not overwrite:
-            raise ValueError(f"output_dir {folder} holds a run of other settings ({'; '.join(changed)}); {remedy}")
-        elif complete_checkpoints(folder) and not overwrite and not (folder / "summary.json").is_file():
-            raise ValueError(f"output_dir {folder} holds an unfinished run of the same settings; {remedy}")
-    elif complete_checkpoints(folder) and not (overwrite or resume):
-        raise ValueError(f"output_dir {folder} holds checkpoints of another run; {remedy}")
-    if not write:
+    if not (folder / RUN_CONFIG).is_file():
+        if complete_checkpoints(folder) and not (overwrite or resume):
+            raise ValueError(f"output_dir {folder} holds checkpoints of another run; {remedy}")
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    changed = differing_keys(json.loads((folder / RUN_CONFIG).read_text(encoding="utf-8")), _as_json(config))
+    if resume:
+        if changed:
+            logger.warning("resuming with other settings than before: %s", "; ".join(changed))
+    elif changed and not overwrite:
+        raise ValueError(f"output_dir {folder} holds a run of other settings ({'; '.join(changed)}); {remedy}")
+    elif not overwrite and any((folder / name).exists() for name in RESULTS):
+        raise ValueError(f"output_dir {folder} holds a finished run of the same settings; {remedy}")
+    elif not overwrite and complete_checkpoints(folder):
+        raise ValueError(f"output_dir {folder} holds an unfinished run of the same settings; {remedy}")
+
+
+def claim_output_dir(output_dir: str | Path, config: Mapping[str, Any], resume: bool) -> None:
+    """Make `output_dir` this run's and note its settings there in run_config.json; for after `check_output_dir`.
+
+    Unless `resume` is set, what an earlier run left there is deleted (only what runs write; other files stay): call it
+    when everything that can be wrong with the new run has been looked at.
+    """
+    folder = Path(output_dir)
     if not resume and ((folder / RUN_CONFIG).is_file() or complete_checkpoints(folder)):
         _clear(folder)
-    temporary = folder / f"{RUN_CONFIG}.tmp"
-    temporary.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    os.replace(temporary, folder / RUN_CONFIG)
+    with explained(f"to the output folder {folder}", folder), written_beside(folder) as beside:
+        (beside / RUN_CONFIG).write_text(json.dumps(_as_json(config), indent=2, sort_keys=True), encoding="utf-8")
 
 
 def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -121,8 +229,15 @@ def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in keys if before.get(key) != now.get(key)]
 
 
+def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(config, default=str))
+
+
 def _clear(folder: Path) -> None:
-    for old in (*folder.glob("checkpoint-*"), *(folder / name for name in FOLDERS)):
-        shutil.rmtree(old, ignore_errors=True)
-    for name in RESULTS:
+    for path in folder.glob("checkpoint-*"):
+        if re.fullmatch(rf"checkpoint-\d+({re.escape(REPLACED)}|{re.escape(ABANDONED)})?", path.name):
+            discard(path)
+    for name in FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (*RESULTS, RUN_CONFIG):
         (folder / name).unlink(missing_ok=True)

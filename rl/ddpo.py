@@ -5,31 +5,38 @@ advantages and credit by place. Shapes: B rows of a micro-batch, C latent channe
 """
 
 import logging
-import os
-import re
+import math
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import rotate_checkpoints
 
 from reward.feedback import RewardFn
 from rl.callbacks import RewardProgress, SampleGrids
-from rl.checkpoints import BESIDE, MARKER, publish, read_marker, resolve_checkpoint
+from rl.checkpoints import (
+    BESIDE,
+    abandon_later,
+    explained,
+    newest_whole,
+    publish,
+    read_marker,
+    resolve_checkpoint,
+    rotate,
+    written_beside,
+)
 from rl.ddpo_config import DDPOConfig, RolloutPlan
 from rl.experience import Experience, gather_experience, rollout_noise, sample_and_score
 from rl.interrupt import RunInterrupted, StopSignal
 from rl.losses import ppo_loss
 from rl.policy import StableDiffusionPolicy
-from rl.rollout import draw_prompts
+from rl.rollout import DivergedError, draw_prompts
 from rl.sde import ddim_scheduler, kl_map, log_prob_map, make_schedule, resolve_train_steps, step_mean
 from rl.timing import PhaseClock
 
@@ -106,6 +113,7 @@ class DDPOTrainer(Trainer):
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._stop = StopSignal()
         self._run_dir: str | None = None
+        self._saved_step: int | None = None
         super().__init__(model=policy.network, args=args, callbacks=callbacks)
         policy.to(args.device)
         if any(isinstance(callback, TensorBoardCallback) for callback in self.callback_handler.callbacks):
@@ -120,7 +128,7 @@ class DDPOTrainer(Trainer):
 
     def rollout(self, number: int) -> Iterator[dict[str, Any]]:
         """Sample and score rollout `number`, then yield its micro-batches; see `RolloutPlan` for their order."""
-        self._stop_if_asked(everywhere=True)
+        self._stop_if_asked()
         self.experience = None  # frees the last one's memory first
         self.experience = experience = self.collect(number)
         self._note(experience)
@@ -160,6 +168,7 @@ class DDPOTrainer(Trainer):
                     self.train_steps,
                     args,
                     self.clock,
+                    number,
                     num_samples=args.num_log_images if first == 0 else 0,
                     on_step=self._stop_if_asked,
                 )
@@ -190,6 +199,7 @@ class DDPOTrainer(Trainer):
             inputs["weights"],
             args.epsilon if args.importance_sampling_level == "image" else args.epsilon_location,
             args.importance_sampling_level,
+            channels=latents.shape[1],
         )
         if inputs["measure_kl"]:
             kl = kl_map(mean, reference_mean, std).mean()
@@ -200,14 +210,43 @@ class DDPOTrainer(Trainer):
             self._metrics[name].append(value)
         return loss
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As they are: the buffer lies on the device already, and must stay float32. With DeepSpeed, the Trainer's own
+        would round it to the engine's dtype, and the ratio of the first pass would no longer be 1."""
+        return inputs
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         with self.clock("update"):
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._check_update("loss", float(loss))
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None) -> float | None:
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # In float16, gradients do overflow now and then; the loss scaler sees it, skips the update and adapts.
+        if grad_norm is not None and not self.args.fp16:
+            self._check_update("norm of the gradient", float(grad_norm))
+        return grad_norm
+
+    def _check_update(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            self._diverged(f"in update {self.state.global_step + 1} the {what} is {value}")
+
+    def _check_weights(self) -> None:
+        if not all(bool(weight.isfinite().all()) for weight in self.model.parameters() if weight.requires_grad):
+            self._diverged(f"after update {self.state.global_step} its weights are not finite")
+
+    def _diverged(self, how: str) -> NoReturn:
+        raise DivergedError(
+            f"the policy diverged: {how}; no checkpoint is made of it, {newest_whole(self.args.output_dir)}; "
+            "go on from there with a smaller learning_rate"
+        )
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """The Trainer's, one step ahead: a rollout costs too much to be used at the learning rate 0 of the first."""
+        """The Trainer's, one step ahead: a rollout costs too much to be used at the learning rate 0 of the first. Nor
+        at that of the last, so a decay is spread over one update more."""
         existing = self.lr_scheduler
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
         if scheduler is not existing and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
             scheduler.lr_lambdas = [lambda step, f=factor: f(step + 1) for factor in scheduler.lr_lambdas]
             for group, base, factor in zip(
@@ -252,39 +291,54 @@ class DDPOTrainer(Trainer):
         Raises:
             RunInterrupted: Ctrl-C or SIGTERM; a checkpoint was written, the message says where and how to go on.
             RewardError: the reward is not finite; the last checkpoint is kept.
-            ValueError: no such checkpoint, or one of another LoRA.
+            DivergedError: the policy is not finite any more; the last checkpoint is kept.
+            ValueError: no such checkpoint, or one of another LoRA or with other rollouts.
         """
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None:
+            self._check_place(checkpoint)
+        self._saved_step = None
         start = time.perf_counter()
         with StopSignal() as self._stop:
             try:
-                return super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
+                result = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
+                if self._stop_asked():  # in the last update, behind which no place to stop at comes
+                    raise _StopAtBoundaryError
+                return result
             except _StopAtBoundaryError:
-                place = self._checkpoint_place()
-                if not (place / MARKER).is_file():
+                if self._saved_step != self.state.global_step:
                     self._save_checkpoint(self.model, None)
                 raise RunInterrupted(
                     f"stopped after {self.state.global_step} of {self.state.max_steps} updates; "
-                    f"go on with --resume_from_checkpoint {place}"
+                    f"go on with --resume_from_checkpoint {self._checkpoint_place()}"
                 ) from None
             finally:
                 self.train_seconds = time.perf_counter() - start
                 if self.is_in_train:  # an exception: the Trainer closes bar and writer at a normal end only
                     self.callback_handler.on_train_end(self.args, self.state, self.control)
 
-    def _stop_if_asked(self, everywhere: bool = False) -> None:
-        """Leave the Trainer's loop if a stop is asked for and the weights are those of a rollout boundary.
-
-        Args:
-            everywhere: all ranks are here, and can agree; with several ranks nowhere else is looked.
-        """
+    def _stop_asked(self) -> bool:
+        """Whether any rank was asked to stop. All ranks must be here, and all get the same answer."""
         requested = self._stop.requested
         if self.args.world_size > 1:
-            if not everywhere:
-                return
             requested = bool(self.accelerator.gather(torch.tensor([requested], device=self.args.device)).any())
-        if requested and self.state.global_step % self.plan.updates == 0:
+        return requested
+
+    def _stop_if_asked(self) -> None:
+        """Leave the Trainer's loop if a stop is asked for and the weights are those of a rollout boundary."""
+        if self._stop_asked() and self.state.global_step % self.plan.updates == 0:
             raise _StopAtBoundaryError
+
+    def _check_place(self, checkpoint: Path) -> None:
+        """Complain if the updates made before `checkpoint` are no whole number of this run's rollouts, or another one
+        than it counted."""
+        marker = read_marker(checkpoint)
+        if marker["rollouts"] * self.plan.updates != marker["global_step"]:
+            raise ValueError(
+                f"{checkpoint} was made by {marker['global_step']} updates in {marker['rollouts']} rollouts, but with "
+                f"these settings a rollout has {self.plan.updates} updates; give gradient_accumulation_steps, "
+                "num_iterations, train_steps, the batch sizes and the number of processes the values they had"
+            )
 
     def _checkpoint_place(self) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -298,6 +352,7 @@ class DDPOTrainer(Trainer):
         Raises:
             OSError: it could not be written, e.g. disk full; nothing is left of it, and the previous one is whole.
         """
+        self._check_weights()
         place = self._checkpoint_place()
         self._run_dir = str(Path(self.args.output_dir) / BESIDE)
         marker = {
@@ -306,40 +361,47 @@ class DDPOTrainer(Trainer):
             "edge_energy_at_start": self.edge_energy_at_start,
         }
         try:
-            if self.args.should_save:
-                shutil.rmtree(self._run_dir, ignore_errors=True)  # of a run that was killed while writing
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                publish(Path(self._run_dir) / place.name, place, marker)
-                rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not re.search("inline_container|PytorchStreamWriter", str(error)):
-                raise  # torch.save's reports of a full disk name these; any other is a bug
-            raise OSError(
-                f"cannot write the checkpoint {place}: {error}; earlier checkpoints in {self.args.output_dir} are whole"
-            ) from error
+            with explained(f"the checkpoint {place}", self.args.output_dir):
+                if self.args.should_save:
+                    shutil.rmtree(self._run_dir, ignore_errors=True)  # of a run that was killed while writing
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    publish(Path(self._run_dir) / place.name, place, marker)
+                    rotate(self.args.output_dir, self.args.save_total_limit)
+            self._saved_step = self.state.global_step
         finally:
             if self.args.should_save:
                 shutil.rmtree(self._run_dir, ignore_errors=True)
             self._run_dir = None
         self.accelerator.wait_for_everyone()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call:  # of a checkpoint, which explains what it cannot write
+            return super().save_model(output_dir, _internal_call)
+        folder = output_dir or self.args.output_dir
+        with explained(f"the LoRA to {folder}", self.args.output_dir):
+            super().save_model(folder)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Only the LoRA, as diffusers loads it, and the scheduler that samples as training did; the base is not
         copied. So every checkpoint is also a LoRA folder."""
         if self.args.should_save:
-            output_dir = output_dir or self.args.output_dir
-            os.makedirs(output_dir, exist_ok=True)
-            self.policy.save_adapter(output_dir, state_dict)
-            self.scheduler.save_pretrained(os.path.join(output_dir, "scheduler"))
+            with written_beside(Path(output_dir or self.args.output_dir)) as beside:
+                self.policy.save_adapter(beside, state_dict)
+                self.scheduler.save_pretrained(beside / "scheduler")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.policy.load_adapter(resume_from_checkpoint)
 
-    def _init_training_state(self, *args):
-        checkpoint = args[3]
+    def _init_training_state(self, max_steps: int, *args):
+        checkpoint = args[2]
         if checkpoint is not None:
-            self.edge_energy_at_start = read_marker(Path(checkpoint))["edge_energy_at_start"]
-        return super()._init_training_state(*args)
+            marker = read_marker(Path(checkpoint))
+            self.edge_energy_at_start = marker["edge_energy_at_start"]
+            if self.args.should_save:
+                abandon_later(marker["global_step"], self.args.output_dir)
+        place = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)  # how often to log and save: as this run says, not the last
+        return place

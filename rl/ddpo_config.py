@@ -1,13 +1,25 @@
 """The settings of a DDPO run, and the arithmetic of its batches."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Literal
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from rl.advantages import CREDITS, FOCUSES
 from rl.engines import prepare_deepspeed_on_cpu
 from rl.policy import DEFAULT_LORA_TARGETS
+
+logger = logging.getLogger(__name__)
+
+SAVE_STRATEGIES = ("epoch", "steps", "no")
+LR_SCHEDULES = tuple(
+    schedule.value
+    for schedule in SchedulerType
+    if schedule not in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # these follow an evaluation's loss
+)
 
 
 @dataclass(frozen=True)
@@ -195,11 +207,50 @@ class DDPOConfig(TrainingArguments):
         if isinstance(self.train_steps, str | int):
             self.train_steps = [self.train_steps]
         self.train_steps = [str(step) for step in self.train_steps]
+        if self.save_strategy is False:  # what YAML makes of a bare `no`
+            self.save_strategy = "no"
+        self._check_names()
         if self.deepspeed and self.use_cpu:
             prepare_deepspeed_on_cpu()
         super().__post_init__()
         self._check_ranges()
+        self._check_engine()
         self._check_rollout()
+        self._warn_of_ignored()
+
+    def _check_names(self) -> None:
+        _require(
+            not self.fsdp and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("1", "true"),
+            "fsdp is not supported: the LoRA could not be saved; "
+            "to shard over GPUs, use --deepspeed configs/deepspeed/zero2.json",
+        )
+        for name, valid in (("save_strategy", SAVE_STRATEGIES), ("lr_scheduler_type", LR_SCHEDULES)):
+            value = getattr(self, name)
+            _require(
+                getattr(value, "value", value) in valid, f"{name} is {value!r}; it must be one of {', '.join(valid)}"
+            )
+
+    def _check_engine(self) -> None:
+        _require(
+            self.n_gpu <= 1,
+            f"this process sees {self.n_gpu} GPUs, and would spread its batches over them by torch's DataParallel, "
+            "which does not fit rollouts; start one process a GPU: accelerate launch --config_file "
+            "configs/accelerate/multi_gpu.yaml run_ddpo.py ..., or show it one: CUDA_VISIBLE_DEVICES=0",
+        )
+        _require(
+            not self.save_only_model,
+            "save_only_model leaves checkpoints that cannot be resumed from; leave it out: "
+            "every checkpoint is a folder with the LoRA too",
+        )
+
+    def _warn_of_ignored(self) -> None:
+        level = self.importance_sampling_level
+        if self.credit != "focus":
+            warn_of_ignored(self, ("focus_on", "focus_floor"), f"credit is {self.credit}, not focus")
+        unused = "epsilon_location" if level == "image" else "epsilon"
+        warn_of_ignored(self, (unused,), f"importance_sampling_level is {level}")
+        if "tensorboard" not in self.report_to and self.num_log_images > 0:
+            warn_of_ignored(self, ("num_log_images",), "report_to does not name tensorboard")
 
     def _check_ranges(self) -> None:
         _require(
@@ -215,8 +266,18 @@ class DDPOConfig(TrainingArguments):
         _require(0 <= self.focus_floor <= 1, f"focus_floor is {self.focus_floor}; it must lie in [0, 1]")
         for name in ("epsilon", "epsilon_location", "advantage_std_floor", "advantage_clip", "lora_alpha"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("num_iterations", "lora_rank", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        for name in (
+            "num_iterations",
+            "lora_rank",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        ):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        _require(
+            self.max_steps > 0 or self.num_train_epochs > 0,
+            f"num_train_epochs is {self.num_train_epochs}; it counts rollouts, so it must be at least 1",
+        )
         for name in (
             "per_device_rollout_batch_size",
             "reward_batch_size",
@@ -227,6 +288,7 @@ class DDPOConfig(TrainingArguments):
             _require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
         _require(self.beta >= 0, f"beta is {self.beta}; it must not be negative")
         _require(len(self.lora_target_modules) > 0, "lora_target_modules is empty; name at least one layer")
+        _require(self.num_log_images >= 0, f"num_log_images is {self.num_log_images}; it must not be negative")
         _require(
             not self.auto_find_batch_size,
             "auto_find_batch_size would break up groups; set a smaller per_device_train_batch_size instead",
@@ -305,6 +367,17 @@ class DDPOConfig(TrainingArguments):
             micro_batches=micro_batches,
             updates=updates,
         )
+
+
+def warn_of_ignored(settings: object, names: Iterable[str], why: str) -> None:
+    """Warn of those of `names` that a dataclass of settings holds another value for than its default."""
+    for setting in fields(settings):
+        if setting.name in names and getattr(settings, setting.name) != _default(setting):
+            logger.warning("%s=%r is ignored: %s", setting.name, getattr(settings, setting.name), why)
+
+
+def _default(setting: Field) -> Any:
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
 def _require(condition: bool, message: str) -> None:

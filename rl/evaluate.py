@@ -12,7 +12,7 @@ from reward.feedback import RewardFn
 from rl.experience import Samples, rollout_noise
 from rl.monitors import diversity, edge_energy, thumbnails
 from rl.policy import StableDiffusionPolicy
-from rl.rollout import sample
+from rl.rollout import check_pictures, sample
 from rl.scoring import score
 from rl.sde import Schedule
 
@@ -73,7 +73,7 @@ def evaluate(
         on_batch: called after each batch with its number of pictures.
 
     Raises:
-        RewardError: a reward is not finite.
+        DivergedError, RewardError: what the policy draws, or what a reward says of it, is not finite.
     """
     assert TRAINING_REWARD in rewards, list(rewards)
     share = -(-len(prompts) // world_size)  # the last rank repeats the last prompt where prompts do not divide
@@ -123,7 +123,9 @@ def _images(
 ) -> torch.Tensor:
     noise = rollout_noise(policy, schedule, seed, "evaluation", pictures)
     trajectory = sample(policy, policy.network, prompts, noise, schedule, guidance_scale=guidance_scale)
-    return policy.decode(trajectory.final_latents)
+    images = policy.decode(trajectory.final_latents)
+    check_pictures(trajectory.final_latents, images, prompts, "the evaluation")
+    return images
 
 
 def _opinions(

@@ -14,7 +14,7 @@ from rl.advantages import content_map, focus_weights, group_advantages, penalty_
 from rl.ddpo_config import DDPOConfig
 from rl.monitors import diversity, edge_energy, thumbnails
 from rl.policy import StableDiffusionPolicy
-from rl.rollout import Trajectory, keyed_noise, sample
+from rl.rollout import Trajectory, check_pictures, keyed_noise, sample
 from rl.scoring import score
 from rl.sde import Schedule
 from rl.timing import PhaseClock
@@ -106,16 +106,22 @@ def sample_and_score(
     train_steps: Sequence[int],
     args: DDPOConfig,
     clock: PhaseClock,
+    rollout: int,
     num_samples: int = 0,
     on_step: Callable[[], None] = lambda: None,
 ) -> ScoredBatch:
-    """One batch of pictures, one a prompt, from `noise` (B, S + 1, C, h, w) to its scores."""
+    """One batch of pictures of a rollout, one a prompt, from `noise` (B, S + 1, C, h, w) to its scores.
+
+    Raises:
+        DivergedError, RewardError: what the policy draws, or what the reward says of it, is not finite.
+    """
     with clock("rollout"):
         trajectory = sample(
             policy, network, prompts, noise, schedule, train_steps, args.guidance_scale, on_step=on_step
         )
     with clock("decode"):
         images = policy.decode(trajectory.final_latents)
+    check_pictures(trajectory.final_latents, images, prompts, f"rollout {rollout}")
     with clock("reward"):
         reward = score(reward_fn, images, prompts, args.reward_batch_size)
     grid = trajectory.final_latents.shape[-2:]

@@ -15,6 +15,7 @@ def ppo_loss(
     weights: torch.Tensor,
     epsilon: float,
     level: Literal["image", "location"] = "image",
+    channels: int = 1,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Clipped surrogate, "Proximal Policy Optimization Algorithms" (Schulman et al. 2017, arXiv 1707.06347), eq. 7:
     loss = -mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A).
@@ -30,10 +31,13 @@ def ppo_loss(
             "location": a ratio at each place, exp(l - l_old), clipped there, and A * weights as the place's advantage;
             the mean over B * h * w places is taken. On the first pass both have the same gradient,
             -mean(A * weights * grad l); a place's ratio moves about sqrt(h * w) times further than an image's.
+        channels: C of the latents, over which the log-probs are means; only `approx_kl` needs it.
 
     Returns:
         loss, a scalar, and metrics: `ratio` (mean), `ratio_deviation` (largest |ratio - 1|), `clip_fraction` (share of
-        ratios outside the clip range), `approx_kl` (mean of (l - l_old)^2 / 2 over images, nats per latent value).
+        ratios outside the clip range), `approx_kl` (KL divergence from the policy that sampled, in nats per latent
+        value as `sde.kl_map` is: the mean over images of the squared log-ratio / 2, divided by the D = C * h * w values
+        of an image, whose log-ratio is D times the mean of l - l_old).
     """
     difference = log_probs - old_log_probs
     if level == "image":
@@ -44,10 +48,11 @@ def ppo_loss(
         strength = advantages[:, None, None] * weights
     surrogate = torch.minimum(ratio * strength, ratio.clamp(1 - epsilon, 1 + epsilon) * strength)
     detached = ratio.detach()
+    values = channels * difference[0].numel()  # D
     metrics = {
         "ratio": detached.mean(),
         "ratio_deviation": (detached - 1).abs().max(),
         "clip_fraction": ((detached - 1).abs() > epsilon).float().mean(),
-        "approx_kl": 0.5 * difference.detach().mean(dim=(-2, -1)).square().mean(),
+        "approx_kl": 0.5 * values * difference.detach().mean(dim=(-2, -1)).square().mean(),
     }
     return -surrogate.mean(), metrics

@@ -3,14 +3,13 @@
 Shapes: n pictures of H x W pixels, T words of a prompt.
 """
 
-import re
 from collections.abc import Sequence
 
 import torch
 from PIL import Image
 
 from reward.draw import caption, grid, overlay, struck_text, to_image
-from reward.feedback import Reward
+from reward.feedback import Reward, tokenize
 from rl.experience import Samples
 
 _HEIGHT = 128
@@ -52,7 +51,7 @@ def picture_column(samples: Samples, index: int, scale: dict[str, float]) -> Ima
     for name, maps in reward.penalties.items():
         strength = maps[index] / scale[name] if scale[name] > 0 else torch.zeros_like(maps[index])
         parts.append(overlay(image, strength, name, _HEIGHT))
-    words = split_words(samples.prompts[index])
+    words = tokenize(samples.prompts[index])
     costs = None if reward.word_penalties is None else reward.word_penalties[index]
     if costs is None or len(costs) != len(words) or not scale.get("words"):
         costs = torch.zeros(len(words))
@@ -62,8 +61,3 @@ def picture_column(samples: Samples, index: int, scale: dict[str, float]) -> Ima
     parts.append(struck_text(words, costs.tolist(), width))
     parts.append(caption(f"{float(reward.objective[index]):.3f}", width))
     return grid([[part] for part in parts])
-
-
-def split_words(prompt: str) -> list[str]:
-    """The words of a prompt as RichHF-18K counts them: split at `, . ? ! " : ;` and the space."""
-    return [word for word in re.split(r'[,.?!":; ]', prompt) if word]

@@ -1,7 +1,6 @@
 """What a run leaves behind: summary.json, evaluation.json, before_after.png, and a table on the terminal."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from rl.checkpoints import written_beside
 from rl.evaluate import Evaluation
 from rl.experience import Samples
 from rl.pictures import before_after_sheet
@@ -22,7 +22,7 @@ def write_report(
     samples: tuple[Samples, Samples],
     facts: Mapping[str, Any],
 ) -> dict[str, Path]:
-    """Write the three files.
+    """Write the three files, or, after an error, none of them.
 
     Args:
         before, after: of the same prompts and noise.
@@ -32,30 +32,22 @@ def write_report(
     Returns:
         What each file is -> its path.
     """
-    folder = Path(folder)
-    paths = {
-        "figures": folder / "summary.json",
-        "figures of every picture": folder / "evaluation.json",
-        "pictures": folder / "before_after.png",
+    summary = {"before": before.summary(), "after": after.summary(), **facts}
+    every_picture = {
+        "prompts": list(before.prompts),
+        "before": {name: value.tolist() for name, value in before.values.items()},
+        "after": {name: value.tolist() for name, value in after.values.items()},
     }
-    write_json(paths["figures"], {"before": before.summary(), "after": after.summary(), **facts})
-    write_json(
-        paths["figures of every picture"],
-        {
-            "prompts": list(before.prompts),
-            "before": {name: value.tolist() for name, value in before.values.items()},
-            "after": {name: value.tolist() for name, value in after.values.items()},
-        },
-    )
-    before_after_sheet(*samples).save(paths["pictures"])
-    return paths
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write beside, then rename: no half-written file is ever found under the name."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    names = {
+        "figures": "summary.json",
+        "figures of every picture": "evaluation.json",
+        "pictures": "before_after.png",
+    }
+    with written_beside(Path(folder)) as beside:
+        for name, content in (("summary.json", summary), ("evaluation.json", every_picture)):
+            (beside / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        before_after_sheet(*samples).save(beside / names["pictures"])
+    return {what: Path(folder) / name for what, name in names.items()}
 
 
 def paired_change(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float]:

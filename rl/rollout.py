@@ -14,6 +14,10 @@ from rl.policy import StableDiffusionPolicy
 from rl.sde import Schedule, log_prob_map, step_mean
 
 
+class DivergedError(ValueError):
+    """The policy itself is broken: what it draws, its loss or its weights are not finite. It is not the reward."""
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """What training needs of B sampled pictures; only the K trained steps are kept.
@@ -84,6 +88,26 @@ def sample(
         on_step()
     columns = [torch.stack(column) for column in zip(*kept, strict=True)] or [latents.new_empty(0)] * 3
     return Trajectory(torch.tensor(sorted(train_steps)), *columns, final_latents=latents)
+
+
+def check_pictures(latents: torch.Tensor, images: torch.Tensor, prompts: Sequence[str], when: str) -> None:
+    """Look whether latents (B, C, h, w) and images (B, 3, H, W) are finite.
+
+    Raises:
+        DivergedError: they are not; a prompt and `when` are named.
+    """
+    remedies = {
+        "latents": "go on from an earlier checkpoint with a smaller learning_rate",
+        "pictures": "its latents are, so the decoder overflows: with model_dtype float16, try bfloat16",
+    }
+    for what, values in (("latents", latents), ("pictures", images)):
+        broken = ~values.isfinite().flatten(1).all(dim=1)
+        if broken.any():
+            raise DivergedError(
+                f"the policy diverged: in {when} its {what} are not finite for the prompt "
+                f"{prompts[int(broken.nonzero()[0])]!r} ({int(broken.sum())} of {len(prompts)} pictures), "
+                f"which is not the reward's doing; {remedies[what]}"
+            )
 
 
 def draw_prompts(prompts: Sequence[str], count: int, rollout: int, seed: int) -> list[str]:

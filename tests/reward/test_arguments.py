@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from reward.arguments import ArgumentsError, main_guard, parse_arguments
+from reward.arguments import ArgumentsError, main_guard, parse_arguments, read_prompt_file
 
 
 @dataclass
@@ -139,3 +139,22 @@ def test_help_is_printed_by_a_real_command():
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "--learning_rate" in done.stdout
+
+
+def test_blank_lines_are_skipped_and_counted(tmp_path, caplog):
+    (tmp_path / "prompts.txt").write_text("\ufeffa cat\n\n  a dog  \r\n   \n", encoding="utf-8")
+    assert read_prompt_file(tmp_path / "prompts.txt") == ["a cat", "a dog"]
+    assert "2 blank lines skipped, 2 prompts" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "holds no prompt"), (b"\n \n", "holds no prompt"), (b"caf\xe9\n", "not UTF-8"), (None, "cannot read")],
+)
+def test_unusable_prompt_files(tmp_path, content, message):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_prompt_file(path)
+    assert str(path) in str(caught.value)

@@ -1,6 +1,8 @@
 """A tiny Stable Diffusion pipeline with random weights: everything a real one has, in 16 x 16 pixels."""
 
 import json
+import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -42,6 +44,17 @@ def make_pipeline(folder, scheduler=None):
     )  # fmt: skip
     pipeline.save_pretrained(folder / "pipeline")
     return str(folder / "pipeline")
+
+
+@contextmanager
+def full_disk(room=2000):
+    """No file may grow beyond `room` bytes: what a full disk looks like."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(scope="session")

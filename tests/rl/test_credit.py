@@ -3,6 +3,7 @@ import torch
 
 from rl.advantages import content_map, focus_weights, group_advantages, penalty_map, to_latent_grid
 from rl.losses import ppo_loss
+from rl.sde import log_prob_map
 
 
 def test_advantages_are_z_scores_within_groups():
@@ -76,6 +77,18 @@ def test_image_loss_is_ppos():
     terms = [min(r * a, c * a) for r, c, a in zip(ratios, clipped, advantages.tolist(), strict=True)]
     assert loss.item() == pytest.approx(-sum(terms) / 3)
     assert float(metrics["clip_fraction"]) == pytest.approx(sum(abs(ratio - 1) > epsilon for ratio in ratios) / 3)
+
+
+def test_approximate_kl_is_that_of_the_gaussian_steps_per_latent_value():
+    """Against the exact divergence of two Gaussians whose means differ by a constant: shift^2 / (2 std^2) a value."""
+    generator = torch.Generator().manual_seed(0)
+    shift, std = 0.02, torch.tensor(2.0)
+    noise = torch.randn(20_000, 4, 3, 2, generator=generator, dtype=torch.float64)
+    old, new = (log_prob_map(std * noise, torch.full_like(noise, mean), std) for mean in (0.0, shift))
+    _, metrics = ppo_loss(new, old, torch.zeros(len(noise)), torch.ones_like(old), 0.1, channels=4)
+    assert float(metrics["approx_kl"]) == pytest.approx(shift**2 / (2 * 2.0**2), rel=0.04)
+    _, metrics = ppo_loss(old + 0.1, old, torch.zeros(len(noise)), torch.ones_like(old), 0.1, channels=4)
+    assert float(metrics["approx_kl"]) == pytest.approx(0.5 * (24 * 0.1) ** 2 / 24)
 
 
 @pytest.mark.parametrize("level", ["image", "location"])

@@ -1,19 +1,23 @@
 import os
-import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from reward.feedback import Reward
 from rl.advantages import group_advantages
+from rl.ddpo import _StopAtBoundaryError
 from rl.interrupt import RunInterrupted
 from rl.policy import LORA_WEIGHTS
+from rl.rollout import DivergedError
 from rl.scoring import RewardError
+from tests.rl.conftest import full_disk
 from tests.rl.toy_rewards import Plain, Redness
 
 
@@ -46,6 +50,25 @@ def test_ratio_is_one_up_to_rounding_where_batches_differ(make_trainer):
     trainer = make_trainer(per_device_rollout_batch_size=3, num_train_epochs=1)
     trainer.train()
     assert logged(trainer, "ratio_deviation")[0] < 1e-4
+
+
+def test_ratio_is_exactly_one_with_guidance(make_trainer):
+    trainer = make_trainer(guidance_scale=3.0, num_train_epochs=1)
+    trainer.train()
+    assert logged(trainer, "ratio_deviation")[0] == 0
+
+
+def test_buffer_stays_float32_whatever_the_engines_dtype(make_trainer, monkeypatch):
+    """A stub stands for DeepSpeed in bfloat16, to whose dtype the Trainer casts what it feeds the model."""
+    trainer = make_trainer()
+    engine = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", engine)
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    batch = next(trainer.rollout(0))
+    inputs = trainer._prepare_inputs(batch)
+    for name in ("latents", "next_latents", "old_log_probs", "advantages", "weights"):
+        assert inputs[name].dtype == torch.float32, name
+        assert torch.equal(inputs[name], batch[name]), name
 
 
 def test_gradient_is_that_of_the_log_prob_times_the_advantage(make_trainer):
@@ -207,6 +230,14 @@ def test_first_update_has_a_learning_rate(make_trainer):
     assert logged(trainer, "learning_rate") == pytest.approx([0.2, 0.4, 0.4])
 
 
+def test_decaying_schedule_leaves_the_last_update_a_learning_rate(make_trainer):
+    trainer = make_trainer(
+        lr_scheduler_type="linear", warmup_steps=0, num_train_epochs=3, learning_rate=0.4, save_strategy="no"
+    )
+    trainer.train()
+    assert logged(trainer, "learning_rate") == pytest.approx([0.3, 0.2, 0.1])
+
+
 def test_resumed_run_is_the_uninterrupted_one_to_the_bit(make_trainer, tmp_path):
     whole = make_trainer(output_dir=str(tmp_path / "whole"), num_train_epochs=4, save_total_limit=None)
     whole.train()
@@ -218,6 +249,45 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_bit(make_trainer, tmp_path)
     assert_same(lora(tmp_path / "whole/checkpoint-4"), lora(tmp_path / "part/checkpoint-4"))
     assert logged(whole, "reward") == logged(rest, "reward")
     assert logged(whole, "drawn") == logged(rest, "drawn")
+
+
+def test_resumed_run_with_two_passes_is_the_uninterrupted_one_to_the_bit(make_trainer, tmp_path):
+    settings = {"num_iterations": 2, "learning_rate": 0.05}
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), num_train_epochs=3, **settings)
+    whole.train()
+    make_trainer(output_dir=str(tmp_path / "part"), num_train_epochs=1, **settings).train()
+    rest = make_trainer(output_dir=str(tmp_path / "part"), num_train_epochs=3, **settings)
+    rest.train(resume_from_checkpoint="latest")
+    assert_same(lora(tmp_path / "whole/checkpoint-6"), lora(tmp_path / "part/checkpoint-6"))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"gradient_accumulation_steps": 2}, {"num_iterations": 2}, {"generation_batch_size": 16}]
+)
+def test_resuming_with_other_rollouts_is_refused(make_trainer, changes):
+    make_trainer(num_train_epochs=1).train()
+    with pytest.raises(ValueError, match=r"1 updates in 1 rollouts.*a rollout has 2 updates.*num_iterations"):
+        make_trainer(**changes).train(resume_from_checkpoint="latest")
+
+
+def test_resumed_run_saves_and_logs_as_often_as_it_says_itself(make_trainer):
+    settings = {"save_strategy": "steps", "save_total_limit": None}
+    make_trainer(num_train_epochs=2, save_steps=1, **settings).train()
+    rest = make_trainer(num_train_epochs=6, save_steps=3, logging_steps=2, **settings)
+    rest.train(resume_from_checkpoint="latest")
+    folders = sorted(name for name in os.listdir(rest.args.output_dir) if name != "runs")
+    assert folders == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-6"]
+    assert [entry["step"] for entry in rest.state.log_history if "loss" in entry] == [1, 2, 4, 6]
+
+
+def test_resuming_from_an_earlier_checkpoint_leaves_the_later_ones_behind(make_trainer, tmp_path):
+    trainer = make_trainer(num_train_epochs=3, save_total_limit=None)
+    trainer.train()
+    again = make_trainer(num_train_epochs=2, save_total_limit=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-1"))
+    assert {name for name in os.listdir(tmp_path / "run") if name != "runs"} == {
+        "checkpoint-1", "checkpoint-2", "checkpoint-2.abandoned", "checkpoint-3.abandoned",
+    }  # fmt: skip
 
 
 def test_checkpoint_is_a_lora_folder_without_the_base(make_trainer):
@@ -235,7 +305,7 @@ def test_checkpoint_that_was_not_completed_is_not_resumed(make_trainer):
     trainer.train()
     last = f"{trainer.args.output_dir}/checkpoint-2"
     os.remove(f"{last}/complete.json")
-    with pytest.raises(ValueError, match=r"was not completely written.*newest whole one is .*checkpoint-1"):
+    with pytest.raises(ValueError, match=r"was not completely written.*newest whole checkpoint is .*checkpoint-1"):
         make_trainer().train(resume_from_checkpoint=last)
     resumed = make_trainer(num_train_epochs=2)
     resumed.train(resume_from_checkpoint="latest")
@@ -256,20 +326,74 @@ def test_full_disk_leaves_the_previous_checkpoint_whole(make_trainer, monkeypatc
     def with_a_full_disk(*args):
         if trainer.state.global_step < 2:
             return save(*args)
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-        try:
+        with full_disk():
             return save(*args)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     monkeypatch.setattr(owner, name, with_a_full_disk)
-    with pytest.raises(OSError, match=r"cannot write the checkpoint .*checkpoint-2.*are whole"):
+    with pytest.raises(OSError, match=r"cannot write the checkpoint .*checkpoint-2: .*whole .* is .*checkpoint-1"):
         trainer.train()
     assert sorted(name for name in os.listdir(trainer.args.output_dir) if name != "runs") == ["checkpoint-1"]
     resumed = make_trainer(num_train_epochs=3)
     resumed.train(resume_from_checkpoint="latest")
     assert resumed.state.global_step == 3
+
+
+def test_full_disk_leaves_the_final_lora_as_it_was(make_trainer):
+    trainer = make_trainer(num_train_epochs=1)
+    trainer.train()
+    trainer.save_model()
+    before = lora(trainer.args.output_dir)
+    for parameter in trainer.model.parameters():
+        parameter.data += 1
+    with full_disk(), pytest.raises(OSError, match=r"cannot write the LoRA to .*whole checkpoint is .*checkpoint-1"):
+        trainer.save_model()
+    assert_same(before, lora(trainer.args.output_dir))
+    assert not os.path.exists(f"{trainer.args.output_dir}/.incomplete")
+
+
+class Poison(TrainerCallback):
+    """Does something to the policy's trainable parameters at an event behind the first update."""
+
+    def __init__(self, event, act):
+        def poison(args, state, control, model=None, **kwargs):
+            if state.global_step == 1:
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        act(parameter)
+
+        setattr(self, event, poison)
+
+
+def becomes_nan(parameter):
+    parameter.data.fill_(float("nan"))
+
+
+def gets_nan_gradients(parameter):
+    parameter.register_hook(lambda gradient: gradient * float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("event", "act", "message"),
+    [
+        ("on_epoch_begin", becomes_nan, "in rollout 1 its latents are not finite for the prompt '"),
+        ("on_step_begin", becomes_nan, "in update 2 the loss is nan"),
+        ("on_step_begin", gets_nan_gradients, "in update 2 the norm of the gradient is nan"),
+    ],
+)
+def test_policy_that_diverges_stops_the_run_and_keeps_the_last_checkpoint(make_trainer, event, act, message):
+    trainer = make_trainer(num_train_epochs=3)
+    trainer.add_callback(Poison(event, act))
+    with pytest.raises(DivergedError, match=f"policy diverged: {message}"):
+        trainer.train()
+    assert [name for name in os.listdir(trainer.args.output_dir) if name != "runs"] == ["checkpoint-1"]
+    assert os.path.isfile(f"{trainer.args.output_dir}/checkpoint-1/complete.json")
+
+
+def test_weights_that_are_not_finite_are_not_saved(make_trainer):
+    trainer = make_trainer(num_train_epochs=2)
+    trainer.add_callback(Poison("on_epoch_end", becomes_nan))
+    with pytest.raises(DivergedError, match=r"after update 1 its weights are not finite.*holds no whole checkpoint"):
+        trainer.train()
 
 
 def test_nan_stops_the_run_and_keeps_the_last_checkpoint(make_trainer):
@@ -301,6 +425,51 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(make_trainer, tmp_path
     whole.train()
     last = f"checkpoint-{3 * updates}"
     assert_same(lora(tmp_path / "stopped" / last), lora(tmp_path / "whole" / last))
+
+
+class InterruptsInUpdate(TrainerCallback):
+    """Ctrl-C in the update behind `step` others, when its micro-batches are drawn."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("save_strategy", ["no", "epoch"])
+def test_ctrl_c_in_the_last_update_is_not_swallowed(make_trainer, save_strategy):
+    trainer = make_trainer(num_train_epochs=2, save_strategy=save_strategy)
+    trainer.add_callback(InterruptsInUpdate(1))
+    with pytest.raises(RunInterrupted, match=r"stopped after 2 of 2 updates.*checkpoint-2"):
+        trainer.train()
+    resumed = make_trainer(num_train_epochs=2)
+    resumed.train(resume_from_checkpoint="latest")
+    assert resumed.state.global_step == 2
+
+
+def test_ctrl_c_does_not_take_an_old_checkpoint_for_its_own(make_trainer, tmp_path):
+    stale = tmp_path / "run/checkpoint-1"
+    stale.mkdir(parents=True)
+    (stale / "complete.json").write_text("{}")
+    trainer = make_trainer(num_train_epochs=3, save_strategy="no")
+    trainer.add_callback(InterruptsInUpdate(0))
+    with pytest.raises(RunInterrupted, match="checkpoint-1"):
+        trainer.train()
+    assert lora(stale)
+
+
+def test_ctrl_c_on_one_rank_stops_all_at_the_next_sampling_step(make_trainer, monkeypatch):
+    """A stub stands for another rank, which was asked to stop."""
+    trainer, asked = make_trainer(), []
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    monkeypatch.setattr(
+        trainer.accelerator, "gather", lambda flag: asked.append(bool(flag)) or torch.tensor([bool(flag), True])
+    )
+    with pytest.raises(_StopAtBoundaryError):
+        trainer.collect(0)
+    assert asked == [False]
 
 
 def test_emptying_pictures_are_warned_about(make_trainer, caplog):

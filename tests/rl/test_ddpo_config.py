@@ -37,6 +37,15 @@ def test_steps_per_generation_says_the_same(make_args):
         ({"num_iterations": 0}, "num_iterations is 0"),
         ({"credit": "everything"}, "credit is 'everything'"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"save_strategy": "best"}, "save_strategy is 'best'; it must be one of epoch, steps, no"),
+        ({"save_strategy": "sometimes"}, "save_strategy is 'sometimes'"),
+        ({"lr_scheduler_type": "lineal"}, "lr_scheduler_type is 'lineal'; it must be one of linear, cosine"),
+        ({"lr_scheduler_type": "greedy"}, "lr_scheduler_type is 'greedy'"),
+        ({"num_train_epochs": 0}, "num_train_epochs is 0"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size is 0"),
+        ({"num_log_images": -1}, "num_log_images is -1"),
+        ({"save_only_model": True}, "save_only_model"),
+        ({"fsdp": "full_shard"}, "fsdp is not supported"),
     ],
 )
 def test_wrong_settings_are_named(make_args, changes, message):
@@ -60,6 +69,43 @@ def test_wrong_settings_are_named(make_args, changes, message):
 def test_numbers_that_do_not_divide_come_with_the_remedy(make_args, changes, message):
     with pytest.raises(ValueError, match=message):
         make_args(**changes).plan(2)
+
+
+def test_bare_no_of_yaml_saves_nothing(tmp_path):
+    (tmp_path / "config.yaml").write_text("save_strategy: no\n")
+    (args,) = parse_arguments([DDPOConfig], ["--config", str(tmp_path / "config.yaml"), "--use_cpu"])
+    assert args.save_strategy == "no"
+
+
+def test_several_gpus_in_one_process_are_refused(make_args, monkeypatch):
+    monkeypatch.setattr(DDPOConfig, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"sees 2 GPUs.*accelerate launch --config_file configs/accelerate/multi_gpu"):
+        make_args()
+
+
+def test_fsdp_of_accelerate_is_refused_too(make_args, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="fsdp is not supported"):
+        make_args()
+
+
+@pytest.mark.parametrize(
+    ("ignored", "obeyed"),
+    [
+        ({"focus_on": "content"}, {"credit": "focus"}),
+        ({"focus_floor": 0.5}, {"credit": "focus"}),
+        ({"epsilon_location": 0.2}, {"importance_sampling_level": "location"}),
+        ({"epsilon": 0.2, "importance_sampling_level": "location"}, {"importance_sampling_level": "image"}),
+        ({"num_log_images": 3}, {"report_to": ["tensorboard"]}),
+    ],
+)
+def test_settings_that_are_ignored_are_warned_about(make_args, caplog, ignored, obeyed):
+    make_args()
+    make_args(**{**ignored, **obeyed})
+    assert "is ignored" not in caplog.text
+    make_args(**ignored)
+    name, value = next(iter(ignored.items()))
+    assert caplog.text.count(f"{name}={value!r} is ignored") == 1
 
 
 def test_train_steps_come_from_flags_and_yaml_alike(tmp_path):

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from rl.evaluate import evaluate, look
-from rl.pictures import split_words
 from rl.policy import StableDiffusionPolicy
 from rl.report import paired_change, write_report
 from rl.sde import ddim_scheduler, make_schedule
-from tests.rl.conftest import PROMPTS
+from tests.rl.conftest import PROMPTS, full_disk
 from tests.rl.toy_rewards import Plain, Redness
 
 REWARDS = {"reward": Redness(), "judge": Plain()}
@@ -76,6 +75,11 @@ def test_report_files(policy, schedule, tmp_path):
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
     assert len(evaluation["after"]["judge.satisfied"]) == len(evaluation["prompts"]) == 5
     assert (tmp_path / "before_after.png").stat().st_size > 1000
+    (tmp_path / "summary.json").write_text("an earlier one")
+    with full_disk(500), pytest.raises(OSError, match="too large"):
+        write_report(tmp_path, figures, figures, (samples, samples), {})
+    assert (tmp_path / "summary.json").read_text() == "an earlier one"
+    assert {path.name for path in tmp_path.iterdir()} == {"summary.json", "evaluation.json", "before_after.png"}
 
 
 def test_interval_of_a_paired_change_is_over_prompts():
@@ -83,7 +87,3 @@ def test_interval_of_a_paired_change_is_over_prompts():
     change, half_width = paired_change(before, after)
     assert change == 2
     assert half_width == pytest.approx(1.96 * (4 / 3) ** 0.5 / 2)
-
-
-def test_words_are_counted_as_in_richhf():
-    assert split_words('A cat, "sitting" on: a mat.') == ["A", "cat", "sitting", "on", "a", "mat"]

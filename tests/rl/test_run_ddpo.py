@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,10 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from diffusers import StableDiffusionPipeline
 
 import run_ddpo
 from reward.arguments import main_guard
+from reward.feedback import HEATMAPS, SCORES
+from reward.predict import RichFeedbackPredictor
+from rl.inputs import make_reward
 from tests.rl.conftest import PROMPTS
 
 ROOT = Path(__file__).parents[2]
@@ -77,8 +82,11 @@ def test_from_yaml_to_lora_figures_and_pictures(config, tmp_path, capsys, pipeli
         (["--train_steps", "2"], ["step 2", "deterministic"]),
         (["--reward", "tests.rl.toy_rewards:Nothing"], ["no attribute Nothing"]),
         (["--reward_kwargs", '{"wait": 1}'], ["wait"]),
-        (["--resume_from_checkpoint", "latest"], ["holds no whole one"]),
+        (["--resume_from_checkpoint", "latest"], ["holds no whole checkpoint"]),
         (["--eval_rewards", '{"reward": "tests.rl.toy_rewards:Plain"}'], ["eval_rewards"]),
+        (["--eval_rewards", '{"judge": 3}'], ["3 does not name a reward"]),
+        (["--num_before_after", "0"], ["num_before_after is 0"]),
+        (["--save_strategy", "best"], ["save_strategy is 'best'", "epoch, steps, no"]),
         (["--reward_kwargs", '{"nan_after": 3}'], ["term `red` is nan for the prompt"]),
     ],
 )
@@ -89,9 +97,43 @@ def test_mistakes_end_in_one_line_and_exit_code_2(config, capsys, flags, names):
     assert all(name in lines[0] for name in names), lines[0]
 
 
+@pytest.mark.parametrize(
+    "changes", [{"eval_rewards": {"judge": "a:b"}}, {"eval_generations": 3}, {"eval_seed": 1}, {"num_before_after": 3}]
+)
+def test_settings_of_an_evaluation_without_prompts_are_warned_about(changes, caplog):
+    required = {"policy": "p", "reward": "a:b", "prompts": "p.txt"}
+    run_ddpo.RunArguments(**required)
+    run_ddpo.RunArguments(**required, eval_prompts="p.txt", **changes)
+    assert not caplog.text
+    run_ddpo.RunArguments(**required, **changes)
+    assert f"{next(iter(changes))}={next(iter(changes.values()))!r} is ignored" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--reward", "tests.rl.toy_rewards:Nothing"],
+        ["--reward_kwargs", '{"nan_after": 0}'],
+        ["--resolution", "3"],
+        ["--lora_target_modules", "no_such_layer"],
+    ],
+)
+def test_a_run_that_cannot_start_deletes_nothing_of_the_one_before(config, tmp_path, flags):
+    whole = tmp_path / "run/checkpoint-1/complete.json"
+    whole.parent.mkdir(parents=True)
+    for file in (whole, tmp_path / "run/run_config.json", tmp_path / "run/summary.json"):
+        file.write_text("{}")
+    assert command("--config", config, "--overwrite_output_dir", *flags) == 2
+    assert whole.exists()
+    assert (tmp_path / "run/summary.json").exists()
+    assert (tmp_path / "run/run_config.json").read_text() == "{}"
+
+
 def test_ctrl_c_ends_with_a_checkpoint_and_how_to_go_on(config, tmp_path):
+    folder = tmp_path / "run [b]"  # rich would read it as markup, and break the line that names it
     run = subprocess.Popen(
-        [sys.executable, "run_ddpo.py", "--config", config, "--num_train_epochs", "100000", "--save_strategy", "no"],
+        [sys.executable, "run_ddpo.py", "--config", config, "--num_train_epochs", "100000", "--save_strategy", "no",
+         "--output_dir", str(folder)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TQDM_DISABLE": "1"},
     )  # fmt: skip
     for line in run.stdout:
@@ -101,9 +143,43 @@ def test_ctrl_c_ends_with_a_checkpoint_and_how_to_go_on(config, tmp_path):
     run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=120)
     assert run.returncode == 130, err
-    assert "go on with --resume_from_checkpoint" in out
+    assert f"go on with --resume_from_checkpoint {folder}/checkpoint-" in out
     assert "Traceback" not in err
-    assert list((tmp_path / "run").glob("checkpoint-*/complete.json"))
+    assert list(folder.glob("checkpoint-*/complete.json"))
+
+
+def settings_of(path, *flags):
+    return run_ddpo.parse_arguments(
+        [run_ddpo.RunArguments, run_ddpo.DDPOConfig], ["--config", str(path), "--use_cpu", "--bf16", "false", *flags]
+    )
+
+
+def test_readmes_command_for_several_gpus_divides(monkeypatch):
+    """The same two updates a rollout as on one GPU."""
+    (line,) = re.findall(r"accelerate launch .*?(?:\n\n)", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    launcher = re.search(r"--config_file (\S+)", line)[1]
+    accumulation = re.search(r"--gradient_accumulation_steps \d+", line)[0]
+    processes = yaml.safe_load((ROOT / launcher).read_text())["num_processes"]
+    assert accumulation in (ROOT / launcher).read_text()
+    monkeypatch.setattr(run_ddpo.DDPOConfig, "world_size", processes)
+    _, args = settings_of(ROOT / "configs/ddpo_sd15.yaml", *accumulation.split())
+    assert processes == 4
+    assert args.plan(2).updates == 2
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("ddpo_*.yaml")), ids=lambda path: path.name)
+def test_presets_rewards_can_be_built(path, monkeypatch):
+    """All of a preset but the predictor's weights, which may be the user's own."""
+    monkeypatch.setattr(RichFeedbackPredictor, "from_pretrained", lambda folder: folder)
+    run, _ = settings_of(path)
+    reward = make_reward(run.reward, run.reward_kwargs)
+    assert reward.predictor == run.reward_kwargs["model"]
+    assert len(reward.score_weights) >= 2
+    assert reward.penalty_weights
+    assert reward.word_weight > 0
+    if "sd15" in path.name:
+        assert set(reward.score_weights) == set(SCORES)
+        assert set(reward.penalty_weights) == set(HEATMAPS)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("ddpo_*.yaml")), ids=lambda path: path.name)
@@ -111,7 +187,5 @@ def test_presets_are_valid_and_open_with_three_comment_lines(path):
     lines = path.read_text().splitlines()
     assert all(line.startswith("# ") for line in lines[:3])
     assert f"--config configs/{path.name}" in lines[0]
-    _, args = run_ddpo.parse_arguments(
-        [run_ddpo.RunArguments, run_ddpo.DDPOConfig], ["--config", str(path), "--use_cpu", "--bf16", "false"]
-    )
+    _, args = settings_of(path)
     args.plan(len(args.train_steps))

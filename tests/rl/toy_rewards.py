@@ -27,6 +27,15 @@ class Redness:
         )
 
 
+def brightness(images, prompts):
+    """A reward that is a function."""
+    return Reward(total=images.mean(dim=(1, 2, 3)))
+
+
+class Uncallable:
+    """No reward: it is missing what would make it one."""
+
+
 class Plain:
     """A total and nothing else."""
 
