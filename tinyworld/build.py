@@ -2,8 +2,8 @@
 
     python -m tinyworld.build [--stages ceiling] [--work build/tinyworld]
 
-Every stage is skipped if its result is there, and goes on where it was stopped. Times were measured on 2 CPU cores, those
-with a star on one of them; all in all about two hours, without `ceiling`.
+Every stage is skipped if its result is there, and goes on where it was stopped. Times were measured on 2 CPU cores,
+those with a star on one of them; all in all about two hours, without `ceiling`.
 
     stage       makes                                                                      minutes
     pictures    200,000 captioned training pictures, half of them with 30% flawed ones        4*
