@@ -13,7 +13,7 @@ _BATCH = 24
 _NOISE = 0.1  # on the latents, in their standard deviations
 _INSIDE = 0.25  # of a batch: shapes on shapes are rare, and the hardest to keep
 _DETAIL = 4.0  # what a pixel of a block of several colours counts more
-_ANCHOR = 0.1
+_ANCHOR = 0.1  # weight of the tie between a block of one colour and its RGB
 
 
 def new_autoencoder(seed: int = 0) -> AutoencoderKL:
