@@ -97,7 +97,7 @@ def whiten(vae: AutoencoderKL, pictures: np.ndarray) -> None:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: np.ndarray, batch: int = 100) -> torch.Tensor:
+def encode(vae: AutoencoderKL, pictures: np.ndarray, batch: int = 25) -> torch.Tensor:
     """(N, 64, 64, 3) uint8 -> (N, 4, 16, 16) float32 means of the latents, not scaled."""
     return torch.cat(
         [vae.encode(to_unit(pictures[i : i + batch])).latent_dist.mean for i in range(0, len(pictures), batch)]

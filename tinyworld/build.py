@@ -10,7 +10,7 @@ those with a star on one of them; all in all about two hours, without `ceiling`.
     text        tokenizer and pretrained text encoder                                         2*
     autoencoder the VAE, and the flawed pictures' latents                                    22*
     generator   the U-Net and text encoder, with earlier states for the rated pictures       35
-    rated       11,300 generated pictures, two a caption, in Pick-a-Pic's format             12
+    rated       11,300 generated pictures, two a caption, in Pick-a-Pic's format             12 (extrapolated)
     feedback    three raters' feedback on them, in RichHF-18K's format, and both joined       1.5
     pretraining the predictor's backbones, by flawless pictures and their captions           25*
     predictor   the RAHF checkpoint, by `python -m reward.train`                              9
@@ -185,7 +185,7 @@ class Build:
             pictures, _ = self._pool(flawed)
             vae = self._vae()
             with torch.autocast("cpu", torch.bfloat16):
-                chunks = [encode(vae, pictures[i : i + 1000], 25).half() for i in range(0, len(pictures), 1000)]
+                chunks = [encode(vae, pictures[i : i + 1000]).half() for i in range(0, len(pictures), 1000)]
             latents = (torch.cat(chunks) * vae.config.scaling_factor).contiguous()
             save_file({"latents": latents}, file.with_suffix(".part"))
             file.with_suffix(".part").replace(file)

@@ -9,7 +9,6 @@ drawing program would have drawn but for a little wobble. Nothing in the judge w
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -34,10 +33,10 @@ class Labelled:
     satisfied: bool
 
 
-def labelled_pictures(folder: Path = FOLDER) -> list[Labelled]:
+def labelled_pictures() -> list[Labelled]:
     """All of them, in the order in which they were labelled."""
-    rows = json.loads((folder / "labels.json").read_text())
-    strip = np.array(Image.open(folder / "pictures.webp").convert("RGB"))
+    rows = json.loads((FOLDER / "labels.json").read_text())
+    strip = np.array(Image.open(FOLDER / "pictures.webp").convert("RGB"))
     pictures = strip.reshape(len(rows), SIZE, SIZE, 3)
     return [Labelled(picture, row["caption"], row["satisfied"]) for picture, row in zip(pictures, rows, strict=True)]
 

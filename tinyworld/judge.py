@@ -9,7 +9,7 @@ How it judges:
    else a blotch or debris.
 3. The things found are drawn again, ideally. What the picture shows elsewise is implausible: outlines, blotches, debris
    and blended colours alike. What a person sees only when told is forgiven: less than a pixel of wobble, and the
-softness of an autoencoder.
+   softness of an autoencoder.
 """
 
 from collections.abc import Sequence

@@ -125,16 +125,16 @@ class _Seer(nn.Module):
     def __init__(self, vision: nn.Module):
         super().__init__()
         self.vision = vision
-        patch = vision.config.patch_size
         self.kinds = nn.Linear(vision.config.hidden_size, len(KINDS))
-        self.spoiled = nn.Sequential(nn.Linear(vision.config.hidden_size, patch**2), nn.Unflatten(2, (patch, patch)))
+        self.spoiled = nn.Linear(vision.config.hidden_size, vision.config.patch_size**2)
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 3, S, S) -> logits (B, K): the largest over patches, softly, so that a patch may know its own thing; and
         logits (B, S, S)."""
         patches = self.vision(pixel_values=pixels).last_hidden_state[:, 1:]  # without the class token
         side = round(patches.shape[1] ** 0.5)
-        spoiled = self.spoiled(patches).unflatten(1, (side, side)).transpose(2, 3).flatten(3).flatten(1, 2)
+        spoiled = self.spoiled(patches).transpose(1, 2).unflatten(2, (side, side))  # (B, patch ** 2, side, side)
+        spoiled = F.pixel_shuffle(spoiled, self.vision.config.patch_size)[:, 0]
         return self.kinds(patches).float().logsumexp(dim=1), spoiled.float()
 
 

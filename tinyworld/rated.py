@@ -62,11 +62,6 @@ class Split:
     captions: int
     held_out: bool = False
 
-    @property
-    def file(self) -> str:
-        """Stem for a file of this part."""
-        return f"{self.name}_held_out" if self.held_out else self.name
-
 
 SPLITS = (Split("train", 5000), Split("dev", 250), Split("test", 250), Split("test", 150, held_out=True))
 

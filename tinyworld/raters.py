@@ -2,7 +2,7 @@
 
 A rater overlooks small flaws, is lenient or strict, hesitates between points of the scale, marks a few points where
 something is wrong, and now and then where nothing is. What one says is fixed by seed, picture and rater. How loud the
-noise is was chosen before any predictor was trained, so that two trios agree about as well as people do (Spearman
+noise is was chosen by one thing alone: that two trios agree on generated pictures about as well as people do (Spearman
 correlation 0.75 to 0.9 on each score). Points are (x, y) in pixels, x right, y down.
 """
 
