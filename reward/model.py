@@ -11,7 +11,8 @@ Order and positions. Image tokens come first, so that neither the padding of a p
 that is seen. T5 knows positions only by a learned bias on the distance in the sequence; as the paper's construction
 implies, it runs over the concatenation: between patches it is the distance in raster order, between words the usual
 one, and across the two segments a large distance whose sign tells them apart. Where a patch lies in the image it knows
-from the ViT's position embeddings, which the linear map carries over. Padding is masked as a key everywhere.
+from the ViT's position embeddings, which the linear map carries over; for a convolutional encoder, which has none, a
+learned table is added behind that map. Padding is masked as a key everywhere.
 """
 
 from dataclasses import dataclass
@@ -36,13 +37,15 @@ from reward.heads import (
     PaperScoreHead,
     TaggingHead,
 )
+from reward.vision import has_places, stride_of, tokens_of, width_of, without_pooler
 
 
 class RahfConfig(PreTrainedConfig):
     """Everything needed to build a `RahfModel` and to prepare its inputs; nothing is downloaded.
 
     Args:
-        vision_config: config of the vision encoder: the ViT family, square images, patch tokens last in its sequence.
+        vision_config: config of the vision encoder, for square images: of the ViT family (patch tokens last in its
+            sequence) or a ResNet.
         text_config: `T5Config` of the text encoder (and decoder).
         variant: "multi_head", one head for each score and heatmap.
         heatmap_head: "paper", or "light" for small models.
@@ -51,7 +54,9 @@ class RahfConfig(PreTrainedConfig):
         text_decoder: also build T5's decoder.
         tie_word_embeddings: the decoder's word embeddings are the encoder's, as in T5.
         head_width: factor on the heads' channels; 1 is the paper's.
-        heatmap_size: side of the heatmaps in pixels; the vision encoder's image size if None.
+        image_size: side in pixels of the square images that the vision encoder sees; that of its config if None,
+            which a ResNet's does not say.
+        heatmap_size: side of the heatmaps in pixels; `image_size` if None.
         image_mean, image_std: normalisation of the images, for each of R, G, B in [0, 1].
         max_text_length: prompts are cut after so many pieces; words behind are not judged.
         word_threshold: a word counts as misaligned if its probability is above; training sets it to the best F1 on dev.
@@ -74,6 +79,7 @@ class RahfConfig(PreTrainedConfig):
     text_decoder: bool = False
     tie_word_embeddings: bool = True
     head_width: float = 1.0
+    image_size: int | None = None
     heatmap_size: int | None = None
     image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -95,20 +101,20 @@ class RahfConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be one of {', '.join(valid)}, not {getattr(self, name)!r}")
         if not isinstance(self.text_config, T5Config):
             raise ValueError(f"the text encoder must be a T5, not a {self.text_config.model_type!r}")
+        if self.image_size is None:
+            self.image_size = _image_size(self.vision_config)
+        if self.image_size % stride_of(self.vision_config):
+            raise ValueError(
+                f"image_size {self.image_size} is no multiple of {stride_of(self.vision_config)}, the pixels that one "
+                "feature of the vision encoder stands for"
+            )
         if self.heatmap_size is None:
             self.heatmap_size = self.image_size
 
     @property
-    def image_size(self) -> int:
-        """Side in pixels of the square images that the vision encoder sees."""
-        size = self.vision_config.image_size
-        return size if isinstance(size, int) else size[0]
-
-    @property
     def grid(self) -> int:
-        """Patch tokens along one side of the image."""
-        patch = self.vision_config.patch_size
-        return self.image_size // (patch if isinstance(patch, int) else patch[0])
+        """Features of the vision encoder along one side of the image."""
+        return self.image_size // stride_of(self.vision_config)
 
 
 @dataclass
@@ -144,10 +150,9 @@ class RahfModel(PreTrainedModel):
     def __init__(self, config: RahfConfig):
         super().__init__(config)
         text, width = config.text_config, config.text_config.d_model
-        self.vision = AutoModel.from_config(config.vision_config)
-        if hasattr(self.vision, "pooler"):
-            self.vision.pooler = None  # its output is not used, and unused weights trouble DDP and ZeRO
-        self.project = nn.Linear(config.vision_config.hidden_size, width)
+        self.vision = without_pooler(AutoModel.from_config(config.vision_config))
+        self.project = nn.Linear(width_of(config.vision_config), width)
+        self.places = None if has_places(config.vision_config) else nn.Embedding(config.grid**2, width)
         self.encoder = T5Stack(_stack_config(text, is_decoder=False))
         if config.text_decoder:
             self.decoder = T5Stack(_stack_config(text, is_decoder=True))
@@ -199,6 +204,8 @@ class RahfModel(PreTrainedModel):
             init.normal_(module.weight, std=(module.weight[0].numel()) ** -0.5)
             if module.bias is not None:
                 init.constant_(module.bias, HEATMAP_LOGIT if isinstance(module, HeatmapReadOut) else 0.0)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=1.0)
         elif isinstance(module, nn.GroupNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -222,8 +229,9 @@ class RahfModel(PreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Both encoders: images (B, 3, S, S), prompts (B, L) -> image tokens (B, P, D) and text tokens (B, L, D)."""
         patches = self.config.grid**2
-        seen = self.vision(pixel_values=pixel_values).last_hidden_state[:, -patches:]  # behind a class token, if any
-        image = self.project(seen)  # (B, P, D)
+        image = self.project(tokens_of(self.vision(pixel_values=pixel_values).last_hidden_state, patches))  # (B, P, D)
+        if self.places is not None:
+            image = image + self.places.weight
         text = self.encoder.embed_tokens(input_ids)  # (B, L, D)
         mask = torch.cat([attention_mask.new_ones(image.shape[:2]), attention_mask], dim=1)  # (B, P + L)
         fused = self.encoder(inputs_embeds=torch.cat([image, text], dim=1), attention_mask=mask).last_hidden_state
@@ -303,6 +311,15 @@ class RahfModel(PreTrainedModel):
         logits = (text[wanted] * text.shape[-1] ** -0.5) @ self.encoder.embed_tokens.weight.T  # (N, V)
         right = (logits.detach().argmax(-1) == labels).float().sum() / max(len(labels), 1)
         return losses.caption_loss(logits, labels), right
+
+
+def _image_size(vision: PreTrainedConfig) -> int:
+    size = getattr(vision, "image_size", None)
+    if size is None:
+        raise ValueError(
+            f"image_size is not given, and the vision encoder, a {vision.model_type!r}, has none of its own"
+        )
+    return size if isinstance(size, int) else size[0]
 
 
 def _stack_config(text: T5Config, is_decoder: bool) -> T5Config:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from tinyworld.fit import Fit
+from tinyworld.fit import Fit, cover
 from tinyworld.grammar import COLOURS, Noun, Request
 from tinyworld.match import fit_of, holds, seen_as
 from tinyworld.scenes import SIZE
@@ -22,7 +22,7 @@ class Found:
     Attributes:
         noun: index of the noun it answers, or None for an extra thing.
         colour, shape: what it shows; the shape asked for wherever that is nearly as good as the best.
-        x, y, radius: the ideal shape's place and size, as in `scenes.Thing`.
+        x, y, radius, play: the ideal shape's place and size, as in `scenes.Thing`, and `Fit.play`.
         iou: how well that shape matches, in [0, 1]; above 0.95 when drawn well.
         mask: (S, S) bool, the pixels that show it.
     """
@@ -35,6 +35,11 @@ class Found:
     radius: float
     iou: float
     mask: np.ndarray
+    play: tuple[float, ...] = ()
+
+    def ideal(self) -> np.ndarray:
+        """(S, S) float32 in [0, 1]: about the share of each pixel that the thing, drawn ideally, covers."""
+        return cover(self.shape, self.x, self.y, self.radius, self.play)
 
 
 def things_of(
@@ -43,7 +48,7 @@ def things_of(
     """The thing that answers each slot, or None, and the extra things; `slots` holds the noun of each thing wanted."""
 
     def found(noun: int | None, patch: Patch, one: Fit) -> Found:
-        return Found(noun, patch.colour, one.shape, one.x, one.y, one.radius, one.iou, patch.mask)
+        return Found(noun, patch.colour, one.shape, one.x, one.y, one.radius, one.iou, patch.mask, one.play)
 
     things = [
         found(noun, patch, seen_as(patch, request.nouns[noun].shape)) if patch else None
@@ -72,7 +77,7 @@ class Claims:
         self.relation = None
         if request.relation:
             one, other = things[:2]
-            fits = [Fit(t.shape, t.x, t.y, t.radius, t.iou) for t in (one, other) if t]
+            fits = [Fit(t.shape, t.x, t.y, t.radius, t.iou, play=t.play) for t in (one, other) if t]
             self.relation = holds(request.relation, *fits, one.mask) if one and other else 0.0
 
     @staticmethod

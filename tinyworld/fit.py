@@ -17,12 +17,16 @@ _RADII = 3.5 * 1.07 ** np.arange(34)  # 3.5 .. 32.6
 _HALF = SIZE // 2
 _ROWS, _COLUMNS = (axis.astype(np.float32) + 0.5 for axis in np.mgrid[:SIZE, :SIZE])
 _STEPS = 4
+_TRUST = 0.3  # how far a pixel of a well-drawn thing is from the ideal; weighs the pixels against the usual play
+_NUDGE = 0.02
 _WINDOW = 5  # how far outside the patch's box a fit looks
 _CONTENDERS = 3  # so many shapes are fitted exactly, and those that are wanted
 _BEHIND = 0.12  # a shape that much worse than the best of the coarse search is not
 _BITTEN = 0.9  # a match that is worse may be that of a bitten thing
 _OUTSIDE = 0.04  # as much of a bitten thing's patch lies outside its ideal shape, at most
 _COVERED_COST = 0.3  # what a fit pays to hide behind pixels that it is not judged by
+_PLAY = {"diamond": (1, 0.06), "cross": (4, 0.1), "star": (5, 0.1)}
+"""How many of `Fit.play` a shape has, and how much of each is usual; twice that is the most."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,9 @@ class Fit:
         iou: soft intersection over union with the patch, in [0, 1], over the pixels that count.
         hidden: share of the ideal shape that something else may hide, in [0, 1].
         outside: share of the patch that lies outside the ideal shape, in [0, 1].
+        play: what a person does not hold against the shape, in radii, 0 where it is ideal. A diamond's sides may be as
+            1 - p to 1 + p (nobody overlooks that of a square), a cross's arms (right, left, down, up) and a star's
+            points (from the top, clockwise) longer by p each; other shapes have none.
     """
 
     shape: str
@@ -42,6 +49,7 @@ class Fit:
     iou: float
     hidden: float = 0.0
     outside: float = 0.0
+    play: tuple[float, ...] = ()
 
     @property
     def merit(self) -> float:
@@ -49,10 +57,10 @@ class Fit:
         return self.iou / (1 + _COVERED_COST * self.hidden)
 
 
-def distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def distance(shape: str, u: np.ndarray, v: np.ndarray, play: tuple[float, ...] = ()) -> np.ndarray:
     """How far points (u, v), in radii from the centre, lie outside the ideal shape (negative inside); broadcast.
 
-    Exact beside an edge, too small beyond a corner; its zero is the outline of `scenes.inside_shape`.
+    Exact beside an edge, too small beyond a corner; its zero is the outline of `scenes.inside_shape`, but for `play`.
     """
     match shape:
         case "circle":
@@ -63,24 +71,35 @@ def distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
             slope = 1.05 / 1.8
             return np.maximum(v - 0.8, (np.abs(u) - (v + 1) * slope) / np.hypot(1, slope))
         case "diamond":
-            return (np.abs(u) + np.abs(v) - 1.12) / np.sqrt(2)
+            (lean,) = play or (0.0,)
+            return (np.abs(u - lean * v) + np.abs(v - lean * u) - 1.12) / np.sqrt(2)
         case "cross":
-            u, v = np.abs(u), np.abs(v)
-            return np.maximum(np.minimum(u, v) - 0.36, np.maximum(u, v) - 1)
+            right, left, down, up = play or (0.0,) * 4
+            beyond = np.maximum(np.maximum(u - right, -u - left), np.maximum(v - down, -v - up)) - 1
+            return np.maximum(np.minimum(np.abs(u), np.abs(v)) - 0.36, beyond)
         case "star":
             sector = np.pi / 5
-            folded = np.abs((np.arctan2(u, -v) + sector) % (2 * sector) - sector)
+            turn = np.arctan2(u, -v) + sector
+            folded = np.abs(turn % (2 * sector) - sector)
+            point = 1.15 + (np.array(play)[(turn // (2 * sector)).astype(int) % 5] if play else 0.0)
             radius = np.hypot(u, v)
-            across, up = 0.5 * np.sin(sector), 0.5 * np.cos(sector) - 1.15
-            outside = (radius * np.cos(folded) - 1.15) * across - radius * np.sin(folded) * up
+            across, up = 0.5 * np.sin(sector), 0.5 * np.cos(sector) - point
+            outside = (radius * np.cos(folded) - point) * across - radius * np.sin(folded) * up
             return outside / np.hypot(across, up)
     raise ValueError(f"shape {shape!r} is unknown; use one of {', '.join(SHAPES)}")
 
 
-def cover(shape: str, x: float, y: float, radius: float, window: tuple[slice, slice] = np.s_[:, :]) -> np.ndarray:
+def cover(
+    shape: str,
+    x: float,
+    y: float,
+    radius: float,
+    play: tuple[float, ...] = (),
+    window: tuple[slice, slice] = np.s_[:, :],
+) -> np.ndarray:
     """(S, S) float32 in [0, 1], or a window of it: about the share of each pixel that the ideal shape covers."""
     u, v = (_COLUMNS[window] - x) / radius, (_ROWS[window] - y) / radius
-    return np.clip(0.5 - radius * distance(shape, u, v), 0, 1)
+    return np.clip(0.5 - radius * distance(shape, u, v, play), 0, 1)
 
 
 @cache
@@ -143,23 +162,34 @@ def _refine(shape: str, start: _Start, patch: np.ndarray, weight: np.ndarray, st
     window = np.s_[max(int(top), 0) : int(bottom) + 1, max(int(left), 0) : int(right) + 1]
     patch, weight = patch[window], weight[window]
     rows, columns = _ROWS[window], _COLUMNS[window]
+    count, usual = _PLAY.get(shape, (0, 1.0))
+    play, cost = np.zeros(count), np.diag([0.05] * 3 + [_TRUST**2 / usual**2] * count)
     for step in range(steps):
-        ideal = cover(shape, x, y, radius, window)
+        ideal = cover(shape, x, y, radius, tuple(play), window)
         right, down = np.zeros_like(ideal), np.zeros_like(ideal)
         right[:, 1:-1], down[1:-1] = (ideal[:, 2:] - ideal[:, :-2]) / 2, (ideal[2:] - ideal[:-2]) / 2
         grow = -((columns - x) * right + (rows - y) * down) / radius
+        playing = [
+            (cover(shape, x, y, radius, tuple(play + nudge), window) - ideal) / _NUDGE
+            for nudge in _NUDGE * np.eye(count)
+        ]
+        moves = np.stack([-right, -down, grow, *playing]).reshape(3 + count, -1)
         residual = patch - ideal
         trust = weight if step == 0 else weight / (1 + (residual / 0.4) ** 2)
-        moves = np.stack([-right, -down, grow]).reshape(3, -1)
         weighted = moves * trust.ravel()
-        normal = weighted @ moves.T + np.eye(3) * 0.05
-        dx, dy, dr = np.clip(np.linalg.solve(normal, weighted @ residual.ravel()), -1.5, 1.5)
+        pull = np.concatenate([np.zeros(3), play])
+        change = np.linalg.solve(weighted @ moves.T + cost, weighted @ residual.ravel() - cost @ pull)
+        dx, dy, dr = np.clip(change[:3], -1.5, 1.5)
         x, y, radius = x + dx, y + dy, max(radius + dr, 2.5)
-    ideal = cover(shape, x, y, radius, window)
+        play = np.clip(play + change[3:], -2 * usual, 2 * usual)
+    play = tuple(float(one) for one in play)
+    ideal = cover(shape, x, y, radius, play, window)
     shared, both = (np.minimum(patch, ideal) * weight).sum(), (np.maximum(patch, ideal) * weight).sum()
     hidden = (ideal * (1 - weight)).sum() / (ideal.sum() + 1e-6)
     outside = 1 - shared / (patch.sum() + 1e-6)
-    return Fit(shape, float(x), float(y), float(radius), float(shared / (both + 1e-6)), float(hidden), float(outside))
+    return Fit(
+        shape, float(x), float(y), float(radius), float(shared / (both + 1e-6)), float(hidden), float(outside), play
+    )
 
 
 def fit(patch: np.ndarray, weight: np.ndarray, wanted: frozenset[str] = frozenset()) -> list[Fit]:

@@ -8,8 +8,8 @@ How it judges:
 2. Patches are matched with what the caption asks for; what is left over is an extra thing, if it is well formed, or
    else a blotch or debris.
 3. The things found are drawn again, ideally. What the picture shows elsewise is implausible: outlines, blotches, debris
-   and blended colours alike. What a person sees only when told is forgiven: less than a pixel of wobble, and the
-   softness of an autoencoder.
+   and blended colours alike. What a person sees only when told is forgiven: less than a pixel of wobble, the softness
+   of an autoencoder, arms or points that are not quite alike (`Fit.play`).
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,6 @@ from scipy.optimize import linear_sum_assignment
 
 from reward.feedback import SCORES, Reward
 from tinyworld.claims import Claims, Found, things_of
-from tinyworld.fit import cover
 from tinyworld.grammar import parse
 from tinyworld.match import match
 from tinyworld.scenes import SIZE
@@ -41,9 +40,11 @@ _NOISE = 0.3  # of a full difference: less is not marked
 _SEEN = 0.066
 _SPECK = 2.0  # fully wrong pixels: a spot that weighs less does not count there
 _CRUMB = 5.0  # fully wrong pixels: a spot that belongs to no thing and weighs less is not seen
-_SOFT = {"circle": 0.3, "square": 0.33, "triangle": 0.47, "diamond": 0.34, "cross": 0.5, "star": 0.68}
-"""(1 - IoU) x radius, about how far an outline is off, in pixels, when a flawless shape is a little blurred."""
-_WAVE = 0.9  # pixels by which an outline may be further off
+_SOFT = {"circle": 0.14, "square": 0.18, "triangle": 0.24, "diamond": 0.14, "cross": 0.31, "star": 0.43}
+"""(1 - IoU) x radius, about how far an outline is off, in pixels, when a flawless shape went through the autoencoder:
+nine of ten are nearer."""
+_WAVE = {"circle": 0.45, "square": 0.55, "triangle": 0.65, "diamond": 0.35, "cross": 0.65, "star": 0.8}
+"""Pixels by which an outline may be further off at radius 11: a corner on a circle is seen before a wavy star is."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _difference(picture: np.ndarray, things: list[Found]) -> np.ndarray:
     ideal = np.empty_like(picture)
     ideal[:] = PALETTE[0]
     for thing in sorted(things, key=lambda one: -one.radius):
-        share = cover(thing.shape, thing.x, thing.y, thing.radius)[..., None]
+        share = thing.ideal()[..., None]
         ideal += share * (PALETTE[NAMES.index(thing.colour)] - ideal)
     moved = np.stack([ideal, *_shifted(ideal)])
     outside = np.maximum(np.maximum(moved.min(0) - picture, picture - moved.max(0)), 0)
@@ -165,7 +166,7 @@ def _malformed(wrongness: np.ndarray, things: list[Found]) -> tuple[np.ndarray, 
     badness, debris = [0.0] * len(things), 0.0
     spots, count = ndimage.label(wrongness > _NOISE, np.ones((3, 3)))
     weights = ndimage.sum_labels(wrongness, spots, np.arange(1, count + 1))
-    extents = [one.mask | (cover(one.shape, one.x, one.y, one.radius) > 0.5) for one in things]
+    extents = [one.mask | (one.ideal() > 0.5) for one in things]
     # Where a thing lies on another, the smaller one is meant.
     owner = np.full((SIZE, SIZE), -1)
     for index in sorted(range(len(things)), key=lambda k: -things[k].radius):
@@ -196,7 +197,7 @@ def _malformed(wrongness: np.ndarray, things: list[Found]) -> tuple[np.ndarray, 
     for index, (thing, extent) in enumerate(zip(things, extents, strict=True)):
         # A wavy outline is off by little at any place, but all around.
         area = float(thing.mask.sum())
-        off = (1 - thing.iou) * thing.radius - _SOFT[thing.shape] - _WAVE
+        off = (1 - thing.iou) * thing.radius - _SOFT[thing.shape] - _WAVE[thing.shape] * thing.radius / 11
         waves = max(0.0, off) / thing.radius * area
         unseen = off > 0 and marked[index] < 0.3 * (1 - thing.iou) * area
         if unseen or _all_over(thing, np.isin(spots, mine[index])):
@@ -207,7 +208,7 @@ def _malformed(wrongness: np.ndarray, things: list[Found]) -> tuple[np.ndarray, 
 
 def _clarity(wrongness: np.ndarray, thing: Found) -> float:
     """In [0, 1], whether a thing stands out from what is around it, or is but a pattern in noise."""
-    extent = thing.mask | (cover(thing.shape, thing.x, thing.y, thing.radius) > 0.5)
+    extent = thing.mask | (thing.ideal() > 0.5)
     ring = ndimage.binary_dilation(extent, np.ones((3, 3)), iterations=4) & ~extent
     around = float(wrongness[ring].mean()) if ring.any() else 0.0
     return float(np.clip((1 - around) / 0.6, 0, 1))

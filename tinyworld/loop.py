@@ -73,6 +73,8 @@ def fit(
         with torch.no_grad():
             old, new = list(average.parameters()), list(model.parameters())
             torch._foreach_lerp_(old, new, 1 - decay)
+            for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
+                kept.copy_(buffer)  # batch norms keep averages of their own
         total += value.item()
         done = step + 1
         if done % report_every == 0:

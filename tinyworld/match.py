@@ -37,7 +37,7 @@ def holds(relation: str, first: Fit, second: Fit, first_mask: np.ndarray) -> flo
     if relation == "inside":
         if first.radius > second.radius:
             return 0.0
-        within = cover(second.shape, second.x, second.y, second.radius)[first_mask].mean()
+        within = cover(second.shape, second.x, second.y, second.radius, second.play)[first_mask].mean()
         return float(np.clip((within - 0.4) / 0.4, 0, 1))
     right, down = second.x - first.x, second.y - first.y
     along, across = (right, down) if relation == "left of" else (down, right)

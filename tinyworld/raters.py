@@ -22,7 +22,7 @@ FRESH = 1000  # raters from this number on have rated nothing that anybody train
 
 _LENIENCY = 0.03  # standard deviation over raters, scores in [0, 1]
 _MOOD = 0.03  # of a rater's view of one picture, shared by its scores
-_HESITATION = {"plausibility": 0.09, "alignment": 0.06, "aesthetics": 0.05, "overall": 0.06}
+_HESITATION = {"plausibility": 0.09, "alignment": 0.06, "aesthetics": 0.04, "overall": 0.06}
 _SEEN_AREA = 15.0  # pixels: a flaw of this area is overlooked by 37% of the raters
 _SEEN_WORD = 0.85  # chance that a belied word is marked
 _SLIP = 0.02  # chance that another word is marked

@@ -61,7 +61,7 @@ class Patch:
     def ideal(self) -> np.ndarray:
         """(S, S) bool: the best shape's pixels."""
         one = self.fits[0]
-        return cover(one.shape, one.x, one.y, one.radius) > 0.5
+        return cover(one.shape, one.x, one.y, one.radius, one.play) > 0.5
 
 
 def label(picture: np.ndarray) -> np.ndarray:
