@@ -22,9 +22,10 @@ class Found:
     Attributes:
         noun: index of the noun it answers, or None for an extra thing.
         colour, shape: what it shows; the shape asked for wherever that is nearly as good as the best.
-        x, y, radius, play: the ideal shape's place and size, as in `scenes.Thing`, and `Fit.play`.
+        x, y, radius: the ideal shape's place and size, as in `scenes.Thing`.
         iou: how well that shape matches, in [0, 1]; above 0.95 when drawn well.
         mask: (S, S) bool, the pixels that show it.
+        play, corners: as in `fit.Fit`.
     """
 
     noun: int | None
@@ -36,6 +37,7 @@ class Found:
     iou: float
     mask: np.ndarray
     play: tuple[float, ...] = ()
+    corners: float = 0.0
 
     def ideal(self) -> np.ndarray:
         """(S, S) float32 in [0, 1]: about the share of each pixel that the thing, drawn ideally, covers."""
@@ -48,7 +50,9 @@ def things_of(
     """The thing that answers each slot, or None, and the extra things; `slots` holds the noun of each thing wanted."""
 
     def found(noun: int | None, patch: Patch, one: Fit) -> Found:
-        return Found(noun, patch.colour, one.shape, one.x, one.y, one.radius, one.iou, patch.mask, one.play)
+        return Found(
+            noun, patch.colour, one.shape, one.x, one.y, one.radius, one.iou, patch.mask, one.play, one.corners
+        )
 
     things = [
         found(noun, patch, seen_as(patch, request.nouns[noun].shape)) if patch else None

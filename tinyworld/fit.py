@@ -40,6 +40,9 @@ class Fit:
         play: what a person does not hold against the shape, in radii, 0 where it is ideal. A diamond's sides may be as
             1 - p to 1 + p (nobody overlooks that of a square), a cross's arms (right, left, down, up) and a star's
             points (from the top, clockwise) longer by p each; other shapes have none.
+        corners: how far the outline is from that of the ideal shape in turns, at the four corners and between them, in
+            pixels: a circle that is a little square, a diamond or cross that is a little round. A person sees it
+            before any other wobble of that size.
     """
 
     shape: str
@@ -50,6 +53,7 @@ class Fit:
     hidden: float = 0.0
     outside: float = 0.0
     play: tuple[float, ...] = ()
+    corners: float = 0.0
 
     @property
     def merit(self) -> float:
@@ -187,9 +191,16 @@ def _refine(shape: str, start: _Start, patch: np.ndarray, weight: np.ndarray, st
     shared, both = (np.minimum(patch, ideal) * weight).sum(), (np.maximum(patch, ideal) * weight).sum()
     hidden = (ideal * (1 - weight)).sum() / (ideal.sum() + 1e-6)
     outside = 1 - shared / (patch.sum() + 1e-6)
-    return Fit(
-        shape, float(x), float(y), float(radius), float(shared / (both + 1e-6)), float(hidden), float(outside), play
-    )
+    figures = (x, y, radius, shared / (both + 1e-6), hidden, outside)
+    corners = _fourfold((patch - ideal) * weight, columns - x, rows - y, radius)
+    return Fit(shape, *(float(figure) for figure in figures), play, corners)
+
+
+def _fourfold(residual: np.ndarray, across: np.ndarray, along: np.ndarray, radius: float) -> float:
+    """Amplitude in pixels of an outline's fourth harmonic: its distance from the ideal one, over 16 sectors."""
+    sector = ((np.arctan2(along, across) / (2 * np.pi) + 0.5) * 16).astype(int) % 16
+    outward = np.bincount(sector.ravel(), residual.ravel(), 16) / (radius * np.pi / 8)
+    return float(np.abs(np.fft.rfft(outward)[4]) / 8)
 
 
 def fit(patch: np.ndarray, weight: np.ndarray, wanted: frozenset[str] = frozenset()) -> list[Fit]:

@@ -43,8 +43,11 @@ _CRUMB = 5.0  # fully wrong pixels: a spot that belongs to no thing and weighs l
 _SOFT = {"circle": 0.14, "square": 0.18, "triangle": 0.24, "diamond": 0.14, "cross": 0.31, "star": 0.43}
 """(1 - IoU) x radius, about how far an outline is off, in pixels, when a flawless shape went through the autoencoder:
 nine of ten are nearer."""
-_WAVE = {"circle": 0.45, "square": 0.55, "triangle": 0.65, "diamond": 0.35, "cross": 0.65, "star": 0.8}
-"""Pixels by which an outline may be further off at radius 11: a corner on a circle is seen before a wavy star is."""
+_WAVE = {"circle": 0.45, "square": 0.7, "triangle": 0.6, "diamond": 0.5, "cross": 0.6, "star": 0.8}
+"""Pixels by which an outline may be further off at radius 11."""
+_CORNERS = {"circle": 0.2, "square": 0.25, "triangle": 0.3, "diamond": 0.19, "cross": 0.24, "star": 0.15}
+"""The most of `Fit.corners`, pixels: a squarish circle and a roundish diamond are seen before a wavy star is."""
+_AREA_OF_CORNERS = 1.3  # (1 - IoU) x radius of an outline whose fourth harmonic is 1 pixel: 4 / pi
 
 
 @dataclass(frozen=True)
@@ -195,9 +198,10 @@ def _malformed(wrongness: np.ndarray, things: list[Found]) -> tuple[np.ndarray, 
         mask |= np.isin(spots, mine[index])
     mask = ndimage.binary_dilation(mask)
     for index, (thing, extent) in enumerate(zip(things, extents, strict=True)):
-        # A wavy outline is off by little at any place, but all around.
+        # A wavy outline is off by little at any place, but all around; so are corners that are no corners.
         area = float(thing.mask.sum())
         off = (1 - thing.iou) * thing.radius - _SOFT[thing.shape] - _WAVE[thing.shape] * thing.radius / 11
+        off = max(off, _AREA_OF_CORNERS * (thing.corners - _CORNERS[thing.shape]))
         waves = max(0.0, off) / thing.radius * area
         unseen = off > 0 and marked[index] < 0.3 * (1 - thing.iou) * area
         if unseen or _all_over(thing, np.isin(spots, mine[index])):
