@@ -284,41 +284,11 @@ class RahfModel(PreTrainedModel):
             predicted.loss = torch.stack(total).sum()
         return predicted
 
-    def caption_loss(
-        self,
-        pixel_values: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        caption_labels: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pretraining by masked captioning: say the hidden words of a caption from its image.
-
-        The encoder's final text states are read by the embedding of the words itself, scaled by D**-0.5 as T5 scales
-        its tied output; only positions with a label are computed. Trains both encoders, but no head.
-
-        Args:
-            pixel_values: (B, 3, S, S), as `reward.data.preprocess` makes them.
-            input_ids: (B, L), some of them replaced by a mask token.
-            attention_mask: (B, L).
-            caption_labels: (B, L), the true id where it is to be predicted, -100 elsewhere.
-
-        Returns:
-            The mean cross-entropy over labelled positions, and the share of them whose best guess is right (detached).
-        """
-        _, text = self.fuse(pixel_values, input_ids, attention_mask)
-        wanted = caption_labels != losses.IGNORE
-        labels = caption_labels[wanted]  # (N,)
-        logits = (text[wanted] * text.shape[-1] ** -0.5) @ self.encoder.embed_tokens.weight.T  # (N, V)
-        right = (logits.detach().argmax(-1) == labels).float().sum() / max(len(labels), 1)
-        return losses.caption_loss(logits, labels), right
-
 
 def _image_size(vision: PreTrainedConfig) -> int:
     size = getattr(vision, "image_size", None)
     if size is None:
-        raise ValueError(
-            f"image_size is not given, and the vision encoder, a {vision.model_type!r}, has none of its own"
-        )
+        raise ValueError(f"give image_size: the vision encoder, a {vision.model_type!r}, has none of its own")
     return size if isinstance(size, int) else size[0]
 
 

@@ -50,12 +50,13 @@ class RahfArguments:
     data: str = field(metadata={"help": "folder written by `python -m reward.richhf`"})
     model: str | None = field(default=None, metadata={"help": "RAHF checkpoint to start from"})
     vision_model: str | None = field(
-        default=None, metadata={"help": "pretrained vision encoder, where there is no RAHF"}
+        default=None, metadata={"help": "pretrained ViT or ResNet, where there is no RAHF"}
     )
     text_model: str | None = field(default=None, metadata={"help": "pretrained T5, with its tokenizer"})
     heatmap_head: str | None = field(default=None, metadata={"help": "paper or light; unset: the model's own"})
     score_head: str | None = field(default=None, metadata={"help": "paper or light; unset: the model's own"})
     head_width: float | None = field(default=None, metadata={"help": "factor on the heads' channels"})
+    image_size: int | None = field(default=None, metadata={"help": "side of what a ResNet sees; a ViT has its own"})
     heatmap_size: int | None = field(default=None, metadata={"help": "side of the heatmaps in pixels"})
     max_text_length: int | None = field(default=None, metadata={"help": "pieces of a prompt that are read"})
     in_memory: bool = field(default=False, metadata={"help": "decode all pictures once; for small pictures"})
@@ -79,7 +80,7 @@ class RahfArguments:
     @property
     def model_options(self) -> dict:
         """The settings of the model's config that were given."""
-        names = ("heatmap_head", "score_head", "head_width", "heatmap_size", "max_text_length")
+        names = ("heatmap_head", "score_head", "head_width", "image_size", "heatmap_size", "max_text_length")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def augmentation(self, seed: int) -> Augmentation:

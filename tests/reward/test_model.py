@@ -1,7 +1,15 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
+from transformers import (
+    AutoConfig,
+    ResNetConfig,
+    ResNetModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
 
 from reward.model import RahfConfig, RahfModel
 
@@ -141,21 +149,56 @@ def test_unknown_settings_are_named(make_config, options, message):
         make_config(**options)
 
 
-def test_masked_captioning_learns_from_the_picture():
-    """Two pictures, two words: only who looks at the picture can tell which word is hidden."""
+@pytest.fixture
+def convolutional():
+    vision = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    text = T5Config(vocab_size=20, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=1, num_heads=2)
+    configs = {"vision_config": vision.to_dict(), "text_config": text.to_dict()}
     torch.manual_seed(0)
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    vision = ViTConfig(**size, image_size=16, patch_size=8)
-    text = T5Config(vocab_size=10, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0)
-    model = RahfModel(RahfConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), head_width=0.1))
-    pixels = torch.stack([torch.ones(3, 16, 16), -torch.ones(3, 16, 16)])
-    ids, mask = torch.tensor([[4, 3, 1], [4, 3, 1]]), torch.ones(2, 3, dtype=torch.long)
-    labels = torch.tensor([[-100, 5, -100], [-100, 6, -100]])
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(30):
-        loss, right = model.caption_loss(pixels, ids, mask, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert right.item() == 1.0
-    assert loss.item() < 0.1
+    return RahfModel(RahfConfig(**configs, image_size=32, head_width=0.25, max_text_length=16)).eval()
+
+
+def test_a_convolutional_encoder_does_as_well(convolutional, batch, targets, tmp_path):
+    assert (convolutional.config.grid, convolutional.config.heatmap_size) == (4, 32)
+    out = convolutional.train()(**batch, **targets)
+    assert (out.scores.shape, out.heatmaps.shape, out.word_logits.shape) == ((3, 4), (3, 2, 32, 32), (3, 3))
+    out.loss.backward()
+    assert [name for name, parameter in convolutional.named_parameters() if parameter.grad is None] == []
+    convolutional.eval().save_pretrained(tmp_path)
+    loaded = RahfModel.from_pretrained(tmp_path).eval()
+    for name in ("scores", "heatmaps", "word_logits"):  # batch statistics are kept too
+        assert torch.equal(convolutional(**batch)[name], loaded(**batch)[name])
+
+
+def test_a_convolutional_encoder_knows_places_by_a_table(convolutional, batch):
+    """Of a picture that is the same everywhere, features away from its rim differ by the table alone."""
+    flat = torch.zeros(1, 3, 32, 32)
+    seen = convolutional.vision(pixel_values=flat).last_hidden_state
+    projected = convolutional.project(seen.flatten(2).transpose(1, 2))[0] + convolutional.places.weight
+    taken = {}
+    convolutional.encoder.register_forward_pre_hook(lambda _, __, given: taken.update(given), with_kwargs=True)
+    convolutional(flat, batch["input_ids"][:1], batch["attention_mask"][:1])
+    torch.testing.assert_close(taken["inputs_embeds"][0, :16], projected)
+
+
+def test_the_size_that_a_convolutional_encoder_sees_must_be_given_and_fit():
+    configs = {"vision_config": ResNetConfig().to_dict(), "text_config": T5Config().to_dict()}
+    with pytest.raises(ValueError, match="give image_size: the vision encoder, a 'resnet', has none of its own"):
+        RahfConfig(**configs)
+    with pytest.raises(ValueError, match="image_size 100 is no multiple of 32"):
+        RahfConfig(**configs, image_size=100)
+    assert RahfConfig(**configs, image_size=224).grid == 7
+    unknown = {**configs, "vision_config": {"model_type": "convnextv2", "patch_size": None}}
+    with pytest.raises(ValueError, match="the vision encoder is a 'convnextv2'; use one of the ViT family"):
+        RahfConfig(**unknown, image_size=64)
+
+
+def test_from_backbones_takes_a_resnet(tmp_path, batch):
+    torch.manual_seed(1)
+    vision = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"))
+    vision(torch.randn(4, 3, 32, 32))  # moves the batch statistics
+    vision.eval().save_pretrained(tmp_path / "resnet")
+    text = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    model = RahfModel.from_backbones(tmp_path / "resnet", text, image_size=32, head_width=0.1).eval()
+    seen = model.vision(pixel_values=batch["pixel_values"]).last_hidden_state
+    assert torch.equal(seen, vision(pixel_values=batch["pixel_values"]).last_hidden_state)

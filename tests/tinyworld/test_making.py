@@ -46,6 +46,24 @@ def test_a_resumed_fit_ends_where_an_uninterrupted_one_does(tmp_path, capsys):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_the_average_normalises_as_the_model_does(tmp_path, capsys):
+    seen = []
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+
+    def loss(step: int) -> torch.Tensor:
+        seen.append(torch.randn(8, 3, generator=keyed(2, step)) + 5)
+        return model(seen[-1]).square().mean()
+
+    average = fit(model, loss, tmp_path / "normed.pt", steps=5, rate=0.0)
+    torch.manual_seed(0)
+    alone = nn.BatchNorm1d(2)
+    for batch in seen:
+        alone(model[0](batch))
+    assert alone.running_mean.abs().min() > 0.1
+    torch.testing.assert_close(average[1].running_mean, alone.running_mean)
+    torch.testing.assert_close(average[1].running_var, alone.running_var)
+
+
 def test_keyed_draws_differ_by_key_and_agree_for_the_same():
     draws = {key: torch.rand(3, generator=keyed(*key)) for key in [(0, 1), (1, 0), (0, 2), (0, 1, 0)]}
     values = {tuple(draw.tolist()) for draw in draws.values()}
