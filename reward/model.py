@@ -11,8 +11,8 @@ Order and positions. Image tokens come first, so that neither the padding of a p
 that is seen. T5 knows positions only by a learned bias on the distance in the sequence; as the paper's construction
 implies, it runs over the concatenation: between patches it is the distance in raster order, between words the usual
 one, and across the two segments a large distance whose sign tells them apart. Where a patch lies in the image it knows
-from the ViT's position embeddings, which the linear map carries over; for a convolutional encoder, which has none, a
-learned table is added behind that map. Padding is masked as a key everywhere.
+from the ViT's position embeddings, which the linear map carries over; for a staged encoder (`reward.vision`), which has
+none, a learned table is added behind that map. Padding is masked as a key everywhere.
 """
 
 from dataclasses import dataclass
@@ -37,15 +37,14 @@ from reward.heads import (
     PaperScoreHead,
     TaggingHead,
 )
-from reward.vision import has_places, stride_of, tokens_of, width_of, without_pooler
+from reward.vision import is_staged, only_features, stride_of, tokens_of, width_of
 
 
 class RahfConfig(PreTrainedConfig):
     """Everything needed to build a `RahfModel` and to prepare its inputs; nothing is downloaded.
 
     Args:
-        vision_config: config of the vision encoder, for square images: of the ViT family (patch tokens last in its
-            sequence) or a ResNet.
+        vision_config: config of the vision encoder, for square images; see `reward.vision` for which.
         text_config: `T5Config` of the text encoder (and decoder).
         variant: "multi_head", one head for each score and heatmap.
         heatmap_head: "paper", or "light" for small models.
@@ -150,9 +149,9 @@ class RahfModel(PreTrainedModel):
     def __init__(self, config: RahfConfig):
         super().__init__(config)
         text, width = config.text_config, config.text_config.d_model
-        self.vision = without_pooler(AutoModel.from_config(config.vision_config))
+        self.vision = only_features(AutoModel.from_config(config.vision_config))
         self.project = nn.Linear(width_of(config.vision_config), width)
-        self.places = None if has_places(config.vision_config) else nn.Embedding(config.grid**2, width)
+        self.places = nn.Embedding(config.grid**2, width) if is_staged(config.vision_config) else None
         self.encoder = T5Stack(_stack_config(text, is_decoder=False))
         if config.text_decoder:
             self.decoder = T5Stack(_stack_config(text, is_decoder=True))

@@ -50,7 +50,7 @@ class RahfArguments:
     data: str = field(metadata={"help": "folder written by `python -m reward.richhf`"})
     model: str | None = field(default=None, metadata={"help": "RAHF checkpoint to start from"})
     vision_model: str | None = field(
-        default=None, metadata={"help": "pretrained ViT or ResNet, where there is no RAHF"}
+        default=None, metadata={"help": "pretrained vision encoder, where there is no RAHF"}
     )
     text_model: str | None = field(default=None, metadata={"help": "pretrained T5, with its tokenizer"})
     heatmap_head: str | None = field(default=None, metadata={"help": "paper or light; unset: the model's own"})

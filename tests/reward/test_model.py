@@ -3,8 +3,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
+    CLIPVisionConfig,
+    ConvNextV2Config,
+    Dinov2Config,
     ResNetConfig,
     ResNetModel,
+    SiglipVisionConfig,
+    SwinConfig,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -188,9 +193,34 @@ def test_the_size_that_a_convolutional_encoder_sees_must_be_given_and_fit():
     with pytest.raises(ValueError, match="image_size 100 is no multiple of 32"):
         RahfConfig(**configs, image_size=100)
     assert RahfConfig(**configs, image_size=224).grid == 7
-    unknown = {**configs, "vision_config": {"model_type": "convnextv2", "patch_size": None}}
-    with pytest.raises(ValueError, match="the vision encoder is a 'convnextv2'; use one of the ViT family"):
+    unknown = {**configs, "vision_config": {"model_type": "efficientnet"}}
+    with pytest.raises(ValueError, match="the vision encoder is a 'efficientnet', which says neither"):
         RahfConfig(**unknown, image_size=64)
+
+
+@pytest.mark.parametrize(
+    ("vision", "grid"),
+    [
+        (SwinConfig(image_size=64, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4), 8),
+        (ConvNextV2Config(num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], image_size=64), 8),
+        (ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], downsample_in_first_stage=True), 4),
+        (Dinov2Config(image_size=64, patch_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 4),
+        (SiglipVisionConfig(image_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 4),
+        (CLIPVisionConfig(image_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 2),
+    ],
+    ids=lambda value: getattr(value, "model_type", value),
+)
+def test_the_grid_is_that_of_the_encoder(vision, grid):
+    text = T5Config(vocab_size=20, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    config = RahfConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), image_size=64, head_width=0.1)
+    assert config.grid == grid
+    ids = torch.tensor([[4, 1]])
+    model = RahfModel(config).train()
+    image, _ = model.fuse(torch.randn(1, 3, 64, 64), ids, torch.ones_like(ids))
+    assert image.shape == (1, grid**2, 24)
+    image.sum().backward()
+    trained = [(name, one.grad) for name, one in model.vision.named_parameters() if one.requires_grad]
+    assert [name for name, gradient in trained if gradient is None] == []  # DDP waits for every gradient
 
 
 def test_from_backbones_takes_a_resnet(tmp_path, batch):
