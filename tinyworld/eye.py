@@ -1,14 +1,17 @@
-"""The judge beside a person's eye: 100 generated pictures, labelled by hand before the judge was asked.
+"""The judge beside three viewers: 100 generated pictures, looked at and labelled by each of them, alone.
 
     python -m tinyworld.eye [--sheet disagreements.png]
 
 A picture was labelled satisfied if everything asked for is there, nothing else, and every shape, enlarged, is what a
-drawing program would have drawn but for a little wobble. Nothing in the judge was chosen by these pictures.
+drawing program would have drawn but for a little wobble; the majority decides. The viewers are multimodal language
+models, shown the pictures and examples near the border, and not people. Nothing in the judge was chosen by these
+pictures: its allowances were, by five other hundreds that one viewer labelled.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -26,11 +29,16 @@ _LINES = 44  # pixels below a picture, for what is said of it
 
 @dataclass(frozen=True)
 class Labelled:
-    """A picture (64, 64, 3) uint8, its caption, and whether a person found it satisfied."""
+    """A picture (64, 64, 3) uint8, its caption, and which viewers found it satisfied."""
 
     picture: np.ndarray
     caption: str
-    satisfied: bool
+    viewers: tuple[bool, ...]
+
+    @property
+    def satisfied(self) -> bool:
+        """What most of them said."""
+        return sum(self.viewers) > len(self.viewers) / 2
 
 
 def labelled_pictures() -> list[Labelled]:
@@ -38,7 +46,15 @@ def labelled_pictures() -> list[Labelled]:
     rows = json.loads((FOLDER / "labels.json").read_text())
     strip = np.array(Image.open(FOLDER / "pictures.webp").convert("RGB"))
     pictures = strip.reshape(len(rows), SIZE, SIZE, 3)
-    return [Labelled(picture, row["caption"], row["satisfied"]) for picture, row in zip(pictures, rows, strict=True)]
+    return [
+        Labelled(picture, row["caption"], tuple(row["viewers"])) for picture, row in zip(pictures, rows, strict=True)
+    ]
+
+
+def agreement_of_viewers(labelled: Sequence[Labelled]) -> list[float]:
+    """For each two of the viewers, the share of pictures of which they say the same."""
+    said = np.array([one.viewers for one in labelled])  # (N, viewers)
+    return [float((said[:, one] == said[:, other]).mean()) for one, other in combinations(range(said.shape[1]), 2)]
 
 
 def disagreements(labelled: Sequence[Labelled]) -> list[tuple[int, Labelled, str]]:
@@ -60,8 +76,8 @@ def contact_sheet(found: Sequence[tuple[int, Labelled, str]]) -> Image.Image:
     for place, (number, one, said) in enumerate(found):
         x, y = place % _COLUMNS * side, place // _COLUMNS * (side + _LINES)
         sheet.paste(Image.fromarray(one.picture).resize((side - 4, side - 4), Image.Resampling.NEAREST), (x, y))
-        eye = "satisfied" if one.satisfied else "not satisfied"
-        for line, text in enumerate((f"{number}: {one.caption}", f"eye: {eye}", f"judge: {said}")):
+        eyes = f"satisfied by {sum(one.viewers)} of {len(one.viewers)} viewers"
+        for line, text in enumerate((f"{number}: {one.caption}", eyes, f"judge: {said}")):
             draw.text((x + 2, y + side - 2 + 14 * line), text, fill="black")
     return sheet
 
@@ -81,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     contact_sheet(found).save(arguments.sheet)
     share = sum(one.satisfied for one in labelled) / len(labelled)
     agreement = 1 - len(found) / len(labelled)
-    print(f"{len(labelled)} pictures, {share:.0%} satisfied by eye; the judge agrees on {agreement:.0%}")
+    viewers = ", ".join(f"{one:.0%}" for one in agreement_of_viewers(labelled))
+    print(f"{len(labelled)} pictures, {share:.0%} satisfied by most viewers; the judge agrees on {agreement:.0%}")
+    print(f"two viewers agree on {viewers}")
     print(f"disagreements: {arguments.sheet}")
 
 

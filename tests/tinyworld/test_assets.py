@@ -70,11 +70,11 @@ def test_no_colour_lies_halfway_between_two_others_in_the_latents(pipeline):
         assert nearest > 0.4 * (one - other).norm() / 2
 
 
-def test_the_judge_agrees_with_a_person_no_less_than_when_it_was_measured():
+def test_the_judge_agrees_with_viewers_no_less_than_when_it_was_measured():
     labelled = labelled_pictures()
     assert len(labelled) == 100
     assert 20 < sum(one.satisfied for one in labelled) < 80  # or agreement would say little
-    assert len(disagreements(labelled)) <= 13  # the aim is 8; what remains is a matter of a pixel
+    assert len(disagreements(labelled)) <= 11  # two viewers: 6 to 12; the aim was 8
 
 
 def test_prompts_are_as_drawn_and_held_out_ones_apart():

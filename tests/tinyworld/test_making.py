@@ -8,7 +8,7 @@ from torch import nn
 from tinyworld.autoencoder import decode, encode, new_autoencoder, whiten
 from tinyworld.build import PROMPTS, STAGES, draw_prompts
 from tinyworld.corruption import corrupt
-from tinyworld.eye import Labelled, contact_sheet, disagreements
+from tinyworld.eye import Labelled, agreement_of_viewers, contact_sheet, disagreements
 from tinyworld.grammar import WORDS, draw_request, is_held_out, parse
 from tinyworld.loop import fit, keyed
 from tinyworld.pool import make_pool
@@ -136,11 +136,13 @@ def test_the_eye_and_the_judge_are_compared_picture_by_picture():
         render((Thing("red", "circle", 32, 32, 14, (0.28, 3, 0)),)),
     )
     labelled = [
-        Labelled(good, "a red circle", True),
-        Labelled(bad, "a red circle", True),
-        Labelled(good, "a red square", False),
-        Labelled(good, "a red circle", False),
+        Labelled(good, "a red circle", (True, True, False)),
+        Labelled(bad, "a red circle", (True, True, True)),
+        Labelled(good, "a red square", (False, False, False)),
+        Labelled(good, "a red circle", (False, True, False)),
     ]
+    assert [one.satisfied for one in labelled] == [True, True, False, False]
+    assert agreement_of_viewers(labelled) == [0.75, 0.75, 0.5]
     found = disagreements(labelled)
     assert [number for number, *_ in found] == [1, 3]
     assert "malformed" in found[0][2]
