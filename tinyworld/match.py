@@ -41,7 +41,7 @@ def holds(relation: str, first: Fit, second: Fit, first_mask: np.ndarray) -> flo
         return float(np.clip((within - 0.4) / 0.4, 0, 1))
     right, down = second.x - first.x, second.y - first.y
     along, across = (right, down) if relation == "left of" else (down, right)
-    return float(np.clip((along - abs(across) / 2 + 1) / 4, 0, 1))  # a person takes it less strictly than `related`
+    return float(np.clip((along - 0.75 * abs(across) + 1) / 4, 0, 1))  # a person takes it less strictly than `related`
 
 
 def _hosts(patches: list[Patch]) -> list[set[int]]:
