@@ -9,13 +9,13 @@ those with a star on one of them; all in all a little over two hours, without `c
     pictures    200,000 captioned training pictures, half of them with 30% flawed ones        4*
     text        tokenizer and pretrained text encoder                                         2*
     autoencoder the VAE, and the flawed pictures' latents                                    22*
-    generator   the U-Net and text encoder, with earlier states for the rated pictures       45
+    generator   the U-Net and text encoder, with earlier states for the rated pictures       35
     rated       11,300 generated pictures, two a caption, in Pick-a-Pic's format             12 (extrapolated)
     feedback    three raters' feedback on them, in RichHF-18K's format, and both joined       1.5
     pretraining the predictor's backbones, by flawless pictures and their captions           23*
     predictor   the RAHF checkpoint, by `python -m reward.train`                              9
     assets      everything above into `tinyworld/assets`, in half precision                   0
-    ceiling     the same generator on flawless pictures only, and its figures                45
+    ceiling     the same generator on flawless pictures only, and its figures                35
 
 `ceiling` is not among the default stages: nothing needs it but the figure in the README. `--stages feedback` alone
 makes the rated data set again from the pictures that the repository keeps.

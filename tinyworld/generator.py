@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from tinyworld.loop import fit, keyed
 from tinyworld.text import WIDTH, tokenize
 
-STEPS = 9000
+STEPS = 7000
 BATCH = 64
 _DROPPED = 0.1
 
