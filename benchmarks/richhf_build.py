@@ -10,7 +10,6 @@ folder.
 
 import csv
 import io
-import os
 import shutil
 import subprocess
 import sys
@@ -33,6 +32,12 @@ QUICK = 400
 DISTINCT = 24  # pictures and maps; more would change nothing but the time to make them
 PROMPT = "a red fox in the snow, oil painting, detailed fur, soft light"
 WORDS = 12
+LAUNCHER = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+"""A small process to start the command from: a child's peak begins at what its parent holds."""
 KINDS = ("pairs", "rows", "folder")
 ROW_GROUP = 100
 
@@ -107,12 +112,11 @@ def write_source(kind: str, folder: Path, sizes: dict[str, int], rng: np.random.
 def cost(argv: list[str]) -> tuple[float, float]:
     """Seconds and peak resident GiB of a command."""
     began = time.perf_counter()
-    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)  # the children's maximum, which `resource` knows, mixes all of them
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(argv)} ended with exit code {process.returncode}")
-    return time.perf_counter() - began, usage.ru_maxrss / 2**20  # Linux counts in KiB
+    launched = subprocess.run([sys.executable, "-c", LAUNCHER, *argv], stdout=subprocess.PIPE, text=True, check=True)
+    code, peak = map(int, launched.stdout.split())
+    if code:
+        raise RuntimeError(f"{' '.join(argv)} ended with exit code {code}")
+    return time.perf_counter() - began, peak / 2**20  # Linux counts in KiB
 
 
 def main() -> None:

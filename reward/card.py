@@ -72,9 +72,8 @@ def write_card(data: DatasetDict, folder: Path, report: str, seed: int = 0) -> N
     of_split = {name: statistics(split) for name, split in data.items()}
     _histograms(of_split).savefig(folder / "card_statistics.png", dpi=80)
     chosen = choose_examples({name: len(split) for name, split in data.items()}, seed)
-    example_sheet([(f"{name} {data[name][row]['uid']}", data[name][row]) for name, row in chosen]).save(
-        folder / "card_examples.png"
-    )
+    examples = [(name, data[name][row]) for name, row in chosen]
+    example_sheet([(f"{name} {row['uid']}", row) for name, row in examples]).save(folder / "card_examples.png")
     (folder / "README.md").write_text(markdown(of_split, report), encoding="utf-8")
 
 
