@@ -251,4 +251,5 @@ def test_a_card_lies_beside_the_data(raw_data):
     assert "    train: 12 records read, 12 joined, 0 dropped" in text
     for name in ("card_statistics.png", "card_examples.png"):
         assert name in text
-        assert min(Image.open(raw_data / "out" / name).size) > 300
+        with Image.open(raw_data / "out" / name) as image:
+            assert min(image.size) > 300
