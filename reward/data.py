@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from reward.feedback import HEATMAPS, SCORES
 from reward.losses import IGNORE
 from reward.model import RahfConfig
+from reward.pictures import to_rgb
 
 
 def preprocess(images: torch.Tensor, config: RahfConfig) -> torch.Tensor:
@@ -88,7 +89,7 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
 
 def to_tensor(image: Image.Image, mode: str = "RGB") -> torch.Tensor:
     """A PIL image -> uint8 (C, H, W); `mode` "RGB" gives three channels, "L" one."""
-    array = np.array(image.convert(mode))  # a copy: torch wants a writable array
+    array = np.array(to_rgb(image) if mode == "RGB" else image.convert(mode))  # a copy: torch wants a writable array
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from reward.richhf import Record, encode_map, write_tfrecords
+from reward.records import Record, encode_map, write_tfrecords
 from tinyworld.generator import sample
 from tinyworld.grammar import draw_request, is_held_out, parse
 from tinyworld.judge import judge

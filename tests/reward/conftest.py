@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, ViTConfig
 from reward.feedback import HEATMAPS, SCORES
 from reward.model import RahfConfig, RahfModel
 from reward.predict import RichFeedbackPredictor
-from reward.richhf import Record, encode_map, write_tfrecords
+from reward.records import Record, encode_map, write_tfrecords
 
 WORDS = ("a", "red", "blue", "circle", "square", "left", "of", "and")
 

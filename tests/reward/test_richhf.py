@@ -1,182 +1,123 @@
+"""The command, from an independent writer's records and each kind of source to a data set that loads."""
+
 import io
-import struct
+import json
 from dataclasses import replace
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
-from datasets import load_from_disk
+from datasets import Dataset, DatasetDict, Features, Value, load_from_disk
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from reward import richhf
-from reward.data import resize_maps
-from reward.richhf import encode_map, join_pictures, read_tfrecords, write_tfrecords
+from reward.records import SPLITS, read_tfrecords, write_tfrecords
+from tests.reward import by_hand
 
 
-@pytest.fixture
-def records(make_record):
-    rng = np.random.default_rng(1)
-    return [make_record(f"uid-{index}", 3, rng) for index in range(3)]
-
-
-def crc32c(data):
-    """Bit by bit, from the polynomial: independent of any table."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
-    return crc ^ 0xFFFFFFFF
-
-
-def masked(data):
-    crc = crc32c(data)
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def frame(data):
-    length = struct.pack("<Q", len(data))
-    return length + struct.pack("<I", masked(length)) + data + struct.pack("<I", masked(data))
-
-
-def varint(value):
-    out = b""
-    while value > 127:
-        out, value = out + bytes([value & 127 | 128]), value >> 7
-    return out + bytes([value])
-
-
-def delimited(number, data):
-    """A length-delimited field of the protobuf wire format."""
-    return varint(number << 3 | 2) + varint(len(data)) + data
-
-
-def example_by_hand(record):
-    """`tf.train.Example` in wire format, written from its specification."""
-    label = " ".join("0" if wrong else "1" for wrong in record.labels).encode()
-    values = {
-        "artifact_map": delimited(1, delimited(1, record.maps["implausibility"])),
-        "misalignment_map": delimited(1, delimited(1, record.maps["misalignment"])),
-        "prompt_misalignment_label": delimited(1, delimited(1, label)),
-        "filename": delimited(1, delimited(1, record.filename.encode())),
-    }
-    for name, score in {
-        "artifact_score": "plausibility",
-        "misalignment_score": "alignment",
-        "aesthetics_score": "aesthetics",
-        "overall_score": "overall",
-    }.items():
-        values[name] = delimited(2, delimited(1, struct.pack("<f", record.scores[score])))
-    entries = [delimited(1, delimited(1, name.encode()) + delimited(2, value)) for name, value in values.items()]
-    return delimited(1, b"".join(entries))
-
-
-def test_crc32c_check_value():
-    assert crc32c(b"123456789") == 0xE3069283
-
-
-def test_records_come_back_as_written(records, tmp_path):
-    path = tmp_path / "new" / "train.tfrecord"
-    assert write_tfrecords(path, iter(records)) == 3
-    assert list(read_tfrecords(path)) == records
-    assert [entry.name for entry in path.parent.iterdir()] == ["train.tfrecord"]
-
-
-def test_records_made_by_hand_are_read(records, tmp_path):
-    path = tmp_path / "x.tfrecord"
-    path.write_bytes(b"".join(frame(example_by_hand(record)) for record in records))
-    assert list(read_tfrecords(path)) == records
-
-
-def test_written_framing_holds_by_hand(records, tmp_path):
-    path = tmp_path / "x.tfrecord"
-    write_tfrecords(path, records[:1])
-    data = path.read_bytes()
-    assert data == frame(data[12:-4])
-
-
-@pytest.mark.parametrize("place", [3, 9, 100, -2], ids=["length", "its checksum", "data", "its checksum too"])
-def test_a_flipped_bit_is_found(records, tmp_path, place):
-    path = tmp_path / "x.tfrecord"
-    write_tfrecords(path, records[:1])
-    first = len(path.read_bytes())
-    write_tfrecords(path, records[:2])
-    data = bytearray(path.read_bytes())
-    data[first + place if place >= 0 else place] ^= 1
-    path.write_bytes(data)
-    reader = read_tfrecords(path)
-    assert next(reader) == records[0]
-    with pytest.raises(ValueError, match=r"record 1 of .*x\.tfrecord is damaged"):
-        next(reader)
-
-
-@pytest.mark.parametrize("keep", [5, 11, 200, -1])
-def test_a_file_that_is_cut_off_is_found(records, tmp_path, keep):
-    path = tmp_path / "x.tfrecord"
-    write_tfrecords(path, records[:1])
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"record 0 of .* cut off"):
-        list(read_tfrecords(path))
-
-
-def test_records_of_another_kind_are_named(records, tmp_path):
-    path = tmp_path / "x.tfrecord"
-    path.write_bytes(frame(delimited(1, delimited(1, delimited(1, b"image") + delimited(2, b"")))))
-    with pytest.raises(ValueError, match="no field filename"):
-        list(read_tfrecords(path))
-    path.write_bytes(frame(b"\xff\xff"))
-    with pytest.raises(ValueError, match=r"record 0 of .* not one of RichHF"):
-        list(read_tfrecords(path))
-
-
-def test_a_failed_write_leaves_the_old_file(records, tmp_path):
-    path = tmp_path / "x.tfrecord"
-    write_tfrecords(path, records[:1])
-
-    def broken():
-        yield records[1]
-        raise RuntimeError("the source broke")
-
-    with pytest.raises(RuntimeError, match="the source broke"):
-        write_tfrecords(path, broken())
-    assert list(read_tfrecords(path)) == records[:1]
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_maps_are_blocks_that_area_undoes():
-    heatmap = np.random.default_rng(0).integers(0, 4, (64, 64)) / 3
-    image = Image.open(io.BytesIO(encode_map(heatmap)))
-    assert (image.size, image.mode) == ((512, 512), "L")
-    back = resize_maps(torch.from_numpy(np.array(image)).float()[None, None] / 255, 64)[0, 0]
-    torch.testing.assert_close(back, torch.from_numpy(heatmap).float(), atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match=r"\[0, 1\]"):
-        encode_map(heatmap * 2)
-
-
-def run(raw_data, out="out"):
-    richhf.main(
-        ["--tfrecords", str(raw_data / "tfrecords"), "--images", str(raw_data / "images"), "--out", str(raw_data / out)]
-    )
+def run(raw_data, *flags, images="images", out="out"):
+    places = {"--tfrecords": "tfrecords", "--images": images, "--out": out}
+    richhf.main([word for flag, name in places.items() for word in (flag, str(raw_data / name))] + list(flags))
     return load_from_disk(str(raw_data / out))
 
 
-def test_the_command_joins_records_and_pictures(raw_data):
-    data = run(raw_data)
+def one_a_row(raw_data):
+    """The pictures of `raw_data` with their uids and captions."""
+    rows = []
+    for path in sorted((raw_data / "images").glob("*.parquet")):
+        for row in pyarrow.parquet.read_table(path).to_pylist():
+            for side in "01":
+                if not row[f"image_{side}_uid"].startswith("other"):
+                    rows.append((row[f"image_{side}_uid"], row[f"jpg_{side}"], row["caption"]))
+    return rows
+
+
+def as_pairs_saved(raw_data):
+    rows = pyarrow.parquet.read_table(raw_data / "images").to_pylist()
+    Dataset.from_list(rows).save_to_disk(str(raw_data / "source"))
+    return []
+
+
+def as_rows_saved(raw_data):
+    uids, images, texts = zip(*one_a_row(raw_data), strict=True)
+    pictures = [{"bytes": data, "path": None} for data in images]
+    features = Features({"key": Value("string"), "picture": ImageFeature(), "text": Value("string")})
+    data = Dataset.from_dict({"key": uids, "picture": pictures, "text": texts}, features=features)
+    DatasetDict({"all": data}).save_to_disk(str(raw_data / "source"))
+    return ["--uid_column", "key", "--image_column", "picture", "--prompt_column", "text"]
+
+
+def as_rows_in_parquet(raw_data):
+    rows = [{"uid": uid, "image": {"bytes": data}, "prompt": text} for uid, data, text in one_a_row(raw_data)]
+    (raw_data / "source").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), raw_data / "source" / "0.parquet", row_group_size=5)
+    return []
+
+
+def as_folder(raw_data):
+    (raw_data / "source").mkdir()
+    lines = []
+    for uid, data, text in one_a_row(raw_data):
+        (raw_data / "source" / f"{uid}.png").write_bytes(data)
+        lines.append(json.dumps({"uid": uid, "prompt": text}))
+    (raw_data / "prompts.jsonl").write_text("\n".join(lines))
+    return ["--prompts_table", str(raw_data / "prompts.jsonl")]
+
+
+def check_whole(raw_data, data):
     assert {name: len(split) for name, split in data.items()} == {"train": 12, "dev": 6, "test": 6}
-    assert data["dev"].features == richhf.FEATURES
-    records = {record.uid: record for record in read_tfrecords(raw_data / "tfrecords" / "dev.tfrecord")}
-    for row in data["dev"]:
-        record = records.pop(row["uid"])
-        assert row["keyword_labels"] == record.labels
-        assert len(row["tokens"]) == len(record.labels)
-        assert row["overall"] == record.scores["overall"]
-        assert row["image"].size == (48, 40)
-        true = np.array(Image.open(io.BytesIO(record.maps["implausibility"])))
-        assert np.array_equal(np.array(row["implausibility_map"]), true)
-    assert not records
+    pictures = {uid: (data, text) for uid, data, text in one_a_row(raw_data)}
+    for name in SPLITS:
+        assert data[name].features == richhf.FEATURES
+        records = {record.uid: record for record in read_tfrecords(raw_data / "tfrecords" / f"{name}.tfrecord")}
+        for row in data[name]:
+            record = records.pop(row["uid"])
+            picture, text = pictures[row["uid"]]
+            assert row["prompt"] == text
+            assert row["keyword_labels"] == record.labels
+            assert len(row["tokens"]) == len(record.labels)
+            assert row["overall"] == record.scores["overall"]
+            assert np.array_equal(np.array(row["image"]), np.array(Image.open(io.BytesIO(picture))))
+            true = np.array(Image.open(io.BytesIO(record.maps["implausibility"])))
+            assert np.array_equal(np.array(row["implausibility_map"]), true)
+        assert not records
     assert not [path for path in raw_data.iterdir() if path.name.startswith(".")]  # nothing unfinished is left
+
+
+def test_the_command_joins_records_and_pick_a_pic(raw_data, capsys):
+    data = run(raw_data, "--strict")
+    check_whole(raw_data, data)
+    assert len({split._fingerprint for split in data.values()}) == 3
+    said = capsys.readouterr()
+    assert "source: Pick-a-Pic v1, two pictures a row: 2 parquet files" in said.err
+    assert "dev: 6 records read, 6 joined, 0 dropped" in said.out
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (as_pairs_saved, "Pick-a-Pic v1"),
+        (as_rows_saved, "one picture a row (columns key, picture, text): 1 arrow file"),
+        (as_rows_in_parquet, "one picture a row (columns uid, image, prompt): 1 parquet file"),
+        (as_folder, "a folder of pictures"),
+    ],
+)
+def test_every_source_gives_the_same_data(raw_data, make, said, capsys):
+    flags = make(raw_data)
+    capsys.readouterr()
+    check_whole(raw_data, run(raw_data, *flags, "--strict", images="source"))
+    assert said in capsys.readouterr().err
+
+
+def test_what_was_written_can_be_worked_with(raw_data):
+    data = run(raw_data)
+    assert data["train"].map(lambda row: {"words": len(row["tokens"])})["words"][:3] == [
+        len(tokens) for tokens in data["train"]["tokens"][:3]
+    ]
+    again = data["train"].shuffle(seed=0).select(range(5))
+    assert again[0]["image"].size == (48, 40)
 
 
 def test_the_command_refuses_a_folder_in_use(raw_data):
@@ -185,36 +126,130 @@ def test_the_command_refuses_a_folder_in_use(raw_data):
         run(raw_data)
 
 
-def test_mismatched_labels_and_missing_pictures_are_counted(raw_data, caplog):
-    path = raw_data / "tfrecords" / "dev.tfrecord"
-    first, *others = read_tfrecords(path)
-    write_tfrecords(path, [replace(first, labels=[1]), *others, replace(first, filename="dev/nowhere.png")])
+def spoil(raw_data, picture_bytes):
+    """Every kind of flaw, one or more of each, in 12 + 6 + 6 records; what is left is 5 + 5 + 5."""
+    folder = raw_data / "tfrecords"
+    train = list(read_tfrecords(folder / "train.tfrecord"))
+    frames = [by_hand.frame(by_hand.example(record)) for record in train]
+    frames[0] = frames[0][:-1] + bytes([frames[0][-1] ^ 1])
+    frames[1] = by_hand.frame(by_hand.example(train[1], scores={"overall": 2.0}))
+    frames[2] = by_hand.frame(by_hand.example(train[2], without=["overall_score"]))
+    frames[3] = by_hand.frame(by_hand.example(replace(train[3], labels=[1])))
+    frames[4] = by_hand.frame(by_hand.example(replace(train[4], maps={**train[4].maps, "misalignment": b"no map"})))
+    frames[5] = frames[6]  # two records of one uid
+    frames[11] = frames[11][:-9]
+    (folder / "train.tfrecord").write_bytes(b"".join(frames))
+    first, *others = read_tfrecords(folder / "dev.tfrecord")
+    missing = [replace(first, filename=f"dev/nowhere-{index}.png") for index in range(7)]
+    write_tfrecords(folder / "dev.tfrecord", [*missing, *others])
+    rows = pyarrow.parquet.read_table(raw_data / "images").to_pylist()
+    for row in rows:
+        for side in "01":
+            if row[f"image_{side}_uid"] == "test-0":
+                row[f"jpg_{side}"] = row[f"jpg_{side}"][:500]
+            if row[f"image_{side}_uid"] == "train-7":
+                row["caption"] = ' "," '
+    for path in (raw_data / "images").glob("*.parquet"):
+        path.unlink()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), raw_data / "images" / "0.parquet")
+    return rows
+
+
+def test_what_is_dropped_is_reported_with_reason_and_uid(raw_data, picture_bytes, capsys):
+    spoil(raw_data, picture_bytes)
     data = run(raw_data)
-    assert len(data["dev"]) == 5
-    assert "1 of 25 records dropped, as their labels" in caplog.text
-    assert "1 of 25 records dropped, as their picture is not in" in caplog.text
+    assert {name: len(split) for name, split in data.items()} == {"train": 4, "dev": 5, "test": 5}
+    assert sorted(data["train"]["uid"]) == ["train-10", "train-6", "train-8", "train-9"]
+    said = capsys.readouterr().out
+    for line in (
+        "train: 12 records read, 4 joined, 8 dropped",
+        "1: checksum wrong (record 0)",
+        "1: labels out of range (train-1)",
+        "1: field missing or malformed (train-2)",
+        "1: label count unlike token count (train-3)",
+        "1: map does not decode (train-4)",
+        "1: uid met before (train-6)",
+        "1: prompt missing or empty (train-7)",
+        "1: cut off by the end of the file (record 11)",
+        "dev: 12 records read, 5 joined, 7 dropped",
+        "7: no picture in the source (nowhere-0, nowhere-1, nowhere-2, nowhere-3, nowhere-4, ...)",
+        "test: 6 records read, 5 joined, 1 dropped",
+        "1: picture does not decode (test-0)",
+    ):
+        assert line in said
 
 
-def test_a_picture_that_cannot_be_read_is_counted(tmp_path, records, picture_bytes, caplog):
-    row = {"image_0_uid": "uid-0", "image_1_uid": "uid-1", "jpg_0": b"no picture", "jpg_1": None, "caption": "a b c"}
-    good = {**row, "image_0_uid": "uid-2", "jpg_0": picture_bytes(np.zeros((4, 4, 3), np.uint8))}
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row, good]), tmp_path / "x.parquet")
-    data = join_pictures({"test": {record.uid: record for record in records}}, tmp_path / "x.parquet", tmp_path)
-    assert data["test"]["uid"] == ["uid-2"]
-    assert "2 of 3 records dropped, as their picture cannot be read" in caplog.text
+def test_strict_drops_nothing_and_leaves_nothing(raw_data, picture_bytes):
+    before = sorted(raw_data.iterdir())
+    path = raw_data / "tfrecords" / "dev.tfrecord"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"(?s)--strict.*cut off by the end of the file \(record 5\)"):
+        run(raw_data, "--strict")
+    write_tfrecords(path, [replace(record, labels=[1] * 9) for record in list(read_tfrecords_before(path))])
+    with pytest.raises(ValueError, match=r"(?s)--strict.*label count unlike token count"):
+        run(raw_data, "--strict")
+    assert sorted(raw_data.iterdir()) == before
 
 
-def test_wrong_sources_are_named(raw_data, tmp_path, records):
-    by_uid = {"test": {record.uid: record for record in records}}
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no parquet file"):
-        join_pictures(by_uid, tmp_path / "empty", tmp_path)
-    with pytest.raises(ValueError, match="none of 3 records"):
-        join_pictures(by_uid, raw_data / "images", tmp_path)
-    pyarrow.parquet.write_table(pyarrow.table({"image": [1]}), tmp_path / "empty" / "x.parquet")
-    with pytest.raises(ValueError, match="image_0_uid"):
-        join_pictures(by_uid, tmp_path / "empty", tmp_path)
-    with pytest.raises(ValueError, match="one TFRecord file for train"):
-        richhf.find_tfrecords(tmp_path / "empty")
-    with pytest.raises(ValueError, match="no TFRecord file"):
-        list(read_tfrecords(tmp_path / "nowhere"))
+def read_tfrecords_before(path):
+    """The sound records before the damage."""
+    reader = read_tfrecords(path)
+    try:
+        yield from reader
+    except ValueError:
+        return
+
+
+def test_a_sound_copy_of_a_damaged_picture_serves(raw_data, picture_bytes):
+    rows = spoil(raw_data, picture_bytes)
+    spare = picture_bytes(np.zeros((4, 4, 3), np.uint8))
+    copy = {"image_0_uid": "x", "image_1_uid": "test-0", "jpg_0": b"", "jpg_1": spare, "caption": "A red circle."}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([*rows, copy]), raw_data / "images" / "0.parquet")
+    data = run(raw_data)
+    (found,) = (row for row in data["test"] if row["uid"] == "test-0")
+    assert found["image"].size == (4, 4)
+
+
+def test_pictures_of_other_modes_arrive_as_rgb(raw_data):
+    flags = as_folder(raw_data)
+    wide = Image.fromarray(np.full((1, 1), 25700, np.uint16))
+    clear = Image.new("RGBA", (9, 9), (255, 0, 0, 0))
+    for uid, image in (("test-0", wide), ("test-1", clear)):
+        image.save(raw_data / "source" / f"{uid}.png")
+    Image.new("CMYK", (8, 8)).save(raw_data / "source" / "test-2.jpg")
+    (raw_data / "source" / "test-2.png").unlink()
+    data = run(raw_data, *flags, "--strict", images="source")
+    rows = {row["uid"]: np.array(row["image"].convert("RGB")) for row in data["test"]}
+    assert rows["test-0"].tolist() == [[[100] * 3]]
+    assert (rows["test-1"] == 255).all()
+    assert rows["test-2"].shape == (8, 8, 3)
+    assert rows["test-2"].min() > 245
+
+
+def test_sources_without_the_pictures_are_named(raw_data):
+    content = {"image_0_uid": ["a"], "image_1_uid": ["b"], "jpg_0": [b""], "jpg_1": [b""], "caption": ["c"]}
+    (raw_data / "others").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table(content), raw_data / "others" / "x.parquet")
+    with pytest.raises(ValueError, match=r"(?s)no record could be joined.*12: no picture in the source"):
+        run(raw_data, images="others")
+    assert not (raw_data / "out").exists()
+
+
+def test_a_file_of_which_nothing_is_left_is_an_error(raw_data):
+    for content, message in ((b"", "no record that can be used"), (b"not TFRecords at all", "is no TFRecord file")):
+        (raw_data / "tfrecords" / "dev.tfrecord").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            run(raw_data)
+    assert not (raw_data / "out").exists()
+
+
+def test_a_card_lies_beside_the_data(raw_data):
+    data = run(raw_data, "--card")
+    check_whole(raw_data, data)
+    text = (raw_data / "out" / "README.md").read_text()
+    assert "| examples | 12 | 6 | 6 |" in text
+    assert "    train: 12 records read, 12 joined, 0 dropped" in text
+    for name in ("card_statistics.png", "card_examples.png"):
+        assert name in text
+        with Image.open(raw_data / "out" / name) as image:
+            assert min(image.size) > 300

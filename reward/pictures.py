@@ -1,0 +1,82 @@
+"""Pictures of any kind that Pillow reads -> the three 8-bit channels that raters saw and models see.
+
+The files are other people's: only formats that Pillow decodes by itself are opened (no PostScript), and a picture so
+large that Pillow takes it for an attack is refused.
+"""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+_PLAIN = ("RGB", "L")  # Pillow turns these into RGB without loss
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image as 8-bit RGB: what is transparent lies on white, 16 bit are scaled (Pillow would clip them), CMYK and
+    palettes are converted.
+
+    Raises:
+        ValueError: the pixels are floats, whose range is unknown.
+    """
+    if image.mode.startswith("I"):  # 16 bit; Pillow has no other grey image of more than 8 bit but floats
+        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, whose range is unknown")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(ground, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def decode(data: bytes) -> Image.Image:
+    """An encoded picture, every pixel decoded.
+
+    Raises:
+        ValueError: it is no picture, is cut off or damaged, or is larger than Pillow deems safe.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image.load()
+    except (
+        OSError,  # with UnidentifiedImageError
+        SyntaxError,  # what Pillow raises for a broken PNG
+        EOFError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
+        raise ValueError(f"it is no picture that can be read ({error})") from error
+    return image
+
+
+def as_rgb_file(data: bytes) -> bytes:
+    """An encoded picture as one that is 8-bit RGB or grey: the same bytes if it is that already, else a PNG.
+
+    Raises:
+        ValueError: as `decode` and `to_rgb`.
+    """
+    image = decode(data)
+    return data if image.mode in _PLAIN and not image.has_transparency_data else encode_png(to_rgb(image))
+
+
+def as_map_file(data: bytes) -> bytes:
+    """An encoded map as one-channel 8-bit PNG: the same bytes if it is that already.
+
+    Raises:
+        ValueError: as `decode` and `to_rgb`.
+    """
+    image = decode(data)
+    return data if image.format == "PNG" and image.mode == "L" else encode_png(to_rgb(image).convert("L"))
+
+
+def encode_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,289 @@
+"""Where the pictures and prompts of RichHF-18K's records come from: three kinds of source, told apart by what is there.
+
+- `PicturePairs`: Pick-a-Pic v1, two pictures and their common caption a row;
+- `PictureRows`: a `datasets` data set of one picture and its prompt a row;
+- `PictureFolder`: picture files named by uid, and a table (CSV or JSONL) of their prompts.
+
+The first two are parquet files or what `datasets` keeps on disk (arrow). All are streamed: at no time is more than a
+batch of rows in memory, and arrow files are read, not mapped, as mapped pages would count as the process's memory.
+"""
+
+import csv
+import json
+import os
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+import pyarrow.parquet
+
+PAIR_COLUMNS = ("image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "caption")
+_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_TABLE_SUFFIXES = (".csv", ".jsonl")
+_BATCH = 16  # rows: a few megabytes of pictures
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that a source has.
+
+    Attributes:
+        data: the encoded file; None if the source has the uid but no picture.
+        prompt: None if the source has none.
+    """
+
+    uid: str
+    data: bytes | None
+    prompt: str | None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of a one-picture-a-row source, or of a table of prompts, are called."""
+
+    uid: str = "uid"
+    image: str = "image"
+    prompt: str = "prompt"
+
+
+class Source(Protocol):
+    """Something that has pictures and prompts; `str()` of it says what it is."""
+
+    def pictures(self, wanted: Collection[str]) -> Iterator[Picture]:
+        """Every picture whose uid is in `wanted` when it is met; one that stands there twice comes twice."""
+        ...
+
+
+@dataclass(frozen=True)
+class PicturePairs:
+    """Pick-a-Pic v1: parquet or arrow files with `PAIR_COLUMNS`."""
+
+    folder: Path
+    files: Sequence[Path]
+
+    def __str__(self) -> str:
+        return f"Pick-a-Pic v1, two pictures a row: {_count(self.files)} in {self.folder}"
+
+    def pictures(self, wanted: Collection[str]) -> Iterator[Picture]:
+        for file in self.files:
+            for row in _rows(file, ("image_0_uid", "image_1_uid"), PAIR_COLUMNS, wanted):
+                for side in "01":
+                    if row[f"image_{side}_uid"] in wanted:
+                        data = _picture_data(row[f"jpg_{side}"], self.folder)
+                        yield Picture(row[f"image_{side}_uid"], data, row["caption"])
+
+
+@dataclass(frozen=True)
+class PictureRows:
+    """One picture and its prompt a row: parquet or arrow files with the named columns.
+
+    The picture is bytes, or what `datasets`' `Image` keeps: a struct of bytes and path. A uid may be a file's name.
+    """
+
+    folder: Path
+    files: Sequence[Path]
+    columns: Columns
+
+    def __str__(self) -> str:
+        names = f"{self.columns.uid}, {self.columns.image}, {self.columns.prompt}"
+        return f"a data set of one picture a row (columns {names}): {_count(self.files)} in {self.folder}"
+
+    def pictures(self, wanted: Collection[str]) -> Iterator[Picture]:
+        names = (self.columns.uid, self.columns.image, self.columns.prompt)
+        for file in self.files:
+            for row in _rows(file, names[:1], names, wanted):
+                data = _picture_data(row[self.columns.image], self.folder)
+                yield Picture(_uid(row[self.columns.uid]), data, row[self.columns.prompt])
+
+
+@dataclass(frozen=True)
+class PictureFolder:
+    """Picture files, `<uid>.<suffix>` in any sub-folder, and a table of prompts, a CSV with a header or JSONL.
+
+    Attributes:
+        uid_column: its values are uids or, as in `datasets`' image folders, files' names.
+    """
+
+    folder: Path
+    table: Path
+    uid_column: str
+    prompt_column: str
+
+    def __str__(self) -> str:
+        names = f"{self.uid_column}, {self.prompt_column}"
+        return f"a folder of pictures, {self.folder}, with prompts from {self.table} (columns {names})"
+
+    def pictures(self, wanted: Collection[str]) -> Iterator[Picture]:
+        prompts = {}
+        for row in _table_rows(self.table):
+            if (uid := _uid(row.get(self.uid_column))) in wanted:
+                prompts.setdefault(uid, row.get(self.prompt_column))
+        for folder, _, names in os.walk(self.folder):
+            for name in sorted(names):
+                path = Path(folder) / name
+                if path.suffix.lower() in _PICTURE_SUFFIXES and path.stem in wanted:
+                    prompt = prompts.get(path.stem)
+                    yield Picture(path.stem, path.read_bytes(), prompt if isinstance(prompt, str) else None)
+
+
+def open_source(place: str | Path, columns: Columns | None = None, table: str | Path | None = None) -> Source:
+    """Find out what kind of source `place` is, and that it has the columns it needs.
+
+    A `table` makes it a folder of pictures. Else parquet and arrow files are looked for, and a table beside pictures
+    only where there are none.
+
+    Args:
+        place: a folder, or one parquet file.
+        columns: what they are called where that is not fixed.
+        table: CSV or JSONL of prompts for a folder of pictures; if None, the only such file in the folder.
+
+    Raises:
+        ValueError: `place` is none of the three kinds or lacks a column; the message lists what was found.
+    """
+    place, columns = Path(place), columns or Columns()
+    if not place.exists():
+        raise ValueError(f"there is no source of pictures {place}")
+    if table is not None:
+        return _open_folder(place, Path(table), columns)
+    if files := _data_files(place):
+        found = _column_names(files[0])
+        if set(PAIR_COLUMNS) <= set(found):
+            needed, source = PAIR_COLUMNS, PicturePairs(place, files)
+        else:
+            needed = (columns.uid, columns.image, columns.prompt)
+            source = PictureRows(place, files, columns)
+        for file in files:
+            _check_columns(file, found if file == files[0] else _column_names(file), needed)
+        return source
+    tables = sorted(path for path in place.glob("*") if path.suffix.lower() in _TABLE_SUFFIXES)
+    if len(tables) != 1:
+        raise ValueError(
+            f"{place} is no source of pictures: it holds no parquet file, no saved data set, and"
+            f" {'no' if not tables else 'more than one'} CSV or JSONL table of prompts"
+            f"{''.join(f' {path.name}' for path in tables)}; name the table of a folder of pictures by --prompts_table"
+        )
+    return _open_folder(place, tables[0], columns)
+
+
+def _open_folder(folder: Path, table: Path, columns: Columns) -> PictureFolder:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder of pictures")
+    if not table.is_file() or table.suffix.lower() not in _TABLE_SUFFIXES:
+        raise ValueError(f"{table} is no table of prompts; it must be a .csv or .jsonl file")
+    found = list(next(iter(_table_rows(table)), {}))
+    uid = "file_name" if columns.uid not in found and "file_name" in found else columns.uid  # `datasets`' image folder
+    _check_columns(table, found, (uid, columns.prompt))
+    return PictureFolder(folder, table, uid, columns.prompt)
+
+
+def _check_columns(file: Path, found: Sequence[str], needed: Sequence[str]) -> None:
+    if missing := [name for name in needed if name not in found]:
+        raise ValueError(
+            f"{file} lacks the columns {', '.join(missing)}; it has {', '.join(found) or 'none'}. Pick-a-Pic v1 has"
+            f" {', '.join(PAIR_COLUMNS)}; other columns are named by --uid_column, --image_column, --prompt_column"
+        )
+
+
+def _data_files(place: Path) -> list[Path]:
+    """Parquet files; or the arrow files of a data set that was saved to disk; or those of `datasets`' cache."""
+    if place.is_file():
+        return [place] if place.suffix == ".parquet" else []
+    if files := sorted(place.rglob("*.parquet")):
+        return files
+    if states := sorted(place.rglob("state.json")):
+        names = [(state, entry["filename"]) for state in states for entry in _json_file(state).get("_data_files", [])]
+        return [state.with_name(Path(name).name) for state, name in names]
+    return sorted(path for path in place.rglob("*.arrow") if not path.name.startswith(("cache-", "tmp")))
+
+
+def _json_file(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+
+
+def _column_names(file: Path) -> list[str]:
+    try:
+        if file.suffix == ".parquet":
+            return pyarrow.parquet.read_schema(file).names
+        with pa.OSFile(str(file)) as opened, pa.ipc.open_stream(opened) as stream:
+            return stream.schema.names
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); fetch it again") from error
+
+
+def _rows(file: Path, keys: Sequence[str], names: Sequence[str], wanted: Collection[str]) -> Iterator[dict]:
+    """The rows of a file in which one of the columns `keys` is a wanted uid, as dicts of the columns `names`."""
+    names = list(dict.fromkeys(names))
+    try:
+        for batch in _batches(file, keys, names, wanted):
+            columns = [batch.column(name).to_pylist() for name in keys]
+            rows = [row for row, uids in enumerate(zip(*columns, strict=True)) if _any_wanted(uids, wanted)]
+            for row in rows:  # one by one: a row is a copy out of the batch
+                yield batch.slice(row, 1).to_pylist()[0]
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); fetch it again") from error
+
+
+def _batches(
+    file: Path, keys: Sequence[str], names: Sequence[str], wanted: Collection[str]
+) -> Iterator[pa.RecordBatch]:
+    if file.suffix != ".parquet":
+        with pa.OSFile(str(file)) as opened, pa.ipc.open_stream(opened) as stream:
+            for batch in stream:
+                yield batch.select(names)
+        return
+    with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20) as table:  # without a buffer, a whole column is read
+        for group in range(table.num_row_groups):
+            uids = table.read_row_group(group, columns=list(keys)).to_pydict()
+            if any(_any_wanted(column, wanted) for column in uids.values()):  # else its pictures are not even read
+                yield from table.iter_batches(batch_size=_BATCH, row_groups=[group], columns=names)
+
+
+def _any_wanted(uids: Sequence[object], wanted: Collection[str]) -> bool:
+    return any(_uid(uid) in wanted for uid in uids)
+
+
+def _uid(value: object) -> str:
+    """A uid as it stands; of a picture file's name, the stem."""
+    text = "" if value is None else str(value)
+    return Path(text).stem if text.lower().endswith(_PICTURE_SUFFIXES) else text
+
+
+def _picture_data(value: object, folder: Path) -> bytes | None:
+    """The bytes of a cell; a path counts only inside the source's own folder."""
+    if isinstance(value, dict):
+        data, path = value.get("bytes"), value.get("path")
+        if data is not None or not path:
+            return data
+        file = (folder / path).resolve()
+        return file.read_bytes() if file.is_relative_to(folder.resolve()) and file.is_file() else None
+    return value if isinstance(value, bytes) else None
+
+
+def _table_rows(table: Path) -> Iterator[dict]:
+    """The rows of a CSV or JSONL file, one at a time."""
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            if table.suffix.lower() == ".csv":
+                yield from csv.DictReader(file, strict=True)
+                return
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError(f"{table}, line {number}: each line must be a JSON object")
+                    yield row
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{table} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{table}, line {number}: not valid JSON ({error})") from error
+    except csv.Error as error:
+        raise ValueError(f"{table} is not a sound CSV file: {error}") from error
+
+
+def _count(files: Sequence[Path]) -> str:
+    return f"{len(files)} {files[0].suffix[1:]} file{'s' if len(files) > 1 else ''}"

@@ -1,0 +1,203 @@
+"""Every kind of source gives the same pictures, tells what it is, and says what it lacks."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from reward.sources import Columns, Picture, PictureFolder, PicturePairs, PictureRows, open_source
+
+UIDS = [f"u{index}" for index in range(40)]
+WANTED = dict.fromkeys(UIDS[::3])
+
+
+def png(index):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((2, 3, 3), index, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def prompt(index):
+    return f'a "{index}", red'
+
+
+EXPECTED = {Picture(uid, png(int(uid[1:])), prompt(int(uid[1:]))) for uid in WANTED}
+
+
+def rows(uid="uid", image="image", text="prompt"):
+    return [
+        {uid: name, image: {"bytes": png(index), "path": f"{name}.png"}, text: prompt(index)}
+        for index, name in enumerate(UIDS)
+    ]
+
+
+def pairs():
+    """Pick-a-Pic's columns: a uid a row, on the left and on the right in turn, beside one that nobody wants."""
+    return [
+        {
+            f"image_{index % 2}_uid": name,
+            f"jpg_{index % 2}": png(index),
+            f"image_{1 - index % 2}_uid": f"other-{name}",
+            f"jpg_{1 - index % 2}": b"not looked at",
+            "caption": prompt(index),
+        }
+        for index, name in enumerate(UIDS)
+    ]
+
+
+def write_parquet(folder, content, group=7):
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(2):
+        table = pa.Table.from_pylist(content[shard::2])
+        pyarrow.parquet.write_table(table, folder / f"{shard}.parquet", row_group_size=group)
+
+
+def write_arrow(path, content, batch=6):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(content)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table, max_chunksize=batch)
+
+
+def write_saved(folder, content):
+    """As `save_to_disk` lays it out: the state names the data; a cache beside them is none of them."""
+    write_arrow(folder / "train" / "data-00000-of-00001.arrow", content)
+    write_arrow(folder / "train" / "cache-1.arrow", [{"x": 1}])
+    (folder / "train" / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]})
+    )
+
+
+def write_pictures(folder):
+    for index, name in enumerate(UIDS):
+        (folder / str(index % 3)).mkdir(parents=True, exist_ok=True)
+        (folder / str(index % 3) / f"{name}.png").write_bytes(png(index))
+
+
+def write_csv(path, uid="uid", text="prompt", value=str):
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([uid, text])
+        writer.writerows([value(name), prompt(index)] for index, name in enumerate(UIDS))
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_saved, lambda f, c: write_arrow(f / "x-train.arrow", c)])
+def test_pairs_in_parquet_saved_or_cached(tmp_path, write):
+    write(tmp_path / "x", pairs())
+    source = open_source(tmp_path / "x")
+    assert isinstance(source, PicturePairs)
+    assert "Pick-a-Pic v1" in str(source)
+    assert set(source.pictures(WANTED)) == EXPECTED
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_saved])
+def test_one_picture_a_row_with_columns_by_name(tmp_path, write):
+    write(tmp_path / "x", rows("key", "picture", "text"))
+    source = open_source(tmp_path / "x", Columns("key", "picture", "text"))
+    assert isinstance(source, PictureRows)
+    assert "key, picture, text" in str(source)
+    assert set(source.pictures(WANTED)) == EXPECTED
+
+
+def test_bytes_file_names_and_one_file_serve_too(tmp_path):
+    content = [{"uid": f"train/{row['uid']}.png", "image": row["image"]["bytes"], "prompt": row["prompt"]}
+               for row in rows()]  # fmt: skip
+    write_parquet(tmp_path, content[:1] * 2 + content)
+    (tmp_path / "0.parquet").rename(tmp_path / "y.parquet")
+    found = list(open_source(tmp_path / "y.parquet").pictures(WANTED))
+    assert set(found) == {picture for picture in EXPECTED if int(picture.uid[1:]) % 2 == 0}
+    assert len(found) == len(set(found)) + 1  # what stands there twice comes twice
+
+
+def test_a_path_counts_inside_the_source_only(tmp_path):
+    (tmp_path / "in").mkdir()
+    for folder in (tmp_path, tmp_path / "in"):
+        (folder / "x.png").write_bytes(png(5))
+    paths = {"u0": "x.png", "u1": "../x.png", "u2": str(tmp_path / "x.png"), "u3": "gone.png"}
+    content = [{"uid": uid, "image": {"bytes": None, "path": path}, "prompt": "a"} for uid, path in paths.items()]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(content), tmp_path / "in" / "a.parquet")
+    found = {picture.uid: picture.data for picture in open_source(tmp_path / "in").pictures(paths)}
+    assert found == {"u0": png(5), "u1": None, "u2": None, "u3": None}
+
+
+def test_a_folder_of_pictures_with_a_csv_in_it(tmp_path):
+    write_pictures(tmp_path)
+    write_csv(tmp_path / "prompts.csv")
+    source = open_source(tmp_path)
+    assert isinstance(source, PictureFolder)
+    assert "a folder of pictures" in str(source)
+    assert set(source.pictures(WANTED)) == EXPECTED
+
+
+def test_an_image_folder_with_its_metadata(tmp_path):
+    write_pictures(tmp_path)
+    write_csv(tmp_path / "metadata.csv", "file_name", "text", lambda uid: f"0/{uid}.png")
+    assert set(open_source(tmp_path, Columns(prompt="text")).pictures(WANTED)) == EXPECTED
+
+
+def test_a_folder_of_pictures_with_jsonl_elsewhere(tmp_path):
+    write_pictures(tmp_path / "pictures")
+    lines = [json.dumps({"uid": name, "prompt": prompt(index)}) for index, name in enumerate(UIDS)]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines[3:]) + "\n\n")
+    found = set(open_source(tmp_path / "pictures", table=tmp_path / "x.jsonl").pictures(WANTED))
+    assert found == {Picture("u0", png(0), None)} | {picture for picture in EXPECTED if picture.uid != "u0"}
+
+
+def test_reading_ends_with_what_is_wanted(tmp_path):
+    """A uid that is no longer wanted is not read again; row groups without a wanted one are not read at all."""
+    write_parquet(tmp_path, rows(), group=1)
+    wanted = dict.fromkeys(["u4", "u5"])
+    found = []
+    for picture in open_source(tmp_path).pictures(wanted):
+        wanted.clear()
+        found.append(picture.uid)
+    assert found == ["u4"]
+
+
+def test_missing_columns_are_named_and_the_found_ones_listed(tmp_path):
+    write_parquet(tmp_path / "rows", rows())
+    message = r"lacks the columns id, text; it has uid, image, prompt\. .*--uid_column"
+    with pytest.raises(ValueError, match=message):
+        open_source(tmp_path / "rows", Columns("id", "image", "text"))
+    write_pictures(tmp_path / "pictures")
+    write_csv(tmp_path / "pictures" / "x.csv", text="words")
+    with pytest.raises(ValueError, match=r"x\.csv lacks the columns prompt; it has uid, words\."):
+        open_source(tmp_path / "pictures")
+    (tmp_path / "pictures" / "x.csv").write_text("")
+    with pytest.raises(ValueError, match=r"it has none\."):
+        open_source(tmp_path / "pictures")
+
+
+def test_what_is_no_source_is_named(tmp_path):
+    with pytest.raises(ValueError, match="there is no source"):
+        open_source(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no CSV or JSONL table"):
+        open_source(tmp_path)
+    for name in ("a.csv", "b.csv"):
+        write_csv(tmp_path / name)
+    with pytest.raises(ValueError, match=r"more than one .* a\.csv b\.csv; .*--prompts_table"):
+        open_source(tmp_path)
+    (tmp_path / "x.txt").touch()
+    with pytest.raises(ValueError, match="no table of prompts"):
+        open_source(tmp_path, table=tmp_path / "x.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.parquet", b"PAR1 but no more", r"x\.parquet cannot be read"),
+        ("x.arrow", b"\xff\xff\xff\xff no more", r"x\.arrow cannot be read"),
+        ("x.jsonl", b'{"uid": "a", "prompt": "b"}\n{"uid"', r"x\.jsonl, line 2: not valid JSON"),
+        ("x.jsonl", b"[1, 2]\n", r"line 1: each line must be a JSON object"),
+        ("x.csv", "uid,prompt\na,caf\u00e9\n".encode("latin-1"), r"not UTF-8 text \(byte 16\)"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(open_source(tmp_path).pictures({"a": None}))
