@@ -11,7 +11,7 @@ such as compositions held out from training. `--raters` adds the ceiling (see `r
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Value
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 from reward import keywords
 from reward.arguments import main_guard, parse_arguments, read_prompt_file
@@ -90,21 +90,22 @@ def compare(
     dataset = FeedbackDataset(split, config)
     map_rows = defaultdict(lambda: {name: [] for name in HEATMAPS})
     scores, words, true_scores, true_words = [], [], [], []
-    for start in _progress(range(0, len(dataset), batch_size), "pictures"):
-        examples = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
-        feedback = predict_examples(predictor, examples)
-        scores.append(torch.stack([feedback.scores[name] for name in SCORES], dim=1).cpu().double().numpy())
-        words += [(wrong > predictor.word_threshold).int().tolist() for wrong in feedback.misaligned]
-        for index, example in enumerate(examples):
-            true = example["maps"]
-            said = {"predictor": torch.stack([feedback.heatmaps[name][index].cpu() for name in HEATMAPS])}
-            if raters is not None:
-                said["ceiling"] = raters.maps(start + index)
-            for who, maps in (said | dict(baselines)).items():
-                for name, found in _compare_maps(maps, true, map_size).items():
-                    map_rows[who][name].append(found)
-            true_scores.append(example["scores"].double().numpy())
-            true_words.append(example["labels"])
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        for start in bar.track(range(0, len(dataset), batch_size), description="pictures"):
+            examples = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
+            feedback = predict_examples(predictor, examples)
+            scores.append(torch.stack([feedback.scores[name] for name in SCORES], dim=1).cpu().double().numpy())
+            words += [(wrong > predictor.word_threshold).int().tolist() for wrong in feedback.misaligned]
+            for index, example in enumerate(examples):
+                true = example["maps"]
+                said = {"predictor": torch.stack([feedback.heatmaps[name][index].cpu() for name in HEATMAPS])}
+                if raters is not None:
+                    said["ceiling"] = raters.maps(start + index)
+                for who, maps in (said | dict(baselines)).items():
+                    for name, found in _compare_maps(maps, true, map_size).items():
+                        map_rows[who][name].append(found)
+                true_scores.append(example["scores"].double().numpy())
+                true_words.append(example["labels"])
     truth = Truth(np.stack(true_scores), true_words)
     given = {"predictor": (np.concatenate(scores), words if config.words != "none" else None)}
     if raters is not None:
@@ -206,12 +207,7 @@ def _normal(prompt: str) -> str:
     return keywords.join(keywords.tokenize(prompt))
 
 
-def _progress(items: Sequence, what: str) -> Iterable:
-    """`items`, with a bar on stderr that goes away when it is full."""
-    return track(items, what, console=Console(stderr=True), transient=True)
-
-
-def _replace(path: Path, write) -> None:
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then put it in its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")

@@ -219,7 +219,8 @@ def _predict_each(
         by_size[image.shape].append(place)
     found: dict[int, RichFeedback] = {}
     for places in by_size.values():
-        said = predictor(torch.cat([images[place] for place in places]), [prompts[place] for place in places])
+        pictures = torch.cat([images[place] for place in places])
+        said = predictor(pictures, [prompts[place] for place in places], batch_size=len(places))
         for index, place in enumerate(places):
             found[place] = RichFeedback(
                 scores={name: values[index : index + 1] for name, values in said.scores.items()},

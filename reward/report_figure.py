@@ -6,6 +6,7 @@ Shapes: N pictures, H x W pixels of one.
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ def report_figure(
     return sheet
 
 
-def save_png(sheet: Figure, path) -> None:
+def save_png(sheet: Figure, path: str | Path) -> None:
     """Write the figure; characters that the font lacks, in prompts, are drawn as boxes without a warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
