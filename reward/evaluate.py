@@ -1,32 +1,39 @@
-"""The paper's tables for a checkpoint: scores, both heatmaps, words, beside baselines that look at nothing.
+"""The paper's tables for a checkpoint: scores, both heatmaps, words; beside published figures, ceiling and baselines.
 
-    python -m reward.evaluate --model DIR --data DIR --split test [--json FILE] [--group_prompts FILE]
+    python -m reward.evaluate --model DIR --data DIR --split test [--out DIR] [--raters DIR] [--group-by COLUMN]
 
-prints Markdown. `--group_prompts` (a prompt a line) reports the pictures of those prompts apart from the rest, such as
-compositions held out from training; `--group_by COLUMN` does the same for the values of a column of the data.
+prints the tables as Markdown and writes them to the folder `--out`, with all figures as `report.json`, and with
+`report.png`: predicted against true scores, and the best and the worst heatmaps. `--group_by COLUMN` also gives the
+figures for each value of a column of the data; `--group_prompts` (a prompt a line) for the pictures of those prompts,
+such as compositions held out from training. `--raters` adds the ceiling (see `reward.fresh_raters`).
 """
 
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
+from rich.console import Console
+from rich.progress import Progress
 
 from reward import keywords
 from reward.arguments import main_guard, parse_arguments, read_prompt_file
-from reward.data import FeedbackCollator, FeedbackDataset, resize_maps
-from reward.feedback import HEATMAPS, SCORES
-from reward.metrics import average_map_metrics, map_metrics, score_metrics, word_metrics
+from reward.baselines import map_baselines, mean_maps
+from reward.data import FeedbackDataset, resize, resize_maps
+from reward.feedback import HEATMAPS, SCORES, RichFeedback
+from reward.fresh_raters import FreshRaters, load_fresh_raters
+from reward.metrics import map_metrics
 from reward.predict import RichFeedbackPredictor
+from reward.report_figure import MapExample, extremes, report_figure, save_png
+from reward.tables import Row, Said, Truth, figures_of, markdown, metric_columns, notes, published_rows
 from reward.train import load_data
 
-_MAP_METRICS = ("mse", "mse_empty", "cc", "kld", "sim", "nss", "auc_judd")
-_HEADINGS = ("MSE all", "MSE GT=0", "CC", "KLD", "SIM", "NSS", "AUC-Judd")
+MOST_GROUPS = 50
 
 
 @dataclass
@@ -34,95 +41,115 @@ class EvaluateArguments:
     model: str = field(metadata={"help": "folder of a RAHF checkpoint"})
     data: str = field(metadata={"help": "folder written by `python -m reward.richhf`"})
     split: str = field(default="test", metadata={"help": "train, dev or test"})
+    out: str | None = field(
+        default=None,
+        metadata={"help": "folder for tables.md, report.json, report.png; unset: outputs/evaluate/<model>_<split>"},
+    )
     json: str | None = field(default=None, metadata={"help": "also write the figures to this file"})
+    raters: str | None = field(default=None, metadata={"help": "folder of other raters' records of the same pictures"})
     group_prompts: str | None = field(default=None, metadata={"help": "file of prompts to report apart, one a line"})
     group_by: str | None = field(default=None, metadata={"help": "column of the data whose values are reported apart"})
+    draws: int = field(default=1000, metadata={"help": "of the bootstrap; 0: no intervals"})
     map_size: int | None = field(
         default=None, metadata={"help": "side of the compared maps; unset: the true maps' own"}
     )
     batch_size: int = field(default=64, metadata={"help": "pictures the model sees at once"})
     device: str = field(default="cpu", metadata={"help": "where the model runs, such as cuda"})
 
+    def __post_init__(self):
+        for name, least in (("draws", 0), ("map_size", 1), ("batch_size", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
-@dataclass(frozen=True)
-class Judged:
-    """One picture's prediction beside the truth.
-
-    Attributes:
-        scores: predicted and true, each (4,).
-        maps: name of a heatmap -> what `map_metrics` says of it.
-        words: predicted and true labels, 1 = misaligned, of the words that the model saw; other words are predicted 0.
-        baselines: name of a baseline map ("all zero", "mean map") -> name of a heatmap -> `map_metrics`.
-    """
-
-    scores: tuple[np.ndarray, np.ndarray]
-    maps: Mapping[str, dict[str, float]]
-    words: tuple[list[int], list[int]]
-    baselines: Mapping[str, Mapping[str, dict[str, float]]]
+    @property
+    def folder(self) -> Path:
+        """Where the report goes."""
+        return Path(self.out or Path("outputs") / "evaluate" / f"{Path(self.model).resolve().name}_{self.split}")
 
 
-def judge(
-    predictor: RichFeedbackPredictor,
+def compare(
     split: Dataset,
-    mean_maps: torch.Tensor,
+    predictor: RichFeedbackPredictor,
+    baselines: Mapping[str, torch.Tensor],
+    raters: FreshRaters | None = None,
     map_size: int | None = None,
     batch_size: int = 64,
-) -> list[Judged]:
-    """Predict every picture of `split` and compare it with its ratings, map by map.
+) -> tuple[dict[str, Said], Truth]:
+    """What the predictor, fresh raters and baselines say of every picture of `split`, against its labels.
 
     Args:
-        mean_maps: (2, h, h), the baseline that predicts the same for every picture.
-        map_size: side to which predicted and true maps are brought; None leaves the true ones as they are.
+        baselines: name -> (2, h, h), what is said of every picture (see `reward.baselines`); "constant" also gives
+            every picture the same scores, and calls every word misaligned.
+        raters: their rows in the order of `split`.
+        map_size: side to which all maps are brought; None leaves the true ones as they are (RichHF-18K's: 512).
+
+    Returns:
+        "predictor", "ceiling" (with `raters`) and each baseline -> what it says; and the labels.
     """
     config = predictor.model.config
-    dataset, collate = FeedbackDataset(split, config), FeedbackCollator(predictor.tokenizer, config)
-    judged = []
-    for start in range(0, len(dataset), batch_size):
-        examples = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
-        batch = {name: value.to(predictor.device) for name, value in collate(examples).items()}
-        inputs = {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask", "word_positions")}
-        with torch.no_grad():
-            out = predictor.model(**inputs)
-        wrong = _wrong_words(out.word_logits, batch["word_positions"], predictor.word_threshold)
-        for index, example in enumerate(examples):
-            maps, baselines = _compare_maps(out.heatmaps[index].float().cpu(), example["maps"], mean_maps, map_size)
-            words = wrong[index].tolist()[: len(example["labels"])]
-            scores = (out.scores[index].float().cpu().numpy(), example["scores"].numpy())
-            judged.append(Judged(scores, maps, (words, example["labels"]), baselines))
-    return judged
+    dataset = FeedbackDataset(split, config)
+    map_rows = defaultdict(lambda: {name: [] for name in HEATMAPS})
+    scores, words, true_scores, true_words = [], [], [], []
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        for start in bar.track(range(0, len(dataset), batch_size), description="pictures"):
+            examples = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
+            feedback = predict_examples(predictor, examples)
+            scores.append(torch.stack([feedback.scores[name] for name in SCORES], dim=1).cpu().double().numpy())
+            words += [(wrong > predictor.word_threshold).int().tolist() for wrong in feedback.misaligned]
+            for index, example in enumerate(examples):
+                true = example["maps"]
+                said = {"predictor": torch.stack([feedback.heatmaps[name][index].cpu() for name in HEATMAPS])}
+                if raters is not None:
+                    said["ceiling"] = raters.maps(start + index)
+                for who, maps in (said | dict(baselines)).items():
+                    for name, found in _compare_maps(maps, true, map_size).items():
+                        map_rows[who][name].append(found)
+                true_scores.append(example["scores"].double().numpy())
+                true_words.append(example["labels"])
+    truth = Truth(np.stack(true_scores), true_words)
+    given = {"predictor": (np.concatenate(scores), words if config.words != "none" else None)}
+    if raters is not None:
+        given["ceiling"] = raters.scores(), raters.words()
+    given["constant"] = np.full_like(truth.scores, 0.5), [[1] * len(labels) for labels in true_words]
+    maps = {who: {name: metric_columns(rows[name]) for name in HEATMAPS} for who, rows in map_rows.items()}
+    return {who: Said(columns, *given.get(who, (None, None))) for who, columns in maps.items()}, truth
 
 
-def summarise(judged: Sequence[Judged]) -> dict:
-    """The paper's metrics over pictures: `n`, `scores`, `heatmaps`, `words`."""
-    predicted, true = (np.stack([picture.scores[side] for picture in judged]) for side in (0, 1))
-    return {
-        "n": len(judged),
-        "scores": {name: score_metrics(predicted[:, i], true[:, i]) for i, name in enumerate(SCORES)},
-        "heatmaps": {name: average_map_metrics([picture.maps[name] for picture in judged]) for name in HEATMAPS},
-        "words": word_metrics([picture.words[0] for picture in judged], [picture.words[1] for picture in judged]),
-    }
+def predict_examples(predictor: RichFeedbackPredictor, examples: Sequence[Mapping]) -> RichFeedback:
+    """Feedback of examples of `FeedbackDataset`, whose pictures may differ in size, with heatmaps as the model makes
+    them (`heatmap_size`).
+
+    Raises:
+        ValueError: the model says something that is not finite.
+    """
+    config = predictor.model.config
+    images = torch.cat([resize(example["image"][None], config.image_size) for example in examples])
+    prompts = [keywords.join(example["tokens"]) for example in examples]
+    with torch.no_grad():
+        feedback = predictor(images, prompts, batch_size=len(examples), heatmap_size=config.heatmap_size)
+    finite = torch.stack([*feedback.scores.values(), *(maps.mean((1, 2)) for maps in feedback.heatmaps.values())])
+    for example, fine in zip(examples, finite.isfinite().all(0).tolist(), strict=True):
+        if not fine:
+            raise ValueError(
+                f"the model's feedback of picture {example['uid']} is NaN or infinite; its weights are damaged, or its "
+                "training has diverged: use an earlier checkpoint"
+            )
+    return feedback
 
 
-def summarise_baselines(judged: Sequence[Judged]) -> dict:
-    """What one gets without looking: maps that are all zero or the mean map; every word called misaligned."""
-    heatmaps = {
-        baseline: {
-            name: average_map_metrics([picture.baselines[baseline][name] for picture in judged]) for name in HEATMAPS
-        }
-        for baseline in judged[0].baselines
-    }
-    true = [picture.words[1] for picture in judged]
-    return {"heatmaps": heatmaps, "words": {"every word": word_metrics([[1] * len(labels) for labels in true], true)}}
-
-
-def mean_maps(split: Dataset, size: int) -> torch.Tensor:
-    """(2, size, size), the mean heatmaps of a split, in the order of `HEATMAPS`."""
-    columns = split.select_columns([f"{name}_map" for name in HEATMAPS])
-    total = torch.zeros(2, size, size, dtype=torch.float64)
-    for row in columns:
-        maps = [torch.from_numpy(np.array(row[f"{name}_map"].convert("L"))).float() / 255 for name in HEATMAPS]
-        total += torch.stack([resize_maps(heatmap[None, None], size)[0, 0] for heatmap in maps])
-    return (total / max(len(columns), 1)).float()
+def rows_of(
+    said: Mapping[str, Said], truth: Truth, groups: Mapping[str, Sequence[int]], draws: int = 1000
+) -> list[Row]:
+    """The tables' rows: published figures, the predictor, it on each group, the ceiling likewise, the baselines."""
+    rows = published_rows()
+    for who in ("predictor", "ceiling"):
+        for group, places in groups.items() if who in said else ():
+            name = who if group == "all" else f"{who}, {group}"
+            rows.append(figures_of(said[who], truth, places, name, who, group, draws))
+    for who in said:
+        if who not in ("predictor", "ceiling"):
+            rows.append(figures_of(said[who], truth, groups["all"], who, "baseline", "all", draws))
+    return rows
 
 
 def groups(split: Dataset, arguments: EvaluateArguments) -> dict[str, list[int]]:
@@ -134,86 +161,103 @@ def groups(split: Dataset, arguments: EvaluateArguments) -> dict[str, list[int]]
             found["listed prompts" if _normal(prompt) in listed else "other prompts"].append(index)
         if "listed prompts" not in found:
             raise ValueError(f"no picture of the split has a prompt that is in {arguments.group_prompts}")
-    if arguments.group_by is not None:
-        if arguments.group_by not in split.column_names:
-            raise ValueError(f"the data have no column {arguments.group_by!r}; they have {split.column_names}")
-        for index, value in enumerate(split[arguments.group_by]):
-            found[f"{arguments.group_by} = {value}"].append(index)
+    if (column := arguments.group_by) is not None:
+        simple = [name for name, kind in split.features.items() if isinstance(kind, Value)]
+        if column not in simple:
+            why = "is no column of plain values" if column in split.column_names else "is no column of the data"
+            raise ValueError(f"cannot group by {column!r}, it {why}; these are: {', '.join(simple)}")
+        values = list(split[column])
+        if len(set(values)) > MOST_GROUPS:
+            raise ValueError(
+                f"{column!r} has {len(set(values))} different values; group by a column of at most {MOST_GROUPS}"
+            )
+        for index, value in enumerate(values):
+            found[f"{column} = {value}"].append(index)
     return dict(found)
 
 
-def markdown(report: Mapping) -> str:
-    """The report of `main` as tables."""
-    lines = ["| scores, PLCC / SRCC | n | " + " | ".join(SCORES) + " |", "|---" * (2 + len(SCORES)) + "|"]
-    for group, found in report["groups"].items():
-        cells = [f"{found['scores'][name]['plcc']:.3f} / {found['scores'][name]['srcc']:.3f}" for name in SCORES]
-        lines.append(f"| {group} | {found['n']} | " + " | ".join(cells) + " |")
-    lines.append("| any constant | | " + " | ".join(["0 / 0"] * len(SCORES)) + " |")
-    for name in HEATMAPS:
-        rows = {group: found["heatmaps"][name] for group, found in report["groups"].items()}
-        rows |= {baseline: found[name] for baseline, found in report["baselines"]["heatmaps"].items()}
-        lines += ["", f"| {name} heatmap | " + " | ".join(_HEADINGS) + " |", "|---" * (1 + len(_HEADINGS)) + "|"]
-        for group, found in rows.items():
-            digits = [f"{found[metric]:.{5 if metric.startswith('mse') else 3}f}" for metric in _MAP_METRICS]
-            lines.append(f"| {group} | " + " | ".join(digits) + " |")
-    rows = {group: found["words"] for group, found in report["groups"].items()} | report["baselines"]["words"]
-    lines += ["", "| misaligned words | precision | recall | F1 |", "|---|---|---|---|"]
-    for group, found in rows.items():
-        lines.append(
-            f"| {group} | " + " | ".join(f"{100 * found[m]:.1f}" for m in ("precision", "recall", "f1")) + " |"
+def map_examples(
+    split: Dataset, predictor: RichFeedbackPredictor, said: Said, count: int = 3
+) -> dict[str, tuple[list[MapExample], list[MapExample]]]:
+    """Name of a heatmap -> the `count` pictures of best and of worst CC, for the report's picture."""
+    dataset = FeedbackDataset(split, predictor.model.config)
+
+    def example(place: int, index: int, cc: float) -> MapExample:
+        row = dataset[place]
+        predicted = predict_examples(predictor, [row]).heatmaps[HEATMAPS[index]][0].cpu()
+        return MapExample(row["image"], row["maps"][index], predicted, f"CC {cc:.2f}: {keywords.join(row['tokens'])}")
+
+    return {
+        name: tuple(
+            [example(place, index, said.maps[name]["cc"][place]) for place in places]
+            for places in extremes(said.maps[name]["cc"], count)
         )
-    return "\n".join(lines)
-
-
-def _wrong_words(logits: torch.Tensor | None, positions: torch.Tensor, threshold: float) -> torch.Tensor:
-    """(B, T) int64, 1 where a word that the model saw is called misaligned."""
-    if logits is None:
-        return torch.zeros_like(positions)
-    return ((logits.float().sigmoid() > threshold) & (positions >= 0)).long().cpu()
-
-
-def _compare_maps(predicted: torch.Tensor, true: torch.Tensor, mean: torch.Tensor, size: int | None):
-    """Maps (2, ., .) -> metrics of the prediction, and of each baseline, by the heatmap's name."""
-    size = size or max(true.shape[-2:])
-    predicted, true, mean = (resize_maps(maps[None], size)[0].numpy() for maps in (predicted, true, mean))
-    baselines = {"all zero": np.zeros_like(mean), "mean map": mean}
-    return {name: map_metrics(predicted[i], true[i]) for i, name in enumerate(HEATMAPS)}, {
-        baseline: {name: map_metrics(maps[i], true[i]) for i, name in enumerate(HEATMAPS)}
-        for baseline, maps in baselines.items()
+        for index, name in enumerate(HEATMAPS)
     }
+
+
+def _compare_maps(said: torch.Tensor, true: torch.Tensor, size: int | None) -> dict[str, dict[str, float]]:
+    """Maps (2, ., .) -> name of the heatmap -> metrics of `said` against `true`."""
+    size = size or max(true.shape[-2:])
+    said, true = (resize_maps(maps[None].float(), size)[0].numpy() for maps in (said, true))
+    return {name: map_metrics(said[index], true[index]) for index, name in enumerate(HEATMAPS)}
 
 
 def _normal(prompt: str) -> str:
     return keywords.join(keywords.tokenize(prompt))
 
 
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, then put it in its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def main(argv: Sequence[str] | None = None) -> dict:
-    """The command; prints the tables and returns the report."""
+    """The command; prints the tables, writes the report's three files and returns what is in `report.json`."""
     (arguments,) = parse_arguments([EvaluateArguments], argv)
     data = load_data(arguments.data)
     if arguments.split not in data:
         raise ValueError(f"{arguments.data} has no split {arguments.split!r}; it has {', '.join(data)}")
     split = data[arguments.split]
+    if not len(split):
+        raise ValueError(
+            f"split {arguments.split!r} of {arguments.data} holds no picture; there is nothing to evaluate"
+        )
+    if arguments.folder.exists() and not arguments.folder.is_dir():
+        raise ValueError(f"{arguments.folder} is a file; --out must name a folder")
     members = groups(split, arguments)
+    raters = load_fresh_raters(arguments.raters, data, arguments.split) if arguments.raters is not None else None
     predictor = RichFeedbackPredictor.from_pretrained(arguments.model, arguments.device)
-    size = arguments.map_size or predictor.model.config.heatmap_size
-    mean = mean_maps(data.get("train", split), size)
-    judged = judge(predictor, split, mean, arguments.map_size, arguments.batch_size)
+    learned_from = "train" if "train" in data else arguments.split
+    mean = mean_maps(data[learned_from], arguments.map_size or predictor.model.config.heatmap_size)
+    said, truth = compare(split, predictor, map_baselines(mean), raters, arguments.map_size, arguments.batch_size)
+    rows = rows_of(said, truth, members, arguments.draws)
     report = {
         "model": str(arguments.model),
+        "data": str(arguments.data),
         "split": arguments.split,
+        "raters": arguments.raters,
         "map_size": arguments.map_size,
         "word_threshold": predictor.word_threshold,
-        "groups": {name: summarise([judged[index] for index in places]) for name, places in members.items()},
-        "baselines": summarise_baselines(judged),
+        "raters_word_threshold": None if raters is None else raters.threshold,
+        "draws": arguments.draws,
+        "baselines_learned_from": learned_from,
+        "rows": [row.as_json() for row in rows],
     }
-    print(markdown(report))
-    if arguments.json is not None:
-        path = Path(arguments.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        unfinished.write_text(json.dumps(report, indent=1), encoding="utf-8")
-        os.replace(unfinished, path)
+    text, figures = f"{markdown(rows)}\n\n{notes(raters is not None)}\n", json.dumps(report, indent=1) + "\n"
+    sheet = report_figure(said["predictor"].scores, truth.scores, map_examples(split, predictor, said["predictor"]))
+    print(text)
+    for path in (arguments.folder / "report.json", *([Path(arguments.json)] if arguments.json is not None else [])):
+        _replace(path, lambda file: file.write_text(figures, encoding="utf-8"))
+    _replace(arguments.folder / "tables.md", lambda file: file.write_text(text, encoding="utf-8"))
+    _replace(arguments.folder / "report.png", lambda file: save_png(sheet, file))
+    print(f"{arguments.folder}: tables.md, report.json, report.png")
     return report
 
 

@@ -1,6 +1,7 @@
-"""The metrics in which the paper reports (arXiv 2312.10240, section 5.1); pure. None of them ever returns NaN.
+"""The metrics in which the paper reports (arXiv 2312.10240, section 5.1); pure.
 
-Saliency metrics as in Bylinskii et al., arXiv 1604.03605. Shapes: N images (or scores) of H x W pixels.
+None of them ever returns NaN: where a formula divides by 0 the value is defined below, and an input that is not finite
+is an error. Saliency metrics as in Bylinskii et al., arXiv 1604.03605. Shapes: N images (or scores) of H x W pixels.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ def score_metrics(predicted: ArrayLike, true: ArrayLike) -> dict[str, float]:
     """Pearson's and Spearman's correlation of N scores: `plcc`, `srcc`, in [-1, 1], higher is better.
 
     0 where either side is constant: a predictor that says the same of every image has learned nothing.
+
+    Raises:
+        ValueError: shapes that do not fit, or a score that is NaN or infinite.
     """
     predicted, true = _array(predicted), _array(true)
     if predicted.shape != true.shape or predicted.ndim != 1:
@@ -31,9 +35,14 @@ def heatmap_metrics(predicted: ArrayLike, true: ArrayLike) -> dict[str, float]:
 
     One image at a time, then averaged: `mse` over all images; `mse_empty` over those whose true map is all 0; and over
     the others `cc`, `sim`, `kld`, `nss`, `auc_judd` (see `map_metrics`). An average over no image is 0.
+
+    Raises:
+        ValueError: shapes that do not fit, or a pixel that is NaN or infinite.
     """
-    rows = [map_metrics(p, t) for p, t in zip(*_pair(predicted, true), strict=True)]
-    return average_map_metrics(rows)
+    predicted, true = _numpy(predicted), _numpy(true)
+    if predicted.shape != true.shape or predicted.ndim != 3:
+        raise ValueError(f"heatmaps must be two arrays (N, H, W), not {predicted.shape} and {true.shape}")
+    return average_map_metrics([map_metrics(p, t) for p, t in zip(predicted, true, strict=True)])
 
 
 def average_map_metrics(rows: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -43,7 +52,7 @@ def average_map_metrics(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean(of_images)) if of_images else 0.0 for name, of_images in values.items()}
 
 
-def map_metrics(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
+def map_metrics(predicted: ArrayLike, true: ArrayLike) -> dict[str, float]:
     """Metrics of one image's map P = `predicted` against G = `true`, both (H, W).
 
     Always `mse`; and `mse_empty` if G is all 0, else
@@ -88,17 +97,18 @@ def word_metrics(predicted: Sequence[Sequence[int]], true: Sequence[Sequence[int
     return {"precision": precision, "recall": recall, "f1": f1}
 
 
+def _numpy(values: ArrayLike) -> np.ndarray:
+    return values.detach().double().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+
+
 def _array(values: ArrayLike) -> np.ndarray:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().float().cpu().numpy()
-    return np.asarray(values, dtype=np.float64)
-
-
-def _pair(predicted: ArrayLike, true: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    predicted, true = _array(predicted), _array(true)
-    if predicted.shape != true.shape or predicted.ndim != 3:
-        raise ValueError(f"heatmaps must be two arrays (N, H, W), not {predicted.shape} and {true.shape}")
-    return predicted, true
+    array = _numpy(values).astype(np.float64, copy=False)
+    if not np.isfinite(array).all():
+        wrong = int((~np.isfinite(array)).sum())
+        raise ValueError(
+            f"{wrong} of {array.size} values are NaN or infinite; metrics need finite predictions and truth"
+        )
+    return array
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> float:
@@ -114,9 +124,12 @@ def _shares(values: np.ndarray) -> np.ndarray:
 
 
 def _auc(values: np.ndarray, positive: np.ndarray) -> float:
-    """Mann and Whitney: from the positives' ranks, ties at their mean rank."""
-    positives, negatives = int(positive.sum()), int((~positive).sum())
-    if not negatives:
+    """Mann and Whitney's statistic, from whole numbers: each positive's place among the sorted negatives.
+
+    Twice the pairs won, ties counting once, is the number of negatives below a positive plus that of those not above.
+    """
+    positives, negatives = np.sort(values[positive]), np.sort(values[~positive])  # sorted positives: faster to look up
+    if not negatives.size:
         return 0.5
-    wins = rankdata(values)[positive].sum() - positives * (positives + 1) / 2
-    return float(wins / (positives * negatives))
+    below, not_above = (int(np.searchsorted(negatives, positives, side).sum()) for side in ("left", "right"))
+    return (below + not_above) / (2 * positives.size * negatives.size)

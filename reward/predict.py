@@ -2,8 +2,9 @@
 
     python -m reward.predict --model DIR --images a.png b.png --prompts "a cat" "a dog" --out DIR
 
-writes `feedback.jsonl` (one line a picture: scores, tokens, probabilities), the two heatmaps and an overlay of each
-picture as PNG. `--prompts` takes one prompt a picture, or one text file with a prompt a line.
+writes `feedback.jsonl` (one line a picture: scores, tokens, probabilities, the words struck out, names of its files),
+the two heatmaps of each picture as PNG, and an overlay: picture, heatmaps over it, prompt with its misaligned words
+struck out. `--prompts` takes one prompt a picture, or one text file with a prompt a line.
 
 Shapes: B pictures of H x W pixels, T the words of a prompt.
 """
@@ -12,6 +13,7 @@ import json
 import shutil
 import tempfile
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,17 +71,24 @@ class RichFeedbackPredictor:
         """A word counts as misaligned if its probability is above this; chosen on dev when the model was trained."""
         return self.model.config.word_threshold
 
-    def __call__(self, images: torch.Tensor, prompts: Sequence[str], batch_size: int = 64) -> RichFeedback:
-        """Rich feedback of B images, on the predictor's device, with heatmaps of the images' own size.
+    def __call__(
+        self, images: torch.Tensor, prompts: Sequence[str], batch_size: int = 64, heatmap_size: int | None = None
+    ) -> RichFeedback:
+        """Rich feedback of B images, on the predictor's device.
 
         Args:
             images: (B, 3, H, W) float in [0, 1], any size and device.
             prompts: B prompts, as the user wrote them.
             batch_size: how many images the model sees at once; only memory and speed depend on it.
+            heatmap_size: side of the heatmaps; None makes them as large as the images.
 
         Raises:
             ValueError: shapes or counts that do not fit.
         """
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts must be a list with a prompt for each image, not the one text {prompts!r}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(
                 f"images must be a float tensor (B, 3, H, W) with values in [0, 1], not {images.dtype} "
@@ -90,7 +99,7 @@ class RichFeedbackPredictor:
         tokens = [keywords.tokenize(prompt) for prompt in prompts]
         with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
             parts = [
-                self._predict(images[start : start + batch_size], tokens[start : start + batch_size])
+                self._predict(images[start : start + batch_size], tokens[start : start + batch_size], heatmap_size)
                 for start in range(0, len(prompts), batch_size)
             ]
         if not parts:
@@ -103,14 +112,14 @@ class RichFeedbackPredictor:
             misaligned=[words for part in parts for words in part[2]],
         )
 
-    def _predict(self, images: torch.Tensor, tokens: list[list[str]]):
-        """Scores (B, 4), heatmaps (B, 2, H, W), and the words' probabilities, B tensors (T,)."""
+    def _predict(self, images: torch.Tensor, tokens: list[list[str]], heatmap_size: int | None):
+        """Scores (B, 4), heatmaps (B, 2, H, W) or of side `heatmap_size`, words' probabilities, B tensors (T,)."""
         config, device = self.model.config, self.device
         text = encode_prompts(self.tokenizer, tokens, config.max_text_length)
         text = {name: value.to(device) for name, value in text.items()}
         pixels = preprocess(images.to(device, torch.float32), config).to(self.model.dtype)
         out = self.model(pixels, **text)
-        size = images.shape[-2:]
+        size = images.shape[-2:] if heatmap_size is None else (heatmap_size, heatmap_size)
         heatmaps = out.heatmaps.float()
         if heatmaps.shape[-2:] != size:
             heatmaps = F.interpolate(heatmaps, size=size, mode="bilinear", align_corners=False, antialias=True)
@@ -146,8 +155,12 @@ class PredictArguments:
     images: list[str] = field(metadata={"help": "image files"})
     prompts: list[str] = field(metadata={"help": "a prompt for each image, or one .txt file with a prompt a line"})
     out: str = field(metadata={"help": "folder to make; it must not exist, or be empty"})
-    batch_size: int = field(default=16, metadata={"help": "images judged at once"})
+    batch_size: int = field(default=16, metadata={"help": "images judged at once, where they are of one size"})
     device: str = field(default="cpu", metadata={"help": "where the model runs, such as cuda"})
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -164,8 +177,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = Path(unfinished) / "out"
         folder.mkdir()
         with (folder / "feedback.jsonl").open("w", encoding="utf-8") as lines:
-            for index, (path, prompt) in enumerate(zip(arguments.images, prompts, strict=True)):
-                lines.write(json.dumps(_predict_file(predictor, Path(path), prompt, index, folder)) + "\n")
+            for start in range(0, len(prompts), arguments.batch_size):
+                places = range(start, min(start + arguments.batch_size, len(prompts)))
+                images = [_read_image(Path(arguments.images[place])) for place in places]
+                feedback = _predict_each(predictor, images, [prompts[place] for place in places])
+                for place, image, said in zip(places, images, feedback, strict=True):
+                    path = Path(arguments.images[place])
+                    files = _write_pictures(image, said, f"{place:04d}_{path.stem}", folder, predictor.word_threshold)
+                    line = _as_line(said, predictor.word_threshold)
+                    lines.write(json.dumps({"image": str(path), "prompt": prompts[place], **line, **files}) + "\n")
         if out.is_dir():
             out.rmdir()
         shutil.move(folder, out)
@@ -179,25 +199,58 @@ def read_prompts(given: Sequence[str]) -> list[str]:
     return read_prompt_file(given[0])
 
 
-def _predict_file(predictor: RichFeedbackPredictor, path: Path, prompt: str, index: int, folder: Path) -> dict:
+def _read_image(path: Path) -> torch.Tensor:
+    """(1, 3, H, W) in [0, 1]."""
     try:
         with Image.open(path) as opened:
-            image = to_tensor(opened).float()[None] / 255
+            return to_tensor(opened).float()[None] / 255
     except FileNotFoundError as error:
         raise ValueError(f"there is no image {path}") from error
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{path} is not an image that can be read: {error}") from error
-    feedback = predictor(image, [prompt])
-    stem = f"{index:04d}_{path.stem}"
+
+
+def _predict_each(
+    predictor: RichFeedbackPredictor, images: Sequence[torch.Tensor], prompts: Sequence[str]
+) -> list[RichFeedback]:
+    """Feedback of each image (1, 3, H, W), in order; those of one size are judged together."""
+    by_size = defaultdict(list)
+    for place, image in enumerate(images):
+        by_size[image.shape].append(place)
+    found: dict[int, RichFeedback] = {}
+    for places in by_size.values():
+        pictures = torch.cat([images[place] for place in places])
+        said = predictor(pictures, [prompts[place] for place in places], batch_size=len(places))
+        for index, place in enumerate(places):
+            found[place] = RichFeedback(
+                scores={name: values[index : index + 1] for name, values in said.scores.items()},
+                heatmaps={name: maps[index : index + 1] for name, maps in said.heatmaps.items()},
+                tokens=said.tokens[index : index + 1],
+                misaligned=said.misaligned[index : index + 1],
+            )
+    return [found[place] for place in range(len(images))]
+
+
+def _write_pictures(
+    image: torch.Tensor, feedback: RichFeedback, stem: str, folder: Path, threshold: float
+) -> dict[str, str]:
+    """Write the heatmaps and the overlay of one image (1, 3, H, W); what they are -> the name of the file."""
+    files = {f"{name}_map": f"{stem}_{name}.png" for name in feedback.heatmaps}
     for name, maps in feedback.heatmaps.items():
-        draw.heatmap_image(maps[0]).save(folder / f"{stem}_{name}.png")
-    draw.feedback_panel(image[0], feedback, 0, threshold=predictor.word_threshold).save(folder / f"{stem}_overlay.png")
+        draw.heatmap_image(maps[0]).save(folder / files[f"{name}_map"])
+    files["overlay"] = f"{stem}_overlay.png"
+    draw.feedback_panel(image[0], feedback, 0, threshold=threshold).save(folder / files["overlay"])
+    return files
+
+
+def _as_line(feedback: RichFeedback, threshold: float) -> dict:
+    """Feedback of one image as a line of `feedback.jsonl` holds it."""
+    tokens, misaligned = list(feedback.tokens[0]), [float(value) for value in feedback.misaligned[0]]
     return {
-        "image": str(path),
-        "prompt": prompt,
         "scores": {name: float(value[0]) for name, value in feedback.scores.items()},
-        "tokens": list(feedback.tokens[0]),
-        "misaligned": [float(value) for value in feedback.misaligned[0]],
+        "tokens": tokens,
+        "misaligned": misaligned,
+        "struck_out": [token for token, value in zip(tokens, misaligned, strict=True) if value > threshold],
         "heatmap_means": {name: float(value.mean()) for name, value in feedback.heatmaps.items()},
     }
 

@@ -3,11 +3,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from datasets import load_from_disk
+from datasets import DatasetDict, load_from_disk
+from PIL import Image
 
 from reward import evaluate, richhf
 from reward.data import resize_maps, to_tensor
-from reward.metrics import heatmap_metrics, score_metrics
+from reward.feedback import HEATMAPS, SCORES
+from reward.metrics import heatmap_metrics, score_metrics, word_metrics
 from reward.predict import RichFeedbackPredictor
 
 
@@ -19,55 +21,125 @@ def data(raw_data):
 
 
 @pytest.fixture
-def run(data, model_folder):
+def run(data, model_folder, tmp_path):
     def run(*flags):
-        return evaluate.main(["--model", str(model_folder), "--data", str(data), "--map_size", "32", *flags])
+        paths = ["--model", str(model_folder), "--data", str(data), "--out", str(tmp_path / "report")]
+        return evaluate.main([*paths, "--map_size", "32", "--draws", "20", *flags])
 
     return run
 
 
-def test_report_is_what_the_metrics_say_of_the_predictor(run, data, model_folder, capsys):
-    report = run("--json", str(data / "report.json"))
+def row_of(report, name):
+    (row,) = [row for row in report["rows"] if row["name"] == name]
+    return row
+
+
+def values_of(figures):
+    return {metric: found["value"] for metric, found in figures.items()}
+
+
+def test_report_is_what_the_metrics_say_of_the_predictor(run, data, model_folder, tmp_path, capsys):
+    report = run("--batch_size", "4", "--json", str(tmp_path / "figures" / "again.json"))
     split = load_from_disk(str(data))["test"]
     predictor = RichFeedbackPredictor.from_pretrained(model_folder)
     images = torch.stack([to_tensor(image).float() / 255 for image in split["image"]])
-    feedback = predictor(images, split["prompt"])
-    expected = score_metrics(feedback.scores["alignment"], np.array(split["alignment"]))
-    assert report["groups"]["all"]["scores"]["alignment"] == pytest.approx(expected, abs=1e-4)
-    true = torch.cat([to_tensor(image, "L").float()[None] / 255 for image in split["implausibility_map"]])
-    found = report["groups"]["all"]["heatmaps"]["implausibility"]
-    zero = heatmap_metrics(torch.zeros(6, 32, 32), resize_maps(true, 32)[:, 0])
-    assert report["baselines"]["heatmaps"]["all zero"]["implausibility"] == pytest.approx(zero, abs=1e-6)
-    assert found["mse"] != zero["mse"]
-    assert json.loads((data / "report.json").read_text()) == report
+    feedback = predictor(images, split["prompt"], heatmap_size=32)
+    row = row_of(report, "predictor")
+    for name in SCORES:
+        expected = score_metrics(feedback.scores[name], np.array(split[name]))
+        assert values_of(row["scores"][name]) == pytest.approx(expected, abs=1e-4)
+        assert row["scores"][name]["plcc"]["low"] <= row["scores"][name]["plcc"]["high"]
+    zero = row_of(report, "all zero")
+    for name in HEATMAPS:
+        true = torch.cat([to_tensor(image, "L").float()[None] / 255 for image in split[f"{name}_map"]])
+        true = resize_maps(true, 32)[:, 0]
+        expected = heatmap_metrics(feedback.heatmaps[name], true)
+        assert values_of(row["heatmaps"][name]) == pytest.approx(expected, abs=1e-4)
+        assert values_of(zero["heatmaps"][name]) == pytest.approx(heatmap_metrics(torch.zeros(6, 32, 32), true))
+        marked = int((true.amax((1, 2)) > 0).sum())
+        counts = {metric: found["n"] for metric, found in row["heatmaps"][name].items()}
+        assert (counts["mse"], counts["mse_empty"], counts["cc"]) == (6, 6 - marked, marked)
+    struck = [(wrong > predictor.word_threshold).tolist() for wrong in feedback.misaligned]
+    assert values_of(row["words"]) == pytest.approx(word_metrics(struck, split["keyword_labels"]))
+    assert report["baselines_learned_from"] == "train"
+
     printed = capsys.readouterr().out
-    assert "| scores, PLCC / SRCC |" in printed
-    assert "| misalignment heatmap |" in printed
-    assert f"{found['cc']:.3f}" in printed
+    folder = tmp_path / "report"
+    assert sorted(path.name for path in folder.iterdir()) == ["report.json", "report.png", "tables.md"]
+    assert json.loads((folder / "report.json").read_text()) == report
+    assert (tmp_path / "figures" / "again.json").read_text() == (folder / "report.json").read_text()
+    assert (folder / "tables.md").read_text() in printed
+    with Image.open(folder / "report.png") as sheet:
+        assert np.array(sheet.convert("L")).std() > 10
+
+
+def test_baselines_look_at_nothing(run):
+    report = run()
+    constant = row_of(report, "constant")
+    assert values_of(constant["scores"]["overall"]) == {"plcc": 0.0, "srcc": 0.0}
+    assert constant["words"]["recall"]["value"] == 1.0
+    assert 0 < constant["words"]["precision"]["value"] < 1
+    flat = constant["heatmaps"]["implausibility"]
+    assert [flat[metric]["value"] for metric in ("cc", "nss", "auc_judd")] == [0, 0, 0.5]
+    for name in ("mean map", "centre prior"):
+        row = row_of(report, name)
+        assert (row["scores"], row["words"]) == ({}, {})
+        assert row["heatmaps"]["implausibility"]["mse"]["value"] > 0
 
 
 def test_groups_are_reported_apart(run, tmp_path):
     (tmp_path / "listed.txt").write_text("a red circle\n\nRED\na blue square left of a circle\n")
-    groups = run("--group_prompts", str(tmp_path / "listed.txt"))["groups"]
-    assert {name: group["n"] for name, group in groups.items()} == {"all": 6, "listed prompts": 2, "other prompts": 4}
-    groups = run("--group_by", "prompt", "--split", "dev")["groups"]
-    assert groups["prompt = red"]["n"] == 2
+    report = run("--group_prompts", str(tmp_path / "listed.txt"))
+    assert row_of(report, "predictor, listed prompts")["n"] == 2
+    assert row_of(report, "predictor, other prompts")["n"] == 4
+    report = run("--group-by", "prompt", "--split", "dev")
+    assert row_of(report, "predictor, prompt = red")["n"] == 2
+    assert sum(row["n"] for row in report["rows"] if row["group"] not in (None, "all")) == 6
 
 
-def test_every_word_finds_them_all(run):
-    words = run()["baselines"]["words"]["every word"]
-    assert words["recall"] == 1.0
-    assert 0 < words["precision"] < 1
+def test_fresh_raters_are_the_ceiling(run, data, tmp_path):
+    """Raters who agree with the labels reach the top of every metric, in whatever order their records come."""
+    same = DatasetDict({name: split.shuffle(seed=1) for name, split in load_from_disk(str(data)).items()})
+    same.save_to_disk(str(tmp_path / "raters"))
+    report = run("--raters", str(tmp_path / "raters"), "--group_by", "prompt")
+    row = row_of(report, "ceiling")
+    assert values_of(row["scores"]["alignment"]) == pytest.approx({"plcc": 1, "srcc": 1})
+    assert row["words"]["f1"]["value"] == 1
+    best = row["heatmaps"]["misalignment"]
+    assert [best[metric]["value"] for metric in ("mse", "cc", "sim", "auc_judd")] == pytest.approx([0, 1, 1, 1])
+    assert row_of(report, "ceiling, prompt = red")["n"] == 2
+    assert "| ceiling | 6 |" in (tmp_path / "report" / "tables.md").read_text()
+
+
+def test_raters_of_other_pictures_are_refused(run, data, tmp_path):
+    fewer = DatasetDict({name: split.select(range(4)) for name, split in load_from_disk(str(data)).items()})
+    fewer.save_to_disk(str(tmp_path / "raters"))
+    with pytest.raises(ValueError, match="2 of 6 pictures have no record in the raters' folder"):
+        run("--raters", str(tmp_path / "raters"))
+
+
+def test_a_model_that_has_diverged_is_named(run, model, model_folder, tmp_path):
+    with torch.no_grad():
+        model.project.bias.fill_(float("nan"))
+    model.save_pretrained(model_folder)
+    with pytest.raises(ValueError, match="feedback of picture test-0 is NaN"):
+        run()
+    assert not (tmp_path / "report").exists()
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--split", "tests"], "no split 'tests'"),
-        (["--group_by", "author"], "no column 'author'"),
+        (["--group_by", "author"], "'author', it is no column of the data"),
+        (["--group_by", "image"], "'image', it is no column of plain values"),
         (["--group_prompts", "nowhere.txt"], r"nowhere\.txt"),
+        (["--raters", "nowhere"], "no data folder nowhere"),
+        (["--draws", "-1"], "draws must be at least 0, not -1"),
+        (["--out", __file__], r"test_evaluate\.py is a file"),
     ],
 )
-def test_wrong_settings_are_named(run, flags, message):
+def test_wrong_settings_are_named(run, flags, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(*flags)
+    assert not (tmp_path / "report").exists()

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import mannwhitneyu, pearsonr, spearmanr
 
 from reward.metrics import heatmap_metrics, map_metrics, score_metrics, word_metrics
 
@@ -39,6 +39,34 @@ def test_auc_is_the_share_of_pairs_in_order(rng):
     p, g = rng.integers(0, 5, (6, 7)) / 5, rng.random((6, 7)) * (rng.random((6, 7)) < 0.3)
     pairs = [(a > b) + 0.5 * (a == b) for a in p[g > 0] for b in p[g == 0]]
     assert map_metrics(p, g)["auc_judd"] == pytest.approx(np.mean(pairs))
+
+
+@pytest.mark.parametrize("levels", [3, 256, 10**9])
+def test_auc_agrees_with_mann_and_whitney(rng, levels):
+    p, g = rng.integers(0, levels, (64, 48)) / levels, rng.random((64, 48)) < 0.1
+    expected = mannwhitneyu(p[g], p[~g]).statistic / (g.sum() * (~g).sum())
+    assert map_metrics(p, g)["auc_judd"] == pytest.approx(expected, abs=1e-12)
+    assert map_metrics(1 - p, g)["auc_judd"] == pytest.approx(1 - expected, abs=1e-12)
+
+
+def test_extremes_of_auc(rng):
+    g = (rng.random((9, 9)) < 0.2).astype(float)
+    assert [map_metrics(p, g)["auc_judd"] for p in (g, 1 - g, 0.5 + 0 * g)] == [1.0, 0.0, 0.5]
+
+
+def test_tensors_keep_their_precision():
+    """Values that are one number in float32."""
+    p = torch.tensor([[0.5, 0.5 + 1e-12]], dtype=torch.float64)
+    assert heatmap_metrics(p[None], torch.tensor([[[0.0, 1.0]]]))["auc_judd"] == 1.0
+    assert heatmap_metrics(torch.ones(1, 2, 2, dtype=torch.bfloat16), np.zeros((1, 2, 2)))["mse"] == 1.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_an_error(value):
+    with pytest.raises(ValueError, match="1 of 4 values are NaN or infinite"):
+        heatmap_metrics([[[0.1, 0.2], [value, 0.4]]], np.zeros((1, 2, 2)))
+    with pytest.raises(ValueError, match="1 of 2 values are NaN or infinite"):
+        score_metrics([0.5, value], [0.1, 0.2])
 
 
 def test_identical_maps(rng):

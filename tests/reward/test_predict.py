@@ -47,6 +47,13 @@ def test_batches_do_not_matter(predictor, images):
     torch.testing.assert_close(torch.cat(whole.misaligned), torch.cat(single.misaligned), atol=1e-6, rtol=0)
 
 
+def test_heatmaps_of_a_given_size_are_the_models_own(predictor, images):
+    feedback = predictor(images, PROMPTS, heatmap_size=32)
+    own, large = feedback.heatmaps["misalignment"], predictor(images, PROMPTS).heatmaps["misalignment"]
+    assert own.shape == (3, 32, 32)
+    assert own.mean().item() == pytest.approx(large.mean().item(), abs=1e-3)
+
+
 def test_gradients_reach_the_images_and_not_the_model(predictor, images):
     images.requires_grad_()
     feedback = predictor(images, PROMPTS, batch_size=2)
@@ -115,11 +122,17 @@ def test_nan_stays_nan(predictor, images):
         (torch.rand(3, 8, 8), ["a"], r"float tensor \(B, 3, H, W\)"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ["a"], "uint8"),
         (torch.rand(0, 3, 8, 8), [], "no images"),
+        (torch.rand(2, 3, 8, 8), "ab", "one text 'ab'"),
     ],
 )
 def test_wrong_inputs_are_named(predictor, images, prompts, message):
     with pytest.raises(ValueError, match=message):
         predictor(images, prompts)
+
+
+def test_a_batch_holds_something(predictor, images):
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        predictor(images, PROMPTS, batch_size=0)
 
 
 def test_wrong_folders_are_named(tmp_path, model, model_folder):
@@ -150,11 +163,39 @@ def test_the_command_writes_lines_maps_and_overlays(model_folder, image_files, t
     lines = [json.loads(line) for line in (out / "feedback.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == ["a red circle", "blue"]
     assert 0 < lines[0]["scores"]["overall"] < 1
-    with Image.open(out / "0000_p0_implausibility.png") as heatmap:
+    struck = [token for token, p in zip(lines[0]["tokens"], lines[0]["misaligned"], strict=True) if p > 0.5]
+    assert lines[0]["struck_out"] == struck
+    with Image.open(out / lines[0]["implausibility_map"]) as heatmap:
         assert heatmap.size == (20, 30)
-    assert (out / "0001_p1_overlay.png").is_file()
+        assert np.mean(heatmap) / 255 == pytest.approx(lines[0]["heatmap_means"]["implausibility"], abs=0.003)
+    assert (out / lines[1]["overlay"]).is_file()
+    assert len(list(out.iterdir())) == 1 + 2 * 3
     with pytest.raises(ValueError, match="not empty"):
         predict.main(["--model", str(model_folder), "--images", *image_files, *prompts, "--out", str(out)])
+
+
+def test_images_of_several_sizes_are_judged_in_batches(model_folder, image_files, tmp_path, monkeypatch):
+    """Wide, tall, tall: two calls of the model, the same lines as one by one, in the order given."""
+    Image.fromarray(np.zeros((20, 50, 3), np.uint8)).save(tmp_path / "wide.png")
+    prompts = ["--prompts", "red", "a blue circle", "a"]
+    images = ["--images", str(tmp_path / "wide.png"), *image_files]
+    lines, sizes, call = {}, [], RichFeedbackPredictor.__call__
+
+    def counted(self, pictures, *args, **kwargs):
+        sizes.append(tuple(pictures.shape))
+        return call(self, pictures, *args, **kwargs)
+
+    monkeypatch.setattr(RichFeedbackPredictor, "__call__", counted)
+    for batch_size in (3, 1):
+        out = tmp_path / f"out{batch_size}"
+        flags = ["--out", str(out), "--batch_size", str(batch_size)]
+        predict.main(["--model", str(model_folder), *images, *prompts, *flags])
+        lines[batch_size] = [json.loads(line) for line in (out / "feedback.jsonl").read_text().splitlines()]
+    assert sizes[:2] == [(1, 3, 20, 50), (2, 3, 30, 20)]
+    assert [line["prompt"] for line in lines[3]] == ["red", "a blue circle", "a"]
+    for together, alone in zip(lines[3], lines[1], strict=True):
+        assert together["image"] == alone["image"]
+        assert together["scores"] == pytest.approx(alone["scores"], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,197 @@
+"""The paper's tables: scores, heatmaps, words; what is published, what is predicted, ceiling and baselines, row by row.
+
+Shapes: N pictures, in the order of the split that is judged.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from reward import published
+from reward.feedback import HEATMAPS, SCORES
+from reward.intervals import LEVEL, Figure, correlation_draws, draw_counts, figure, mean_draws, word_draws
+from reward.metrics import score_metrics, word_metrics
+
+MAP_METRICS = {
+    "mse": "MSE all",
+    "mse_empty": "MSE GT=0",
+    "cc": "CC",
+    "kld": "KLD",
+    "sim": "SIM",
+    "nss": "NSS",
+    "auc_judd": "AUC-Judd",
+}
+"""Metric of a heatmap -> its heading in the paper."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one of those compared (the predictor, fresh raters, a baseline) says of N pictures.
+
+    Attributes:
+        scores: (N, 4) in [0, 1], or None where it gives none.
+        maps: name of `HEATMAPS` -> metric of `MAP_METRICS` -> (N,), NaN where it is not defined for the picture.
+        words: for each picture a label a word, 1 = misaligned; or None.
+    """
+
+    maps: Mapping[str, Mapping[str, np.ndarray]]
+    scores: np.ndarray | None = None
+    words: Sequence[Sequence[int]] | None = None
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The labels: `scores` (N, 4) in [0, 1]; `words`, for each picture a label a word, 1 = misaligned."""
+
+    scores: np.ndarray
+    words: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the tables; it stands in those for which it has figures.
+
+    Attributes:
+        kind: "published", "predictor", "ceiling" or "baseline".
+        group: name of the group of pictures; "all" for the whole split, None where figures are published ones.
+        scores: name of `SCORES` -> `plcc`, `srcc`.
+        heatmaps: name of `HEATMAPS` -> metrics of `MAP_METRICS`.
+        words: `precision`, `recall`, `f1`, in [0, 1].
+    """
+
+    name: str
+    kind: str
+    group: str | None = None
+    n: int | None = None
+    scores: Mapping[str, Mapping[str, Figure]] = field(default_factory=dict)
+    heatmaps: Mapping[str, Mapping[str, Figure]] = field(default_factory=dict)
+    words: Mapping[str, Figure] = field(default_factory=dict)
+
+    def as_json(self) -> dict:
+        """The row as JSON holds it; a figure is `value`, `low`, `high`, `n`, each null where there is none."""
+        return asdict(self)
+
+
+def metric_columns(rows: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
+    """What `map_metrics` said of each of N pictures -> metric -> (N,), NaN where it said nothing."""
+    return {metric: np.array([row.get(metric, np.nan) for row in rows], dtype=np.float64) for metric in MAP_METRICS}
+
+
+def figures_of(
+    said: Said, truth: Truth, places: Sequence[int], name: str, kind: str, group: str = "all", draws: int = 1000
+) -> Row:
+    """The row of one of those compared, over the pictures `places` of the split.
+
+    Args:
+        draws: of the bootstrap (see `reward.intervals`); 0 gives no intervals. Rows of the same pictures share them.
+    """
+    places = np.asarray(places)
+    count = len(places)
+    counts = draw_counts(count, draws)
+    scores, words = {}, {}
+    if said.scores is not None:
+        for index, score in enumerate(SCORES):
+            ours, labels = said.scores[places, index], truth.scores[places, index]
+            drawn = correlation_draws(ours, labels, draws)
+            found = score_metrics(ours, labels)
+            scores[score] = {metric: figure(value, drawn[metric], count) for metric, value in found.items()}
+    if said.words is not None:
+        ours, labels = ([side[place] for place in places] for side in (said.words, truth.words))
+        tallies = np.array([_tally(*pair) for pair in zip(ours, labels, strict=True)], dtype=np.float64)
+        drawn = word_draws(tallies, counts)
+        words = {metric: figure(value, drawn[metric], count) for metric, value in word_metrics(ours, labels).items()}
+    heatmaps = {
+        heatmap: {metric: _mean(values[places], counts) for metric, values in columns.items()}
+        for heatmap, columns in said.maps.items()
+    }
+    return Row(name, kind, group, count, scores, heatmaps, words)
+
+
+def published_rows() -> list[Row]:
+    """What others report on RichHF-18K's test split; see `reward.published`."""
+    heatmap_rows = [row for of_map in published.HEATMAP_ROWS.values() for row in of_map]
+    names = dict.fromkeys([*published.SCORE_ROWS, *heatmap_rows, *published.WORD_ROWS])
+    return [
+        Row(
+            name,
+            "published",
+            scores={score: _plain(values) for score, values in published.SCORE_ROWS.get(name, {}).items()},
+            heatmaps={heatmap: _plain(rows[name]) for heatmap, rows in published.HEATMAP_ROWS.items() if name in rows},
+            words=_plain(published.WORD_ROWS.get(name, {})),
+        )
+        for name in names
+    ]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The tables as Markdown: scores, each heatmap, words; in parentheses the ends of 95% intervals."""
+    tables = [
+        _table(
+            ["scores, PLCC / SRCC", "n", *SCORES],
+            [[row, *(" / ".join(_pair(row.scores[score])) for score in SCORES)] for row in rows if row.scores],
+        )
+    ]
+    for heatmap in HEATMAPS:
+        lines = [
+            [
+                row,
+                *(_cell(row.heatmaps[heatmap][metric], 5 if metric.startswith("mse") else 3) for metric in MAP_METRICS),
+            ]
+            for row in rows
+            if heatmap in row.heatmaps
+        ]
+        tables.append(_table([f"{heatmap} heatmap", "n", *MAP_METRICS.values()], lines))
+    lines = [
+        [row, *(_cell(row.words[metric], 1, 100) for metric in ("precision", "recall", "f1"))]
+        for row in rows
+        if row.words
+    ]
+    tables.append(_table(["misaligned words, %", "n", "precision", "recall", "F1"], lines))
+    return "\n\n".join(tables)
+
+
+def notes(ceiling: bool) -> str:
+    """What a reader must know of the tables."""
+    told = [
+        f"In parentheses: {LEVEL:.0%} bootstrap intervals over pictures.",
+        f"Published figures ({published.SOURCE}) are of RichHF-18K's test split and say nothing of other data.",
+        "MSE GT=0 is over pictures whose true map is empty, CC to AUC-Judd over the others; '-': there is none.",
+        "'constant' gives every picture one score, one map (the training maps' mean), and calls every word misaligned.",
+    ]
+    if ceiling:
+        told.append("'ceiling' is what fresh raters, other than those of the labels, say of the same pictures.")
+    return "\n".join(f"- {line}" for line in told)
+
+
+def _tally(said: Sequence[int], labels: Sequence[int]) -> tuple[int, int, int]:
+    return sum(bool(a and b) for a, b in zip(said, labels, strict=True)), sum(map(bool, said)), sum(map(bool, labels))
+
+
+def _mean(values: np.ndarray, counts: np.ndarray) -> Figure:
+    there = np.isfinite(values)
+    return figure(float(values[there].mean()) if there.any() else None, mean_draws(values, counts), int(there.sum()))
+
+
+def _plain(values: Mapping[str, float]) -> dict[str, Figure]:
+    return {metric: Figure(value) for metric, value in values.items()}
+
+
+def _pair(found: Mapping[str, Figure]) -> list[str]:
+    return [_cell(found.get(metric, Figure(None)), 3) for metric in ("plcc", "srcc")]
+
+
+def _cell(found: Figure, digits: int, scale: float = 1) -> str:
+    if found.value is None:
+        return "-"
+    interval = "" if found.low is None else f" ({scale * found.low:.{digits}f}, {scale * found.high:.{digits}f})"
+    return f"{scale * found.value:.{digits}f}{interval}"
+
+
+def _table(headings: Sequence[str], lines: Sequence[Sequence]) -> str:
+    """Lines of a row and its cells, under headings the second of which is the number of pictures."""
+    table = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    for row, *cells in lines:
+        name = " ".join(row.name.split()).replace("|", "\\|")  # a group may be named by a prompt
+        table.append("| " + " | ".join([name, "" if row.n is None else str(row.n), *cells]) + " |")
+    return "\n".join(table)
