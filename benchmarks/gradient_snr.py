@@ -51,11 +51,10 @@ def chunk_gradients(options: Namespace, chunks: int) -> dict[tuple[str, int], np
         ]
         noise = rollout_noise(policy, schedule, options.seed, chunk, range(PICTURES))
         batch = sample_and_score(policy, network, reward, drawn, noise, schedule, steps, args, PhaseClock(), chunk)
-        values = {name.removeprefix("term/"): value for name, value in batch.values.items() if name != "edge_energy"}
+        values = {name.removeprefix("term/"): value for name, value in batch.values.items()}
         advantages = {
-            name: group_advantages(value, args.num_generations, 1e-6, args.advantage_clip)
-            for name, value in values.items()
-            if name in options.values
+            name: group_advantages(values[name], args.num_generations, args.advantage_std_floor, args.advantage_clip)
+            for name in options.values
         }
         embeds = policy.encode(drawn)
         for k, step in enumerate(steps):

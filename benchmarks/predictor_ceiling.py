@@ -13,6 +13,7 @@ import torch
 from report import Row, flags, publish
 
 from reward.feedback import SCORES
+from reward.intervals import correlation_draws
 from reward.metrics import heatmap_metrics, score_metrics, word_metrics
 from reward.predict import RichFeedbackPredictor
 from tinyworld.grammar import ASSETS, is_held_out, parse
@@ -32,9 +33,7 @@ def srcc(said: np.ndarray, true: np.ndarray) -> float:
 
 def interval(said: np.ndarray, true: np.ndarray) -> tuple[float, float]:
     """95% bootstrap interval of the SRCC over pictures."""
-    rng = np.random.default_rng(0)
-    draws = [srcc(said[rows], true[rows]) for rows in rng.integers(len(true), size=(DRAWS, len(true)))]
-    return tuple(np.quantile(draws, [0.025, 0.975]))
+    return tuple(np.quantile(correlation_draws(said, true, DRAWS)["srcc"], [0.025, 0.975]))
 
 
 def main() -> None:

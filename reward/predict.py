@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from reward import draw, keywords
@@ -28,6 +27,7 @@ from reward.arguments import main_guard, parse_arguments, read_prompt_file
 from reward.data import encode_prompts, preprocess, to_tensor
 from reward.feedback import HEATMAPS, SCORES, RichFeedback
 from reward.model import RahfModel
+from reward.pictures import decode
 
 
 class RichFeedbackPredictor:
@@ -202,11 +202,10 @@ def read_prompts(given: Sequence[str]) -> list[str]:
 def _read_image(path: Path) -> torch.Tensor:
     """(1, 3, H, W) in [0, 1]."""
     try:
-        with Image.open(path) as opened:
-            return to_tensor(opened).float()[None] / 255
+        return to_tensor(decode(path.read_bytes())).float()[None] / 255
     except FileNotFoundError as error:
         raise ValueError(f"there is no image {path}") from error
-    except (UnidentifiedImageError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} is not an image that can be read: {error}") from error
 
 

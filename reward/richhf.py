@@ -288,7 +288,7 @@ class RichHFArguments:
     tfrecords: str = field(metadata={"help": "folder of RichHF-18K's three TFRecord files"})
     images: str = field(
         metadata={
-            "help": "pictures and prompts: a copy of Pick-a-Pic v1 a data set of one picture a row (parquet, or saved"
+            "help": "pictures and prompts: a copy of Pick-a-Pic v1, a data set of one picture a row (parquet, or saved"
             " by datasets), or a folder of pictures named by uid"
         }
     )

@@ -15,7 +15,7 @@ those with a star on one of them; all in all a little over two hours, without `c
     pretraining the predictor's backbones, by flawless pictures and their captions           23*
     predictor   the RAHF checkpoint, by `python -m reward.train`                              9
     assets      everything above into `tinyworld/assets`, in half precision                   0
-    ceiling     the same generator on flawless pictures only, and its figures                35
+    ceiling     the same generator on flawless pictures only, and its figures                35 (as the generator)
 
 `ceiling` is not among the default stages: nothing needs it but the figure in the README. `--stages feedback` alone
 makes the rated data set again from the pictures that the repository keeps.
