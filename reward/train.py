@@ -9,6 +9,7 @@ a pretrained vision encoder and T5 (`--vision_model`, `--text_model`). The outpu
 """
 
 import json
+import logging
 import os
 import tempfile
 from collections import defaultdict
@@ -31,15 +32,25 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from reward.arguments import main_guard, parse_arguments
-from reward.data import Augmentation, FeedbackCollator, FeedbackDataset
+from reward.data import (
+    Augmentation,
+    FeedbackCollator,
+    FeedbackDataset,
+    describe_unread,
+    encode_prompts,
+    unread_words,
+)
 from reward.feedback import HEATMAPS, SCORES
 from reward.losses import IGNORE
 from reward.metrics import heatmap_metrics, score_metrics, word_metrics
-from reward.model import RahfModel, RahfOutput
+from reward.model import RahfConfig, RahfModel, RahfOutput
 from reward.panels import ExamplePanels
 from reward.predict import check_model_folder
+from reward.vocabulary import adopt_tokenizer
 
-_BACKBONE = ("vision.", "encoder.", "decoder.")
+logger = logging.getLogger(__name__)
+
+_BACKBONE = ("vision.", "encoder.", "word_head.decoder.")
 _COMPLETE = "complete"
 
 
@@ -56,8 +67,14 @@ class RahfArguments:
     heatmap_head: str | None = field(default=None, metadata={"help": "paper or light; unset: the model's own"})
     score_head: str | None = field(default=None, metadata={"help": "paper or light; unset: the model's own"})
     head_width: float | None = field(default=None, metadata={"help": "factor on the heads' channels"})
-    image_size: int | None = field(default=None, metadata={"help": "side of what a ResNet sees; a ViT has its own"})
-    heatmap_size: int | None = field(default=None, metadata={"help": "side of the heatmaps in pixels"})
+    variant: str | None = field(default=None, metadata={"help": "multi_head or augmented_prompt"})
+    words: str | None = field(default=None, metadata={"help": "tagging, sequence or none"})
+    image_size: list[int] | None = field(
+        default=None, metadata={"help": "what the vision encoder sees: one side, or height and width; unset: its own"}
+    )
+    heatmap_size: list[int] | None = field(
+        default=None, metadata={"help": "of the heatmaps: one side, or height and width; unset: image_size"}
+    )
     max_text_length: int | None = field(default=None, metadata={"help": "pieces of a prompt that are read"})
     in_memory: bool = field(default=False, metadata={"help": "decode all pictures once; for small pictures"})
     crop_probability: float = field(default=0.0, metadata={"help": "how often picture and maps are cropped alike"})
@@ -71,6 +88,9 @@ class RahfArguments:
         backbones = self.vision_model is not None and self.text_model is not None
         if (self.model is not None) == backbones:
             raise ValueError("give either --model (a RAHF checkpoint), or both --vision_model and --text_model")
+        for name in ("image_size", "heatmap_size"):
+            if len(getattr(self, name) or [1]) > 2:
+                raise ValueError(f"{name} is one side, or height and width, not {getattr(self, name)}")
         if not 0 < self.crop_min_side <= 1 or not 0 <= self.crop_probability <= 1:
             raise ValueError(
                 f"crop_min_side must be in (0, 1] and crop_probability in [0, 1], not {self.crop_min_side} and "
@@ -80,8 +100,12 @@ class RahfArguments:
     @property
     def model_options(self) -> dict:
         """The settings of the model's config that were given."""
-        names = ("heatmap_head", "score_head", "head_width", "image_size", "heatmap_size", "max_text_length")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        names = ("variant", "heatmap_head", "score_head", "words", "head_width", "max_text_length")
+        given = {name: getattr(self, name) for name in names}
+        for name in ("image_size", "heatmap_size"):
+            sides = getattr(self, name)
+            given[name] = sides[0] if sides is not None and len(sides) == 1 else sides
+        return {name: value for name, value in given.items() if value is not None}
 
     def augmentation(self, seed: int) -> Augmentation:
         names = [item.name for item in fields(Augmentation) if item.name != "seed"]
@@ -239,15 +263,26 @@ def build_model(arguments: RahfArguments) -> tuple[RahfModel, PreTrainedTokenize
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             dtype=torch.float32,
-            **arguments.model_options,
+            config=RahfConfig.from_pretrained(arguments.model, **arguments.model_options),
         )
         new = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
         if astray := sorted(key for key in new if "_head" not in key.split(".")[0]):
             raise ValueError(f"{arguments.model} lacks weights of the encoders: {astray[:3]} ({len(astray)} in all)")
-        return model, tokenizer
-    tokenizer = AutoTokenizer.from_pretrained(arguments.text_model)
-    options = {"heatmap_head": "paper", "score_head": "paper", **arguments.model_options}
-    return RahfModel.from_backbones(arguments.vision_model, arguments.text_model, **options), tokenizer
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.text_model)
+        options = {"heatmap_head": "paper", "score_head": "paper", **arguments.model_options}
+        model = RahfModel.from_backbones(arguments.vision_model, arguments.text_model, **options)
+    adopt_tokenizer(model, tokenizer)
+    return model, tokenizer
+
+
+def warn_of_unread_words(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Log, split by split, which words of the prompts the model will not see; they get no label either."""
+    for name in ("train", "dev"):
+        tokens = list(data[name]["tokens"])
+        positions = encode_prompts(tokenizer, tokens, max_length)["word_positions"]
+        if message := describe_unread(unread_words(tokens, positions), max_length):
+            logger.warning("split %s: %s", name, message)
 
 
 def load_data(folder: str | Path) -> DatasetDict:
@@ -315,6 +350,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         raise ValueError(f"{arguments.data} lacks the splits {sorted(missing)}; it has {sorted(data)}")
     set_seed(args.seed)  # the new heads' weights depend on it
     model, tokenizer = build_model(arguments)
+    warn_of_unread_words(data, tokenizer, model.config.max_text_length)
     trainer = RahfTrainer(
         model,
         args,
