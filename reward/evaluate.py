@@ -25,6 +25,7 @@ from rich.progress import Progress
 from reward import keywords
 from reward.arguments import main_guard, parse_arguments, read_prompt_file
 from reward.baselines import map_baselines, mean_maps
+from reward.checks import check_labels
 from reward.data import FeedbackDataset, resize, resize_maps
 from reward.feedback import HEATMAPS, SCORES, RichFeedback
 from reward.fresh_raters import FreshRaters, load_fresh_raters
@@ -254,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         )
     if arguments.folder.exists() and not arguments.folder.is_dir():
         raise ValueError(f"{arguments.folder} is a file; --out must name a folder")
+    check_labels(split, f"{arguments.data}, {arguments.split}")
     members = groups(split, arguments)
     raters = load_fresh_raters(arguments.raters, data, arguments.split) if arguments.raters is not None else None
     predictor = RichFeedbackPredictor.from_pretrained(arguments.model, arguments.device)

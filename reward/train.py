@@ -31,6 +31,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from reward.arguments import main_guard, parse_arguments
+from reward.checks import check_labels
 from reward.data import Augmentation, FeedbackCollator, FeedbackDataset
 from reward.feedback import HEATMAPS, SCORES
 from reward.losses import IGNORE
@@ -313,6 +314,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     data = load_data(arguments.data)
     if missing := {"train", "dev"} - set(data):
         raise ValueError(f"{arguments.data} lacks the splits {sorted(missing)}; it has {sorted(data)}")
+    for split in ("train", "dev"):
+        check_labels(data[split], f"{arguments.data}, {split}")
     set_seed(args.seed)  # the new heads' weights depend on it
     model, tokenizer = build_model(arguments)
     trainer = RahfTrainer(

@@ -53,8 +53,9 @@ def slowed(module, seconds, backward):
 
 @pytest.mark.parametrize("heads", rahf_speed.HEADS)
 def test_parts_add_up_to_the_whole(heads):
-    found = rahf_speed.measure(next(iter(rahf_speed.SIZES)), heads, [1, 2], repeats=3)
-    assert list(found) == [(kind, images) for kind in ("prediction", "training step") for images in (1, 2)]
+    batches = {"prediction": [1, 2], "training step": [2]}
+    found = rahf_speed.measure(next(iter(rahf_speed.SIZES)), heads, batches, repeats=3)
+    assert list(found) == [("prediction", 1), ("prediction", 2), ("training step", 2)]
     for (kind, images), timing in found.items():
         parts = rahf_speed.STEP_PARTS if kind == "training step" else rahf_speed.PARTS
         assert timing.images == images
@@ -94,7 +95,7 @@ def test_accumulated_micro_batches_are_the_batchs_gradient(model, monkeypatch):
 
 def test_the_table_divides_light_by_paper(monkeypatch, capsys):
     parts = dict.fromkeys(rahf_speed.STEP_PARTS, 0.5)
-    timings = {"paper": rahf_speed.Timing(8, 8.0, parts), "light": rahf_speed.Timing(8, 2.0, parts)}
+    timings = {"paper": rahf_speed.Timing(8, 8.0, 4.0, parts), "light": rahf_speed.Timing(8, 2.0, 0.8, parts)}
     monkeypatch.setattr(rahf_speed, "measure", lambda size, heads, *_: {("prediction", 8): timings[heads]})
     monkeypatch.setattr(sys, "argv", ["rahf_speed.py", "--batch", "8"])
     rows = rahf_speed.rows_of({heads: rahf_speed.measure("", heads) for heads in rahf_speed.HEADS})
@@ -103,10 +104,11 @@ def test_the_table_divides_light_by_paper(monkeypatch, capsys):
     assert figures["prediction of 8, light: share of T5 encoder"].value == 0.25
     assert figures["prediction of 8: light / paper"].value == 4
     assert figures["prediction of 8: light / paper"].holds
+    assert figures["prediction of 8: light / paper, by processor time"].value == pytest.approx(5)
     rahf_speed.main()
     assert "light / paper" in capsys.readouterr().out
 
 
 def test_the_typical_timing_is_the_median():
-    timings = [rahf_speed.Timing(1, wall, {}) for wall in (3.0, 1.0, 2.0)]
+    timings = [rahf_speed.Timing(1, wall, wall, {}) for wall in (3.0, 1.0, 2.0)]
     assert rahf_speed.typical(timings).wall == 2.0
