@@ -6,8 +6,8 @@ ViT-L/16 of 384x384 pixels and T5-base's encoder, random weights, float32: time 
 kinds of heads, one model at a time in memory: images per second of a prediction and of a training step (forward,
 backward, AdamW), each with its shares of time. A step's batch is fed picture by picture with accumulated gradients, as
 on a machine of this size it must be: a picture's activations under the paper's heads take some 7 GB. `--quick` takes a
-ViT-S/16 of 192x192 pixels, a T5-small's encoder, and two pictures at most. The full run takes some twenty minutes of one core,
-of which the step of 8 takes two thirds.
+ViT-S/16 of 192x192 pixels, a T5-small's encoder, and two pictures at most. Of the full run, the steps of 8 are the
+longest part; `--step_batch 1` leaves them out.
 
 A part's time is what lies between the moments at which its work begins and the next part's begins, forward and
 backward; the step of T5 includes the linear map and the embeddings before it.
