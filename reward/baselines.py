@@ -6,6 +6,7 @@ Shapes: h x w a heatmap's pixels. Every baseline is (2, h, w) in [0, 1], in the 
 import torch
 from datasets import Dataset
 
+from reward.checks import read_rows
 from reward.data import resize_maps, to_tensor
 from reward.feedback import HEATMAPS
 
@@ -15,9 +16,10 @@ CENTRE_WIDTH = 0.25
 
 def mean_maps(split: Dataset, size: tuple[int, int]) -> torch.Tensor:
     """(2, *size), the mean heatmaps of a split, in the order of `HEATMAPS`."""
-    columns = split.select_columns([f"{name}_map" for name in HEATMAPS])
+    wanted = {"uid", *(f"{name}_map" for name in HEATMAPS)}
+    columns = split.select_columns([name for name in split.column_names if name in wanted])
     total = torch.zeros(2, *size, dtype=torch.float64)
-    for row in columns:
+    for row in read_rows(columns):
         maps = [to_tensor(row[f"{name}_map"], "L").float() / 255 for name in HEATMAPS]
         total += torch.cat([resize_maps(heatmap[None], size)[0] for heatmap in maps])
     return (total / max(len(columns), 1)).float()

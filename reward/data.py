@@ -19,6 +19,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from reward.checks import read_row, read_rows
 from reward.feedback import HEATMAPS, SCORES
 from reward.losses import IGNORE
 from reward.model import RahfConfig
@@ -212,7 +213,7 @@ class FeedbackDataset(torch.utils.data.Dataset):
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> dict:
-        example = self.examples[index] if self.examples is not None else self._decode(self.split[index])
+        example = self.examples[index] if self.examples is not None else self._decode(read_row(self.split, index))
         image, maps = example["image"].float() / 255, example["maps"]
         if self.augmentation is not None:
             image, maps = self.augmentation(image, maps, f"{example['uid']} {self.epoch}", math.gcd(*self.size))
@@ -225,9 +226,9 @@ class FeedbackDataset(torch.utils.data.Dataset):
         would tear the heap (3 MB an example instead of 50 KB).
         """
         columns = [f"{name}_map" for name in HEATMAPS]
-        examples = [_decode_rest(row) for row in self.split.remove_columns(columns)]
+        examples = [_decode_rest(row) for row in read_rows(self.split.remove_columns(columns))]
         maps = torch.empty(len(examples), len(columns), *self.size)
-        for index, row in enumerate(self.split.select_columns(columns)):
+        for index, row in enumerate(read_rows(self.split.select_columns(["uid", *columns]))):
             maps[index] = resize_maps(_decode_maps(row)[None], self.size)[0]
         return [{**example, "maps": maps[index]} for index, example in enumerate(examples)]
 

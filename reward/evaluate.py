@@ -5,7 +5,8 @@
 prints the tables as Markdown and writes them to the folder `--out`, with all figures as `report.json`, and with
 `report.png`: predicted against true scores, and the best and the worst heatmaps. `--group_by COLUMN` also gives the
 figures for each value of a column of the data; `--group_prompts` (a prompt a line) for the pictures of those prompts,
-such as compositions held out from training. `--raters` adds the ceiling (see `reward.fresh_raters`).
+such as compositions held out from training. `--raters` adds the ceiling (see `reward.fresh_raters`) and the predictor's
+share of it.
 """
 
 import json
@@ -24,13 +25,26 @@ from rich.progress import Progress
 from reward import keywords
 from reward.arguments import main_guard, parse_arguments, read_prompt_file
 from reward.baselines import map_baselines, mean_maps
+from reward.checks import check_labels
 from reward.data import FeedbackDataset, resize, resize_maps
 from reward.feedback import HEATMAPS, SCORES, RichFeedback
 from reward.fresh_raters import FreshRaters, load_fresh_raters
 from reward.metrics import map_metrics
 from reward.predict import RichFeedbackPredictor
 from reward.report_figure import MapExample, extremes, report_figure, save_png
-from reward.tables import Row, Said, Truth, figures_of, markdown, metric_columns, notes, published_rows
+from reward.tables import (
+    Row,
+    Said,
+    Truth,
+    estimates_of,
+    figures_of,
+    markdown,
+    metric_columns,
+    notes,
+    published_rows,
+    row_of,
+    share_row,
+)
 from reward.train import load_data
 
 MOST_GROUPS = 50
@@ -140,12 +154,18 @@ def predict_examples(predictor: RichFeedbackPredictor, examples: Sequence[Mappin
 def rows_of(
     said: Mapping[str, Said], truth: Truth, groups: Mapping[str, Sequence[int]], draws: int = 1000
 ) -> list[Row]:
-    """The tables' rows: published figures, the predictor, it on each group, the ceiling likewise, the baselines."""
+    """The tables' rows: published figures, the predictor, it on each group, the ceiling and the predictor's share of
+    it likewise, the baselines."""
     rows = published_rows()
-    for who in ("predictor", "ceiling"):
-        for group, places in groups.items() if who in said else ():
-            name = who if group == "all" else f"{who}, {group}"
-            rows.append(figures_of(said[who], truth, places, name, who, group, draws))
+    found = {
+        who: {group: estimates_of(said[who], truth, places, draws) for group, places in groups.items()}
+        for who in ("predictor", "ceiling")
+        if who in said
+    }
+    for who, of_groups in found.items():
+        rows += [row_of(one, _of_group(who, group), who, group) for group, one in of_groups.items()]
+    for group, top in found.get("ceiling", {}).items():
+        rows.append(share_row(found["predictor"][group], top, _of_group("of ceiling", group), group))
     for who in said:
         if who not in ("predictor", "ceiling"):
             rows.append(figures_of(said[who], truth, groups["all"], who, "baseline", "all", draws))
@@ -203,6 +223,10 @@ def _compare_maps(said: torch.Tensor, true: torch.Tensor, size: int | None) -> d
     return {name: map_metrics(said[index], true[index]) for index, name in enumerate(HEATMAPS)}
 
 
+def _of_group(who: str, group: str) -> str:
+    return who if group == "all" else f"{who}, {group}"
+
+
 def _normal(prompt: str) -> str:
     return keywords.join(keywords.tokenize(prompt))
 
@@ -231,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         )
     if arguments.folder.exists() and not arguments.folder.is_dir():
         raise ValueError(f"{arguments.folder} is a file; --out must name a folder")
+    check_labels(split, f"{arguments.data}, {arguments.split}")
     members = groups(split, arguments)
     raters = load_fresh_raters(arguments.raters, data, arguments.split) if arguments.raters is not None else None
     predictor = RichFeedbackPredictor.from_pretrained(arguments.model, arguments.device)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 
+from reward.checks import check_labels, read_row
 from reward.data import to_tensor
 from reward.feedback import HEATMAPS, SCORES
 from reward.metrics import word_metrics
@@ -42,7 +43,7 @@ class FreshRaters:
 
     def maps(self, index: int) -> torch.Tensor:
         """(2, h, w) float32 in [0, 1] of one picture, in the order of `HEATMAPS`."""
-        row = self.records[index]
+        row = read_row(self.records, index)
         return torch.cat([to_tensor(row[f"{name}_map"], "L").float() / 255 for name in HEATMAPS])
 
     def words(self) -> list[list[int]]:
@@ -97,6 +98,7 @@ def _matched(records: Dataset, pictures: Dataset, folder: str | Path) -> Dataset
         )
     kept = [name for name in records.column_names if name in wanted or name == SHARES]  # pictures need no decoding
     matched = records.select_columns(kept).select([places[uid] for uid in uids])
+    check_labels(matched, f"the raters' folder {folder}")
     for uid, said, labels in zip(uids, _shares(matched), pictures["keyword_labels"], strict=True):
         if len(said) != len(labels):
             raise ValueError(f"the raters' record of {uid} in {folder} has {len(said)} words, its prompt {len(labels)}")

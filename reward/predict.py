@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from reward import draw, keywords
 from reward.arguments import main_guard, parse_arguments, read_prompt_file
+from reward.checks import check_pictures, check_weights, model_type
 from reward.data import describe_unread, encode_prompts, preprocess, to_tensor, unread_words
 from reward.feedback import HEATMAPS, SCORES, RichFeedback
 from reward.model import RahfModel
@@ -52,10 +53,12 @@ class RichFeedbackPredictor:
         """
         check_model_folder(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model, report = RahfModel.from_pretrained(folder, output_loading_info=True, dtype=dtype)
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"])
-            raise ValueError(f"{folder} lacks weights of the model: {missing[:3]} ({len(missing)} in all)")
+        model, report = RahfModel.from_pretrained(
+            folder, output_loading_info=True, dtype=dtype, ignore_mismatched_sizes=True
+        )
+        if missing := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
+            which = f"{missing[:3]} ({len(missing)} in all)"
+            raise ValueError(f"{folder} lacks weights of the model, or has them in other sizes: {which}")
         return cls(model, tokenizer).to(device)
 
     def to(self, device: str | torch.device) -> "RichFeedbackPredictor":
@@ -140,11 +143,11 @@ def check_model_folder(folder: str | Path) -> None:
     path = Path(folder)
     if not path.is_dir():
         raise ValueError(f"there is no model folder {path}; give the output folder of `python -m reward.train`")
-    config = path / "config.json"
-    if not config.is_file() or json.loads(config.read_text()).get("model_type") != "rahf":
+    if model_type(path) != "rahf":
         raise ValueError(f"{path} is not a RAHF checkpoint (its config.json must say model_type rahf)")
     if not (path / "tokenizer_config.json").is_file():
         raise ValueError(f"{path} has no tokenizer; save it there with `tokenizer.save_pretrained`")
+    check_weights(path)
 
 
 @dataclass
@@ -169,6 +172,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = read_prompts(arguments.prompts)
     if len(prompts) != len(arguments.images):
         raise ValueError(f"{len(arguments.images)} images were given with {len(prompts)} prompts; give one an image")
+    check_model_folder(arguments.model)
+    check_pictures(arguments.images)
     predictor = RichFeedbackPredictor.from_pretrained(arguments.model, arguments.device)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as unfinished:

@@ -1,5 +1,7 @@
 """The paper's tables: scores, heatmaps, words; what is published, what is predicted, ceiling and baselines, row by row.
 
+Where there is a ceiling, the predictor's share of it has a row as well: each metric's quotient, where higher is better.
+
 Shapes: N pictures, in the order of the split that is judged.
 """
 
@@ -23,6 +25,8 @@ MAP_METRICS = {
     "auc_judd": "AUC-Judd",
 }
 """Metric of a heatmap -> its heading in the paper."""
+
+LOWER_IS_BETTER = ("mse", "mse_empty", "kld")
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Row:
     """A row of the tables; it stands in those for which it has figures.
 
     Attributes:
-        kind: "published", "predictor", "ceiling" or "baseline".
+        kind: "published", "predictor", "ceiling", "of ceiling" or "baseline".
         group: name of the group of pictures; "all" for the whole split, None where figures are published ones.
         scores: name of `SCORES` -> `plcc`, `srcc`.
         heatmaps: name of `HEATMAPS` -> metrics of `MAP_METRICS`.
@@ -78,13 +82,31 @@ def metric_columns(rows: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]
     return {metric: np.array([row.get(metric, np.nan) for row in rows], dtype=np.float64) for metric in MAP_METRICS}
 
 
-def figures_of(
-    said: Said, truth: Truth, places: Sequence[int], name: str, kind: str, group: str = "all", draws: int = 1000
-) -> Row:
-    """The row of one of those compared, over the pictures `places` of the split.
+@dataclass(frozen=True)
+class Estimate:
+    """A metric before it is summed up: its `value`, its (D,) bootstrap `draws`, and the `n` pictures it is about."""
+
+    value: float | None
+    draws: np.ndarray
+    n: int
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """What `Row` holds, as `Estimate`s, of one of those compared over `n` pictures."""
+
+    n: int
+    scores: Mapping[str, Mapping[str, Estimate]]
+    heatmaps: Mapping[str, Mapping[str, Estimate]]
+    words: Mapping[str, Estimate]
+
+
+def estimates_of(said: Said, truth: Truth, places: Sequence[int], draws: int = 1000) -> Estimates:
+    """All metrics of one of those compared, over the pictures `places` of the split.
 
     Args:
-        draws: of the bootstrap (see `reward.intervals`); 0 gives no intervals. Rows of the same pictures share them.
+        draws: of the bootstrap (see `reward.intervals`). The same places are drawn alike whoever is judged, so that
+            draws of two who are compared belong together.
     """
     places = np.asarray(places)
     count = len(places)
@@ -95,17 +117,52 @@ def figures_of(
             ours, labels = said.scores[places, index], truth.scores[places, index]
             drawn = correlation_draws(ours, labels, draws)
             found = score_metrics(ours, labels)
-            scores[score] = {metric: figure(value, drawn[metric], count) for metric, value in found.items()}
+            scores[score] = {metric: Estimate(value, drawn[metric], count) for metric, value in found.items()}
     if said.words is not None:
         ours, labels = ([side[place] for place in places] for side in (said.words, truth.words))
         tallies = np.array([_tally(*pair) for pair in zip(ours, labels, strict=True)], dtype=np.float64)
         drawn = word_draws(tallies, counts)
-        words = {metric: figure(value, drawn[metric], count) for metric, value in word_metrics(ours, labels).items()}
+        words = {metric: Estimate(value, drawn[metric], count) for metric, value in word_metrics(ours, labels).items()}
     heatmaps = {
         heatmap: {metric: _mean(values[places], counts) for metric, values in columns.items()}
         for heatmap, columns in said.maps.items()
     }
-    return Row(name, kind, group, count, scores, heatmaps, words)
+    return Estimates(count, scores, heatmaps, words)
+
+
+def row_of(estimates: Estimates, name: str, kind: str, group: str = "all") -> Row:
+    """The row of one of those compared, with 95% intervals."""
+
+    def sum_up(found: Mapping[str, Estimate]) -> dict[str, Figure]:
+        return {metric: figure(one.value, one.draws, one.n) for metric, one in found.items()}
+
+    scores, heatmaps = (
+        {part: sum_up(found) for part, found in parts.items()} for parts in (estimates.scores, estimates.heatmaps)
+    )
+    return Row(name, kind, group, estimates.n, scores, heatmaps, sum_up(estimates.words))
+
+
+def share_row(predictor: Estimates, ceiling: Estimates, name: str, group: str = "all") -> Row:
+    """The predictor's share of the ceiling in each metric where higher is better; 1 = as good as fresh raters.
+
+    Both must be estimates over the same places. The interval is that of the quotient: a draw's pictures are the same
+    above and below. A share is None where the ceiling is not above 0; draws in which it is not are left out.
+    """
+
+    def share(found: Mapping[str, Estimate], top: Mapping[str, Estimate]) -> dict[str, Figure]:
+        both = {metric: (found[metric], top[metric]) for metric in found if metric in top}
+        return {metric: _share(*pair) for metric, pair in both.items() if metric not in LOWER_IS_BETTER}
+
+    scores = {score: share(found, ceiling.scores.get(score, {})) for score, found in predictor.scores.items()}
+    heatmaps = {part: share(found, ceiling.heatmaps.get(part, {})) for part, found in predictor.heatmaps.items()}
+    return Row(name, "of ceiling", group, predictor.n, scores, heatmaps, share(predictor.words, ceiling.words))
+
+
+def figures_of(
+    said: Said, truth: Truth, places: Sequence[int], name: str, kind: str, group: str = "all", draws: int = 1000
+) -> Row:
+    """`estimates_of` and `row_of` in one; `draws` = 0 gives no intervals."""
+    return row_of(estimates_of(said, truth, places, draws), name, kind, group)
 
 
 def published_rows() -> list[Row]:
@@ -136,7 +193,10 @@ def markdown(rows: Sequence[Row]) -> str:
         lines = [
             [
                 row,
-                *(_cell(row.heatmaps[heatmap][metric], 5 if metric.startswith("mse") else 3) for metric in MAP_METRICS),
+                *(
+                    _cell(row.heatmaps[heatmap].get(metric, Figure(None)), 5 if metric.startswith("mse") else 3)
+                    for metric in MAP_METRICS
+                ),
             ]
             for row in rows
             if heatmap in row.heatmaps
@@ -161,6 +221,7 @@ def notes(ceiling: bool) -> str:
     ]
     if ceiling:
         told.append("'ceiling' is what fresh raters, other than those of the labels, say of the same pictures.")
+        told.append("'of ceiling' is the predictor's figure divided by the ceiling's, where higher is better.")
     return "\n".join(f"- {line}" for line in told)
 
 
@@ -168,9 +229,17 @@ def _tally(said: Sequence[int], labels: Sequence[int]) -> tuple[int, int, int]:
     return sum(bool(a and b) for a, b in zip(said, labels, strict=True)), sum(map(bool, said)), sum(map(bool, labels))
 
 
-def _mean(values: np.ndarray, counts: np.ndarray) -> Figure:
+def _mean(values: np.ndarray, counts: np.ndarray) -> Estimate:
     there = np.isfinite(values)
-    return figure(float(values[there].mean()) if there.any() else None, mean_draws(values, counts), int(there.sum()))
+    return Estimate(float(values[there].mean()) if there.any() else None, mean_draws(values, counts), int(there.sum()))
+
+
+def _share(found: Estimate, top: Estimate) -> Figure:
+    assert found.draws.shape == top.draws.shape, "a share needs both over the same pictures"
+    if found.value is None or top.value is None or top.value <= 0:
+        return Figure(None, n=found.n)
+    above = top.draws > 0
+    return figure(found.value / top.value, found.draws[above] / top.draws[above], found.n)
 
 
 def _plain(values: Mapping[str, float]) -> dict[str, Figure]:

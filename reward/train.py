@@ -32,6 +32,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from reward.arguments import main_guard, parse_arguments
+from reward.checks import check_labels
 from reward.data import (
     Augmentation,
     FeedbackCollator,
@@ -348,6 +349,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     data = load_data(arguments.data)
     if missing := {"train", "dev"} - set(data):
         raise ValueError(f"{arguments.data} lacks the splits {sorted(missing)}; it has {sorted(data)}")
+    for split in ("train", "dev"):
+        check_labels(data[split], f"{arguments.data}, {split}")
     set_seed(args.seed)  # the new heads' weights depend on it
     model, tokenizer = build_model(arguments)
     warn_of_unread_words(data, tokenizer, model.config.max_text_length)

@@ -19,6 +19,7 @@ from tinyworld.judge import Verdict, overall_of
 POINTS = 5  # the scale: 1 .. 5
 DISK = 1 / 20  # radius of a mark, in image heights
 FRESH = 1000  # raters from this number on have rated nothing that anybody trains on
+FEWEST = 64  # fresh raters whose mean is called a ceiling
 
 _LENIENCY = 0.03  # standard deviation over raters, scores in [0, 1]
 _MOOD = 0.03  # of a rater's view of one picture, shared by its scores
@@ -159,12 +160,12 @@ def consolidate(ratings: Sequence[Rating], height: int, width: int | None = None
     return Consolidated(scores, maps, np.mean([rating.words for rating in ratings], axis=0, dtype=np.float32))
 
 
-def ceiling(verdict: Verdict, words: int, uid: str, height: int, raters: int = 64, seed: int = 0) -> Consolidated:
+def ceiling(verdict: Verdict, words: int, uid: str, height: int, raters: int = FEWEST, seed: int = 0) -> Consolidated:
     """The mean of at least 64 fresh raters of one picture: the best that a predictor of ratings could say.
 
     Raises:
         ValueError: fewer than 64 raters are asked.
     """
-    if raters < 64:
-        raise ValueError(f"a ceiling is the mean of at least 64 raters, not of {raters}")
+    if raters < FEWEST:
+        raise ValueError(f"a ceiling is the mean of at least {FEWEST} raters, not of {raters}")
     return consolidate([rate(verdict, words, uid, FRESH + k, seed) for k in range(raters)], height)

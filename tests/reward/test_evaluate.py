@@ -108,6 +108,10 @@ def test_fresh_raters_are_the_ceiling(run, data, tmp_path):
     best = row["heatmaps"]["misalignment"]
     assert [best[metric]["value"] for metric in ("mse", "cc", "sim", "auc_judd")] == pytest.approx([0, 1, 1, 1])
     assert row_of(report, "ceiling, prompt = red")["n"] == 2
+    ours, share = row_of(report, "predictor"), row_of(report, "of ceiling")
+    assert values_of(share["scores"]["overall"]) == pytest.approx(values_of(ours["scores"]["overall"]))
+    assert share["words"] == ours["words"]  # above what is perfect, in every draw
+    assert row_of(report, "of ceiling, prompt = red")["kind"] == "of ceiling"
     assert "| ceiling | 6 |" in (tmp_path / "report" / "tables.md").read_text()
 
 

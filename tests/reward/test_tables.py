@@ -4,7 +4,22 @@ import pytest
 from reward.feedback import HEATMAPS, SCORES
 from reward.fresh_raters import best_share
 from reward.metrics import average_map_metrics, map_metrics, word_metrics
-from reward.tables import Row, Said, Truth, figures_of, markdown, metric_columns, published_rows
+from reward.tables import (
+    MAP_METRICS,
+    Estimate,
+    Estimates,
+    Row,
+    Said,
+    Truth,
+    estimates_of,
+    figures_of,
+    markdown,
+    metric_columns,
+    published_rows,
+    share_row,
+)
+
+WORD_METRICS = ("precision", "recall", "f1")
 
 
 @pytest.fixture
@@ -80,3 +95,43 @@ def test_names_cannot_break_a_table(case):
 )
 def test_the_share_that_makes_a_word_wrong(shares, labels, best):
     assert best_share(shares, labels) == best
+
+
+def estimates(value, draws, n=8):
+    """The same figure for every metric: what `share_row` divides."""
+    one = Estimate(value, np.array(draws, dtype=float), n)
+    scores = {name: dict.fromkeys(("plcc", "srcc"), one) for name in SCORES}
+    return Estimates(n, scores, {"misalignment": dict.fromkeys(MAP_METRICS, one)}, dict.fromkeys(WORD_METRICS, one))
+
+
+def test_shares_of_the_ceiling_are_quotients_draw_by_draw():
+    """Above 0.1 .. 0.4, below 0.2 .. 0.8: half of it in every draw, whatever the intervals of each alone."""
+    row = share_row(estimates(0.3, [0.1, 0.2, 0.4]), estimates(0.6, [0.2, 0.4, 0.8]), "of ceiling")
+    assert (row.kind, row.group, row.n) == ("of ceiling", "all", 8)
+    assert sorted(row.heatmaps["misalignment"]) == ["auc_judd", "cc", "nss", "sim"]  # in the others, lower is better
+    for found in (*row.scores["overall"].values(), *row.heatmaps["misalignment"].values(), *row.words.values()):
+        assert (found.value, found.low, found.high, found.n) == (0.5, 0.5, 0.5, 8)
+    text = markdown([row])
+    assert "| of ceiling | 8 | - | - | 0.500 (0.500, 0.500) | - |" in text
+    assert "| of ceiling | 8 | 50.0 (50.0, 50.0) |" in text
+
+
+def test_there_is_no_share_of_nothing():
+    row = share_row(estimates(0.3, [0.1, 0.4]), estimates(0.0, [0.1, -0.1]), "of ceiling")
+    assert row.scores["overall"]["srcc"].value is None
+    row = share_row(estimates(0.3, [0.1, 0.4, 0.3]), estimates(0.3, [0.1, -0.1, 0.3]), "of ceiling")
+    assert (row.words["f1"].low, row.words["f1"].high) == (1, 1)
+    assert not share_row(estimates(0.3, []), Estimates(8, {}, {}, {}), "of ceiling").words
+
+
+def test_who_says_the_same_has_the_whole_of_the_ceiling(case):
+    """Scores twice as far apart correlate as well; the same maps and words have the same figures in every draw."""
+    said, truth, _ = case
+    said = Said(said.maps, truth.scores**2, said.words)
+    wider = Said(said.maps, 2 * said.scores - 1, said.words)
+    one, other = (estimates_of(what, truth, range(20), draws=30) for what in (said, wider))
+    share = share_row(one, other, "of ceiling")
+    assert len(share.scores) == len(SCORES)
+    maps = share.heatmaps["implausibility"]
+    for found in (*share.scores["overall"].values(), *share.words.values(), maps["sim"], maps["auc_judd"]):
+        assert (found.value, found.low, found.high) == pytest.approx((1, 1, 1))

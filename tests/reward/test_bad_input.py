@@ -1,0 +1,310 @@
+"""Input that is wrong, command by command: one line on stderr that says what, exit code 2, and nothing lost or left."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from datasets import Dataset, DatasetDict, load_from_disk
+from PIL import Image
+from transformers import ViTConfig, ViTModel
+
+from reward import evaluate, predict, richhf, train
+from reward.arguments import main_guard
+from reward.records import read_tfrecords
+from tests.reward import by_hand
+
+
+def png():
+    """A picture's file, of some hundred bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PNG = png()
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """Run a command that must refuse its input; returns what it says of it."""
+
+    def refused(main, *words):
+        before = sorted(tmp_path.rglob("*"))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main_guard(main, [str(word) for word in words])
+        said = capsys.readouterr().err.splitlines()
+        assert caught.value.code == 2
+        assert sum(line.startswith("error: ") for line in said) == 1
+        assert said[-1].startswith("error: ")
+        assert sorted(tmp_path.rglob("*")) == before
+        return said[-1]
+
+    return refused
+
+
+@pytest.fixture
+def build(raw_data):
+    """The command line that joins the raw data."""
+    flags = {"--tfrecords": "tfrecords", "--images": "images", "--out": "data"}
+    return [str(word) for flag, name in flags.items() for word in (flag, raw_data / name)]
+
+
+@pytest.fixture
+def data(raw_data, build):
+    richhf.main(build)
+    return raw_data / "data"
+
+
+@pytest.fixture
+def commands(tmp_path, data, model_folder):
+    """The commands that read a data set and a checkpoint, both of which may be changed beforehand."""
+    out, places = tmp_path / "out", ["--model", str(model_folder), "--data", str(data)]
+    return {
+        "evaluate": (evaluate.main, [*places, "--out", str(out), "--draws", "0", "--map_size", "32"]),
+        "train": (train.main, [*places, "--output_dir", str(out), "--max_steps", "1", "--use_cpu", "true"]),
+    }
+
+
+def change(data, split, column, place, value):
+    """Put `value` into a cell of the row `<split>-<place>` of a saved data set; nothing is decoded or checked."""
+    whole = load_from_disk(str(data))
+    rows = whole[split].with_format("arrow")[:].to_pylist()
+    next(row for row in rows if row["uid"] == f"{split}-{place}")[column] = value
+    whole[split] = Dataset.from_list(rows, features=whole[split].features)
+    changed = data.with_name("changed")
+    DatasetDict(whole).save_to_disk(str(changed))
+    shutil.rmtree(data)
+    changed.rename(data)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def judge(model_folder, tmp_path):
+    """The command line that judges pictures, less the pictures and the prompts."""
+    return ["--model", model_folder, "--out", tmp_path / "out"]
+
+
+# Records and sources ------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_tfrecords(refused, build, raw_data):
+    shutil.rmtree(raw_data / "tfrecords")
+    (raw_data / "tfrecords").mkdir()
+    (raw_data / "tfrecords" / "notes.txt").touch()
+    assert "holds no TFRecords; RichHF-18K's are called train.tfrecord" in refused(richhf.main, *build)
+
+
+@pytest.mark.parametrize("content", [b"no records, a page of HTML", b"", b"\0" * 100])
+def test_a_corrupt_file_of_records(refused, build, raw_data, content):
+    path = raw_data / "tfrecords" / "dev.tfrecord"
+    path.write_bytes(content)
+    said = refused(richhf.main, *build)
+    assert str(path) in said
+    assert "fetch it again" in said
+
+
+def test_a_corrupt_source(refused, build, raw_data):
+    path = raw_data / "images" / "1.parquet"
+    path.write_bytes(path.read_bytes()[:200])
+    assert "cannot be read" in refused(richhf.main, *build)
+
+
+def test_a_source_without_the_columns(refused, build, raw_data):
+    for path in (raw_data / "images").iterdir():
+        path.unlink()
+    table = pyarrow.table({"identity": ["a"], "picture": [b""]})
+    pyarrow.parquet.write_table(table, raw_data / "images" / "0.parquet")
+    said = refused(richhf.main, *build)
+    assert "lacks the columns uid, image, prompt; it has identity, picture" in said
+
+
+@pytest.mark.parametrize(("scores", "why"), [({"overall": 1.5}, "overall"), ({"alignment": float("nan")}, "alignment")])
+def test_labels_out_of_range_cost_their_record_only(refused, build, raw_data, scores, why, capsys):
+    path = raw_data / "tfrecords" / "train.tfrecord"
+    first, *others = read_tfrecords(path)
+    frames = [by_hand.frame(by_hand.example(first, scores=scores)), *map(by_hand.frame, map(by_hand.example, others))]
+    path.write_bytes(b"".join(frames))
+    assert "1: labels out of range (train-0)" in refused(richhf.main, *build, "--strict")
+    richhf.main(build)
+    assert "train: 12 records read, 11 joined, 1 dropped" in capsys.readouterr().out
+
+
+# A data set that was changed behind our back ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["evaluate", "train"])
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("overall", float("nan"), "overall is nan"),
+        ("alignment", 1.5, "alignment is 1.5, not in [0, 1]"),
+        ("plausibility", -0.1, "plausibility is -0.1"),
+        ("keyword_labels", [0, 1, 2], "keyword_labels are [0, 1, 2]"),
+        ("keyword_labels", [1], "1 keyword_labels for 3 tokens"),
+    ],
+)
+def test_labels_that_cannot_be_meant(refused, commands, data, command, column, value, message):
+    split = "test" if command == "evaluate" else "train"
+    change(data, split, column, 3, value)
+    main, words = commands[command]
+    said = refused(main, *words)
+    assert f"{data}, {split}: picture {split}-3: {message}" in said
+
+
+@pytest.mark.parametrize("column", ["image", "misalignment_map"])
+@pytest.mark.parametrize("value", [{"bytes": b"no picture", "path": None}, {"bytes": PNG[:60], "path": None}, None])
+@pytest.mark.parametrize("command", ["evaluate", "train"])
+def test_pictures_that_do_not_decode(refused, commands, data, command, column, value):
+    split = "test" if command == "evaluate" else "train"
+    change(data, split, column, 3, value)
+    main, words = commands[command]
+    words = [*words, "--in_memory", "true"] if command == "train" else words
+    said = refused(main, *words)
+    assert f"the {column} of {split}-3 {'is missing' if value is None else 'cannot be decoded'}" in said
+
+
+def test_a_picture_met_in_the_middle_of_a_training(commands, data):
+    """Without `in_memory` it is met when its turn comes; what was saved until then is there."""
+    change(data, "train", "image", 3, {"bytes": b"no picture", "path": None})
+    main, words = commands["train"]
+    with pytest.raises(ValueError, match="the image of train-3 cannot be decoded"):
+        main([*words, "--max_steps", "12", "--per_device_train_batch_size", "1"])
+
+
+def test_an_empty_prompt_among_the_data_is_no_error(commands, data, tmp_path):
+    """`reward.richhf` leaves such rows out; where they come from elsewhere, only their words do not count."""
+    for split in ("train", "dev", "test"):
+        for column in ("tokens", "keyword_labels"):
+            change(data, split, column, 3, [])
+    for command, kept in (("train", "model.safetensors"), ("evaluate", "tables.md")):
+        main, words = commands[command]
+        main([word.replace(str(tmp_path / "out"), str(tmp_path / command)) for word in words])
+        assert (tmp_path / command / kept).is_file()
+
+
+def test_raters_scores_out_of_range(refused, commands, data):
+    shutil.copytree(data, data.with_name("raters"))
+    change(data.with_name("raters"), "test", "overall", 2, 7.0)
+    main, words = commands["evaluate"]
+    raters = data.with_name("raters")
+    said = refused(main, *words, "--raters", raters)
+    assert f"the raters' folder {raters}: picture test-2: overall is 7, not in [0, 1]" in said
+
+
+@pytest.mark.parametrize("command", ["evaluate", "train"])
+def test_data_without_a_column(refused, commands, data, command):
+    whole = load_from_disk(str(data))
+    whole = DatasetDict({name: rows.remove_columns("tokens") for name, rows in whole.items()})
+    whole.save_to_disk(str(data.with_name("less")))
+    shutil.rmtree(data)
+    data.with_name("less").rename(data)
+    main, words = commands[command]
+    assert "lack the columns ['tokens']" in refused(main, *words)
+
+
+# Checkpoints --------------------------------------------------------------------------------------------------------
+
+
+def other_class(folder):
+    ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)).save_pretrained(
+        folder
+    )
+
+
+def no_json(folder):
+    (folder / "config.json").write_text('{"model_type": "ra')
+
+
+def a_list(folder):
+    (folder / "config.json").write_text("[]")
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def torn_weights(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def other_width(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["head_width"] = 0.5
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "train"])
+@pytest.mark.parametrize("spoil", [other_class, no_json, a_list])
+def test_a_checkpoint_of_something_else(refused, commands, judge, picture, model_folder, command, spoil):
+    spoil(model_folder)
+    lines = {**commands, "predict": (predict.main, [*judge, "--images", picture, "--prompts", "red"])}
+    main, words = lines[command]
+    assert f"{model_folder} is not a RAHF checkpoint" in refused(main, *words)
+
+
+@pytest.mark.parametrize("spoil", [no_weights, torn_weights, other_width])
+def test_a_checkpoint_that_is_damaged(refused, judge, picture, model_folder, spoil):
+    spoil(model_folder)
+    assert str(model_folder) in refused(predict.main, *judge, "--images", picture, "--prompts", "red")
+
+
+# Pictures and prompts -----------------------------------------------------------------------------------------------
+
+
+def saved(image, path, **options):
+    image.save(path, **options)
+    return path
+
+
+def test_pictures_of_every_kind_are_judged(judge, tmp_path):
+    """One pixel, transparent, CMYK, 16 bit, grey and a palette: what they show, in 8-bit RGB."""
+    (tmp_path / "kinds").mkdir()
+    wide = np.linspace(0, 65535, 600).reshape(20, 30).astype(np.uint16)
+    images = [
+        saved(Image.new("RGB", (1, 1), "red"), tmp_path / "kinds" / "one.png"),
+        saved(Image.new("RGBA", (20, 30), (255, 0, 0, 0)), tmp_path / "kinds" / "clear.png"),
+        saved(Image.new("RGB", (20, 30), "white"), tmp_path / "kinds" / "white.png"),
+        saved(Image.new("CMYK", (20, 30), (0, 255, 255, 0)), tmp_path / "kinds" / "print.jpg"),
+        saved(Image.fromarray(wide), tmp_path / "kinds" / "wide.png"),
+        saved(Image.fromarray(np.round(wide / 257).astype(np.uint8)), tmp_path / "kinds" / "grey.png"),
+        saved(Image.new("P", (20, 30)), tmp_path / "kinds" / "palette.gif"),
+    ]
+    predict.main([*map(str, judge), "--images", *map(str, images), "--prompts", *["red"] * len(images)])
+    lines = [json.loads(line) for line in (tmp_path / "out" / "feedback.jsonl").read_text().splitlines()]
+    said = {path.stem: line["scores"] for path, line in zip(images, lines, strict=True)}
+    assert said["clear"] == pytest.approx(said["white"], abs=1e-6)
+    assert said["wide"] == pytest.approx(said["grey"], abs=1e-6)
+    with Image.open(tmp_path / "out" / lines[0]["implausibility_map"]) as heatmap:
+        assert heatmap.size == (1, 1)
+
+
+def test_an_empty_prompt_is_judged_without_words(judge, picture, tmp_path):
+    words = [*judge, "--images", picture, picture, "--prompts", "", " ,. "]
+    predict.main([str(word) for word in words])
+    for line in (tmp_path / "out" / "feedback.jsonl").read_text().splitlines():
+        found = json.loads(line)
+        assert (found["tokens"], found["struck_out"]) == ([], [])
+        assert all(0 <= value <= 1 for value in found["scores"].values())
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no picture", b"\x89PNG\r\n\x1a\n"])
+def test_a_picture_that_does_not_decode(refused, judge, picture, tmp_path, content):
+    wrong = tmp_path / "wrong.png"
+    if content is not None:
+        wrong.write_bytes(content)
+    said = refused(predict.main, *judge, "--images", picture, wrong, "--prompts", "red", "red", "--batch_size", "1")
+    assert str(wrong) in said
+    said = refused(predict.main, *judge, "--images", wrong, picture, wrong, "--prompts", *["red"] * 3)
+    assert "2 of 3 are wrong" in said
