@@ -31,7 +31,8 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from reward.arguments import main_guard, parse_arguments
-from reward.data import Augmentation, FeedbackCollator, FeedbackDataset
+from reward.augmentation import Augmentation
+from reward.data import FeedbackCollator, FeedbackDataset
 from reward.feedback import HEATMAPS, SCORES
 from reward.losses import IGNORE
 from reward.metrics import heatmap_metrics, score_metrics, word_metrics
@@ -60,22 +61,26 @@ class RahfArguments:
     heatmap_size: int | None = field(default=None, metadata={"help": "side of the heatmaps in pixels"})
     max_text_length: int | None = field(default=None, metadata={"help": "pieces of a prompt that are read"})
     in_memory: bool = field(default=False, metadata={"help": "decode all pictures once; for small pictures"})
+    flip_probability: float = field(
+        default=0.0,
+        metadata={"help": "how often left and right are swapped; 0, since it belies prompts with 'left of'"},
+    )
     crop_probability: float = field(default=0.0, metadata={"help": "how often picture and maps are cropped alike"})
     crop_min_side: float = field(default=0.8, metadata={"help": "smallest side kept by a crop, as a share"})
     brightness: float = field(default=0.0, metadata={"help": "x: factor in [1 - x, 1 + x]"})
     contrast: float = field(default=0.0, metadata={"help": "x: factor in [1 - x, 1 + x]"})
+    hue: float = field(default=0.0, metadata={"help": "x: turn in [-x, x] of the full circle; at most 0.5"})
     saturation: float = field(default=0.0, metadata={"help": "x: factor in [1 - x, 1 + x]"})
+    grayscale_probability: float = field(default=0.0, metadata={"help": "how often all colour is taken"})
+    jpeg_probability: float = field(default=0.0, metadata={"help": "how often the picture goes through JPEG"})
+    jpeg_min_quality: int = field(default=70, metadata={"help": "lowest JPEG quality, 1 to 95; the highest is 95"})
     panels: int = field(default=8, metadata={"help": "dev pictures drawn at each evaluation; 0: none"})
 
     def __post_init__(self):
         backbones = self.vision_model is not None and self.text_model is not None
         if (self.model is not None) == backbones:
             raise ValueError("give either --model (a RAHF checkpoint), or both --vision_model and --text_model")
-        if not 0 < self.crop_min_side <= 1 or not 0 <= self.crop_probability <= 1:
-            raise ValueError(
-                f"crop_min_side must be in (0, 1] and crop_probability in [0, 1], not {self.crop_min_side} and "
-                f"{self.crop_probability}"
-            )
+        self.augmentation(seed=0)  # checks its settings
 
     @property
     def model_options(self) -> dict:

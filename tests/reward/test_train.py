@@ -134,6 +134,7 @@ def test_backbone_and_heads_have_their_own_rates(model):
         ({"model": "nowhere"}, "no model folder nowhere"),
         ({"vision_model": "a", "text_model": "b"}, "either --model"),
         ({"crop_min_side": 0}, "crop_min_side"),
+        ({"hue": 0.7}, "hue must be in"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"resume_from_checkpoint": "last"}, "no whole checkpoint"),
     ],
