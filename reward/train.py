@@ -9,6 +9,7 @@ a pretrained vision encoder and T5 (`--vision_model`, `--text_model`). The outpu
 """
 
 import json
+import math
 import os
 import tempfile
 from collections import defaultdict
@@ -42,6 +43,7 @@ from reward.predict import check_model_folder
 
 _BACKBONE = ("vision.", "encoder.", "decoder.")
 _COMPLETE = "complete"
+_LOSS_SETTINGS = ("score_loss_weight", "heatmap_loss_weight", "word_loss_weight", "heatmap_positive_weight")
 
 
 @dataclass
@@ -103,6 +105,9 @@ class RahfTrainingArguments(TrainingArguments):
     score_loss_weight: float = field(default=1.0, metadata={"help": "weight of the scores' MSE"})
     heatmap_loss_weight: float = field(default=1.0, metadata={"help": "weight of the heatmaps' pixel MSE"})
     word_loss_weight: float = field(default=1.0, metadata={"help": "weight of the words' cross-entropy"})
+    heatmap_positive_weight: float = field(
+        default=1.0, metadata={"help": "how often marked pixels count in the heatmaps' MSE; 1: the paper's loss"}
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "train into a folder that is not empty"})
     learning_rate: float = field(default=1e-3, metadata={"help": "rate of the heads and the projection"})
     lr_scheduler_type: str = field(default="inverse_sqrt", metadata={"help": "decay after the warm-up"})
@@ -121,13 +126,16 @@ class RahfTrainingArguments(TrainingArguments):
         self.label_names = ["scores", "heatmaps", "word_labels"]
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: the collator reads columns that the model does not")
+        for name in _LOSS_SETTINGS:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
 
 
 class RahfTrainer(Trainer):
     """`transformers.Trainer` with a learning rate for the backbone, and every loss term in the log."""
 
     def __init__(self, model: RahfModel, args: RahfTrainingArguments, **kwargs):
-        for name in ("score_loss_weight", "heatmap_loss_weight", "word_loss_weight"):
+        for name in _LOSS_SETTINGS:
             setattr(model.config, name, getattr(args, name))
         super().__init__(model=model, args=args, compute_metrics=dev_metrics, **kwargs)
         self._terms = defaultdict(list)

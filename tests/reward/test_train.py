@@ -135,6 +135,7 @@ def test_backbone_and_heads_have_their_own_rates(model):
         ({"vision_model": "a", "text_model": "b"}, "either --model"),
         ({"crop_min_side": 0}, "crop_min_side"),
         ({"hue": 0.7}, "hue must be in"),
+        ({"heatmap_positive_weight": -1}, "heatmap_positive_weight must be a number from 0 on, not -1"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"resume_from_checkpoint": "last"}, "no whole checkpoint"),
     ],
