@@ -13,7 +13,8 @@ import math
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import TensorBoardCallback
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from reward.arguments import main_guard, parse_arguments
 from reward.augmentation import Augmentation
@@ -43,6 +45,7 @@ from reward.predict import check_model_folder
 
 _BACKBONE = ("vision.", "encoder.", "decoder.")
 _COMPLETE = "complete"
+_GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 _LOSS_SETTINGS = ("score_loss_weight", "heatmap_loss_weight", "word_loss_weight", "heatmap_positive_weight")
 
 
@@ -126,6 +129,9 @@ class RahfTrainingArguments(TrainingArguments):
         self.label_names = ["scores", "heatmaps", "word_labels"]
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: the collator reads columns that the model does not")
+        zero = self.hf_deepspeed_config if self.deepspeed else None
+        if zero and zero.is_zero3() and not zero.is_true(_GATHER):
+            raise ValueError(f"with ZeRO-3, {_GATHER} must be true in {self.deepspeed}, or no whole model can be saved")
         for name in _LOSS_SETTINGS:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
@@ -159,6 +165,11 @@ class RahfTrainer(Trainer):
             )
         return self.optimizer
 
+    def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Trainer gives DeepSpeed every float in the model's precision; targets stay as they are."""
+        targets = {name: inputs[name].to(self.args.device) for name in self.label_names if name in inputs}
+        return {**super()._prepare_inputs(inputs), **targets}
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs: RahfOutput = model(**inputs)
         if model.training:
@@ -168,8 +179,10 @@ class RahfTrainer(Trainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Every rank is here; the terms are means over all of them, as Trainer's own `loss` is."""
         if "loss" in logs:
-            logs |= {name: float(torch.stack(values).mean()) for name, values in self._terms.items()}
+            own = {name: torch.stack(values).mean() for name, values in self._terms.items()}
+            logs |= {name: float(self.accelerator.gather(mean).mean()) for name, mean in own.items()}
             self._terms.clear()
         super().log(logs, *args, **kwargs)
 
@@ -184,6 +197,7 @@ class RahfTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         """Trainer writes checkpoints in place; the marker written last tells a whole one from a torn one."""
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each rank writes a part
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.is_dir():
             (folder / _COMPLETE).touch()
@@ -263,6 +277,22 @@ def build_model(arguments: RahfArguments) -> tuple[RahfModel, PreTrainedTokenize
     return RahfModel.from_backbones(arguments.vision_model, arguments.text_model, **options), tokenizer
 
 
+@contextmanager
+def _whole_weights(args: RahfTrainingArguments) -> Iterator[None]:
+    """Inside, models get all of their weights on every rank; DeepSpeed shards them when the training begins.
+
+    Once the settings of ZeRO-3 exist, transformers loads models in shards, and reads their shapes as empty.
+    """
+    if (settings := getattr(args, "hf_deepspeed_config", None)) is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(settings)
+
+
 def load_data(folder: str | Path) -> DatasetDict:
     """The splits that `reward.richhf` wrote.
 
@@ -280,11 +310,19 @@ def load_data(folder: str | Path) -> DatasetDict:
     return data
 
 
-def save_whole(model: RahfModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save model and tokenizer so that no file in `folder` is ever half written; `config.json` comes last."""
+def save_whole(
+    model: RahfModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Save model and tokenizer so that no file in `folder` is ever half written; `config.json` comes last.
+
+    `weights`, where the model's own are sharded, replace them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as unfinished:
-        model.save_pretrained(unfinished)
+        model.save_pretrained(unfinished, state_dict=weights)
         tokenizer.save_pretrained(unfinished)
         for path in sorted(Path(unfinished).iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, folder / path.name)
@@ -327,7 +365,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if missing := {"train", "dev"} - set(data):
         raise ValueError(f"{arguments.data} lacks the splits {sorted(missing)}; it has {sorted(data)}")
     set_seed(args.seed)  # the new heads' weights depend on it
-    model, tokenizer = build_model(arguments)
+    with _whole_weights(args):
+        model, tokenizer = build_model(arguments)
     trainer = RahfTrainer(
         model,
         args,
@@ -349,8 +388,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     final = trainer.predict(dev, metric_key_prefix="eval")
     if len(final.predictions) > 2:
         model.config.word_threshold = best_word_threshold(final.predictions[2], final.label_ids[2])
+    weights = trainer.accelerator.get_state_dict(trainer.deepspeed) if trainer.is_deepspeed_enabled else None
     if trainer.is_world_process_zero():
-        save_whole(model, tokenizer, Path(args.output_dir))
+        save_whole(model, tokenizer, Path(args.output_dir), weights)
         (Path(args.output_dir) / "dev_metrics.json").write_text(json.dumps(final.metrics, indent=1))
     return final.metrics
 

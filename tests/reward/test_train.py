@@ -8,37 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from reward import richhf, train
+from reward import train
 from reward.model import RahfModel
 from reward.predict import RichFeedbackPredictor
-
-
-@pytest.fixture
-def command(raw_data, model_folder):
-    """The command line of a training of four steps on twelve pictures."""
-    data = raw_data / "data"
-    richhf.main(["--tfrecords", str(raw_data / "tfrecords"), "--images", str(raw_data / "images"), "--out", str(data)])
-
-    def make(output, **settings):
-        settings = {
-            "data": data,
-            "model": model_folder,
-            "output_dir": raw_data / output,
-            "max_steps": 4,
-            "per_device_train_batch_size": 6,
-            "logging_steps": 1,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-            "eval_strategy": "steps",
-            "save_strategy": "steps",
-            "eval_steps": 2,
-            "save_steps": 2,
-            **settings,
-        }
-        return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-
-    return make
 
 
 def weights(folder):
