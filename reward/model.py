@@ -169,7 +169,8 @@ class RahfModel(PreTrainedModel):
         """A RAHF whose encoders come pretrained and whose heads are new.
 
         Args:
-            vision: a vision model of the ViT family, or the folder of one.
+            vision: a vision model as `reward.vision` knows them, alone or beside CLIP's or SigLIP's text model; or the
+                folder of one.
             text: a T5 (encoder only, or with its decoder), or the folder of one.
             options: fields of `RahfConfig`.
         """
@@ -177,6 +178,7 @@ class RahfModel(PreTrainedModel):
 
         if not isinstance(vision, PreTrainedModel):
             vision = AutoModel.from_pretrained(vision)
+        vision = getattr(vision, "vision_model", vision)  # of CLIP's or SigLIP's two towers, the one for pictures
         if not isinstance(text, PreTrainedModel):
             text = T5ForConditionalGeneration.from_pretrained(text)
         config = RahfConfig(vision_config=vision.config.to_dict(), text_config=text.config.to_dict(), **options)

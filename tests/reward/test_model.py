@@ -8,6 +8,8 @@ from transformers import (
     Dinov2Config,
     ResNetConfig,
     ResNetModel,
+    SiglipConfig,
+    SiglipModel,
     SiglipVisionConfig,
     SwinConfig,
     T5Config,
@@ -232,3 +234,17 @@ def test_from_backbones_takes_a_resnet(tmp_path, batch):
     model = RahfModel.from_backbones(tmp_path / "resnet", text, image_size=32, head_width=0.1).eval()
     seen = model.vision(pixel_values=batch["pixel_values"]).last_hidden_state
     assert torch.equal(seen, vision(pixel_values=batch["pixel_values"]).last_hidden_state)
+
+
+def test_from_backbones_takes_the_picture_tower_of_siglip(tmp_path, batch):
+    tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    both = SiglipModel(
+        SiglipConfig(
+            vision_config={**tower, "image_size": 32, "patch_size": 8}, text_config={**tower, "vocab_size": 20}
+        )
+    ).eval()
+    both.save_pretrained(tmp_path)
+    text = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    model = RahfModel.from_backbones(tmp_path, text, head_width=0.1).eval()
+    seen = model.vision(pixel_values=batch["pixel_values"]).last_hidden_state
+    assert torch.equal(seen, both.vision_model(pixel_values=batch["pixel_values"]).last_hidden_state)

@@ -1,12 +1,15 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers.models.t5.modeling_t5 import T5LayerFF
+from transformers.models.vit.modeling_vit import ViTAttention
 
 from reward import train
 from reward.model import RahfModel
@@ -75,6 +78,30 @@ def test_accumulating_micro_batches_is_one_large_batch(command, raw_data):
     large, small = weights(raw_data / "large"), weights(raw_data / "small")
     for name in large:
         torch.testing.assert_close(large[name], small[name], atol=1e-5, rtol=1e-4)
+
+
+def test_checkpointing_computes_both_encoders_again_and_changes_no_gradient(command, raw_data, monkeypatch):
+    calls = Counter()
+    for layer in (T5LayerFF, ViTAttention):
+        forward = layer.forward
+
+        def counted(self, *args, forward=forward, **kwargs):
+            calls[type(self)] += 1
+            return forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(layer, "forward", counted)
+    settings = {"max_steps": 2, "load_best_model_at_end": False, "panels": 0, "eval_strategy": "no"}
+    settings |= {"optim": "sgd", "learning_rate": 0.1}
+    train.main(command("plain", **settings))
+    once = calls.copy()
+    train.main(command("checkpointed", **settings, activation_checkpointing=True))
+    assert {layer: calls[layer] - once[layer] for layer in once} == {
+        T5LayerFF: once[T5LayerFF] + 4,
+        ViTAttention: once[ViTAttention] + 2,
+    }
+    plain, checkpointed = weights(raw_data / "plain"), weights(raw_data / "checkpointed")
+    for name in plain:
+        torch.testing.assert_close(plain[name], checkpointed[name])
 
 
 def test_training_fits_what_it_is_shown(command, raw_data):
