@@ -9,13 +9,11 @@ a pretrained vision encoder and T5 (`--vision_model`, `--text_model`). The outpu
 """
 
 import json
-import math
 import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +25,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from reward.arguments import main_guard, parse_arguments
-from reward.augmentation import Augmentation
 from reward.data import FeedbackCollator, FeedbackDataset
 from reward.feedback import HEATMAPS, SCORES
 from reward.losses import IGNORE
@@ -42,106 +38,17 @@ from reward.metrics import heatmap_metrics, score_metrics, word_metrics
 from reward.model import RahfModel, RahfOutput
 from reward.panels import ExamplePanels
 from reward.predict import check_model_folder
+from reward.train_config import LOSS_SETTINGS, RahfArguments, RahfTrainingArguments
 
 _BACKBONE = ("vision.", "encoder.", "decoder.")
 _COMPLETE = "complete"
-_GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
-_LOSS_SETTINGS = ("score_loss_weight", "heatmap_loss_weight", "word_loss_weight", "heatmap_positive_weight")
-
-
-@dataclass
-class RahfArguments:
-    """What to train, on which data."""
-
-    data: str = field(metadata={"help": "folder written by `python -m reward.richhf`"})
-    model: str | None = field(default=None, metadata={"help": "RAHF checkpoint to start from"})
-    vision_model: str | None = field(
-        default=None, metadata={"help": "pretrained vision encoder, where there is no RAHF"}
-    )
-    text_model: str | None = field(default=None, metadata={"help": "pretrained T5, with its tokenizer"})
-    heatmap_head: str | None = field(default=None, metadata={"help": "paper or light; unset: the model's own"})
-    score_head: str | None = field(default=None, metadata={"help": "paper or light; unset: the model's own"})
-    head_width: float | None = field(default=None, metadata={"help": "factor on the heads' channels"})
-    image_size: int | None = field(default=None, metadata={"help": "side of what a ResNet sees; a ViT has its own"})
-    heatmap_size: int | None = field(default=None, metadata={"help": "side of the heatmaps in pixels"})
-    max_text_length: int | None = field(default=None, metadata={"help": "pieces of a prompt that are read"})
-    in_memory: bool = field(default=False, metadata={"help": "decode all pictures once; for small pictures"})
-    flip_probability: float = field(
-        default=0.0,
-        metadata={"help": "how often left and right are swapped; 0, since it belies prompts with 'left of'"},
-    )
-    crop_probability: float = field(default=0.0, metadata={"help": "how often picture and maps are cropped alike"})
-    crop_min_side: float = field(default=0.8, metadata={"help": "smallest side kept by a crop, as a share"})
-    brightness: float = field(default=0.0, metadata={"help": "x: factor in [1 - x, 1 + x]"})
-    contrast: float = field(default=0.0, metadata={"help": "x: factor in [1 - x, 1 + x]"})
-    hue: float = field(default=0.0, metadata={"help": "x: turn in [-x, x] of the full circle; at most 0.5"})
-    saturation: float = field(default=0.0, metadata={"help": "x: factor in [1 - x, 1 + x]"})
-    grayscale_probability: float = field(default=0.0, metadata={"help": "how often all colour is taken"})
-    jpeg_probability: float = field(default=0.0, metadata={"help": "how often the picture goes through JPEG"})
-    jpeg_min_quality: int = field(default=70, metadata={"help": "lowest JPEG quality, 1 to 95; the highest is 95"})
-    panels: int = field(default=8, metadata={"help": "dev pictures drawn at each evaluation; 0: none"})
-
-    def __post_init__(self):
-        backbones = self.vision_model is not None and self.text_model is not None
-        if (self.model is not None) == backbones:
-            raise ValueError("give either --model (a RAHF checkpoint), or both --vision_model and --text_model")
-        self.augmentation(seed=0)  # checks its settings
-
-    @property
-    def model_options(self) -> dict:
-        """The settings of the model's config that were given."""
-        names = ("heatmap_head", "score_head", "head_width", "image_size", "heatmap_size", "max_text_length")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    def augmentation(self, seed: int) -> Augmentation:
-        names = [item.name for item in fields(Augmentation) if item.name != "seed"]
-        return Augmentation(seed=seed, **{name: getattr(self, name) for name in names})
-
-
-@dataclass
-class RahfTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with what RAHF adds; `learning_rate` is that of the heads."""
-
-    backbone_learning_rate: float | None = field(
-        default=None, metadata={"help": "rate of the vision encoder and T5; unset: learning_rate"}
-    )
-    score_loss_weight: float = field(default=1.0, metadata={"help": "weight of the scores' MSE"})
-    heatmap_loss_weight: float = field(default=1.0, metadata={"help": "weight of the heatmaps' pixel MSE"})
-    word_loss_weight: float = field(default=1.0, metadata={"help": "weight of the words' cross-entropy"})
-    heatmap_positive_weight: float = field(
-        default=1.0, metadata={"help": "how often marked pixels count in the heatmaps' MSE; 1: the paper's loss"}
-    )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "train into a folder that is not empty"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "rate of the heads and the projection"})
-    lr_scheduler_type: str = field(default="inverse_sqrt", metadata={"help": "decay after the warm-up"})
-    eval_strategy: str = field(default="epoch", metadata={"help": "when dev is evaluated"})
-    save_strategy: str = field(default="epoch", metadata={"help": "when a checkpoint is written"})
-    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept; the best is always kept"})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "end with the best checkpoint, not the last"})
-    metric_for_best_model: str | None = field(default="eval_quality", metadata={"help": "see reward.train.dev_metrics"})
-    report_to: None | str | list[str] = field(  # noqa: RUF036 the parser wants None first
-        default="tensorboard", metadata={"help": "where figures are logged"}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "must be false: our collator reads them all"})
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.label_names = ["scores", "heatmaps", "word_labels"]
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be false: the collator reads columns that the model does not")
-        zero = self.hf_deepspeed_config if self.deepspeed else None
-        if zero and zero.is_zero3() and not zero.is_true(_GATHER):
-            raise ValueError(f"with ZeRO-3, {_GATHER} must be true in {self.deepspeed}, or no whole model can be saved")
-        for name in _LOSS_SETTINGS:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
 
 
 class RahfTrainer(Trainer):
     """`transformers.Trainer` with a learning rate for the backbone, and every loss term in the log."""
 
     def __init__(self, model: RahfModel, args: RahfTrainingArguments, **kwargs):
-        for name in _LOSS_SETTINGS:
+        for name in LOSS_SETTINGS:
             setattr(model.config, name, getattr(args, name))
         super().__init__(model=model, args=args, compute_metrics=dev_metrics, **kwargs)
         self._terms = defaultdict(list)
