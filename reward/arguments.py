@@ -176,14 +176,15 @@ class _Parser(TrlParser):
             raise ArgumentsError(self.unknown_names(unknown, f"in {path}"))
         for action in self._actions:
             if action.dest in config:
+                if action.nargs in ("+", "*") and not isinstance(config[action.dest], list | None):
+                    config[action.dest] = [config[action.dest]]  # as a flag with one value
                 self._check_yaml_value(action, config[action.dest], path)
         os.environ.update({str(key): str(value) for key, value in env.items()})
         self.set_defaults_with_config(**config)
 
     def _check_yaml_value(self, action: Action, value: object, path: str) -> None:
         """argparse converts and checks defaults that are strings only, and never checks their choices."""
-        values = value if action.nargs in ("+", "*") and isinstance(value, list) else [value]
-        for item in values:
+        for item in value if isinstance(value, list) and action.nargs in ("+", "*") else [value]:
             if item is None:
                 continue
             if action.type in (int, float) and not _is_number(item, action.type):

@@ -1,6 +1,6 @@
 """Heatmaps that look at no picture; what a predictor must beat before its figures mean anything.
 
-Shapes: h the side of a heatmap. Every baseline is (2, h, h) in [0, 1], in the order of `HEATMAPS`.
+Shapes: h x w a heatmap's pixels. Every baseline is (2, h, w) in [0, 1], in the order of `HEATMAPS`.
 """
 
 import torch
@@ -13,10 +13,10 @@ CENTRE_WIDTH = 0.25
 """Standard deviation of the centre prior, as a share of the side."""
 
 
-def mean_maps(split: Dataset, size: int) -> torch.Tensor:
-    """(2, size, size), the mean heatmaps of a split, in the order of `HEATMAPS`."""
+def mean_maps(split: Dataset, size: tuple[int, int]) -> torch.Tensor:
+    """(2, *size), the mean heatmaps of a split, in the order of `HEATMAPS`."""
     columns = split.select_columns([f"{name}_map" for name in HEATMAPS])
-    total = torch.zeros(2, size, size, dtype=torch.float64)
+    total = torch.zeros(2, *size, dtype=torch.float64)
     for row in columns:
         maps = [to_tensor(row[f"{name}_map"], "L").float() / 255 for name in HEATMAPS]
         total += torch.cat([resize_maps(heatmap[None], size)[0] for heatmap in maps])
@@ -24,7 +24,7 @@ def mean_maps(split: Dataset, size: int) -> torch.Tensor:
 
 
 def map_baselines(mean: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Name -> (2, h, h); `mean` (2, h, h) are the mean maps of the pictures that one may learn from.
+    """Name -> (2, h, w); `mean` (2, h, w) are the mean maps of the pictures that one may learn from.
 
     all zero: nothing is ever wrong. Hard to beat in MSE, as most pixels are 0.
     constant: the mean map's mean everywhere, the best constant in MSE.
@@ -32,8 +32,8 @@ def map_baselines(mean: torch.Tensor) -> dict[str, torch.Tensor]:
     centre prior: a Gaussian of standard deviation `CENTRE_WIDTH` about the middle, stretched to the picture's shape as
         all maps are (Bylinskii et al., arXiv 1604.03605, section 3), and as high as fits `mean` best (least squares).
     """
-    side = (torch.arange(mean.shape[-1]) + 0.5) / mean.shape[-1] - 0.5
-    bell = torch.exp(-(side[:, None] ** 2 + side**2) / (2 * CENTRE_WIDTH**2))  # (h, h)
+    down, across = ((torch.arange(side) + 0.5) / side - 0.5 for side in mean.shape[-2:])
+    bell = torch.exp(-(down[:, None] ** 2 + across**2) / (2 * CENTRE_WIDTH**2))  # (h, w)
     height = (mean * bell).sum((1, 2), keepdim=True) / (bell * bell).sum()
     return {
         "all zero": torch.zeros_like(mean),

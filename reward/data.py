@@ -7,6 +7,7 @@ Shapes: B examples, H x W pixels of a picture, S the side the model sees, h the 
 longest prompt in the batch, T its words.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -24,27 +25,27 @@ from reward.pictures import to_rgb
 
 
 def preprocess(images: torch.Tensor, config: RahfConfig) -> torch.Tensor:
-    """Pictures (B, 3, H, W) in [0, 1] -> what the vision encoder sees, (B, 3, S, S); differentiable.
+    """Pictures (B, 3, H, W) in [0, 1] -> what the vision encoder sees, (B, 3, *config.input_size); differentiable.
 
-    The picture is stretched to a square, as RichHF-18K's maps are, by an antialiased bilinear filter (Pillow's
-    BILINEAR), then normalised.
+    The picture is stretched to that size, as RichHF-18K's maps are to a square, by an antialiased bilinear filter
+    (Pillow's BILINEAR), then normalised.
     """
-    images = resize(images, config.image_size)
+    images = resize(images, config.input_size)
     mean, std = (images.new_tensor(list(values))[:, None, None] for values in (config.image_mean, config.image_std))
     return (images - mean) / std
 
 
-def resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    """(B, C, H, W) -> (B, C, size, size), antialiased; the same tensor if it has that size already."""
-    if images.shape[-2:] == (size, size):
+def resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(B, C, H, W) -> (B, C, *size), antialiased; the same tensor if it has that size already."""
+    if images.shape[-2:] == size:
         return images
-    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
 
 
-def resize_maps(maps: torch.Tensor, size: int) -> torch.Tensor:
-    """Heatmaps (B, M, h, w) -> (B, M, size, size): by area when shrinking, so that means are kept, else bilinearly."""
-    if min(maps.shape[-2:]) >= size:
-        return F.interpolate(maps, size=(size, size), mode="area")
+def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Heatmaps (B, M, h', w') -> (B, M, *size): by area when shrinking, so that means are kept, else bilinearly."""
+    if maps.shape[-2] >= size[0] and maps.shape[-1] >= size[1]:
+        return F.interpolate(maps, size=size, mode="area")
     return resize(maps, size)
 
 
@@ -80,6 +81,27 @@ def encode_prompts(
     }
 
 
+def unread_words(tokens: Sequence[Sequence[str]], word_positions: torch.Tensor) -> list[list[str]]:
+    """For each of B prompts, the words that the model does not see; `word_positions` (B, T) of `encode_prompts`."""
+    return [
+        [word for word, place in zip(words, row, strict=False) if place < 0]
+        for words, row in zip(tokens, word_positions.tolist(), strict=True)
+    ]
+
+
+def describe_unread(unread: Sequence[Sequence[str]], max_length: int, most: int = 10) -> str | None:
+    """What to tell the user about `unread_words` of some prompts, the first `most` of them by name; None if none is."""
+    lost = [word for words in unread for word in words]
+    if not lost:
+        return None
+    named = ", ".join(map(repr, lost[:most])) + (f" and {len(lost) - most} more" if len(lost) > most else "")
+    prompts = sum(bool(words) for words in unread)
+    return (
+        f"{len(lost)} words of {prompts} prompts are not read: {named}. They lie behind the {max_length} pieces of a "
+        "prompt that the model takes (max_text_length), or its tokenizer drops them"
+    )
+
+
 def pad_rows(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     """Rows of differing lengths -> (B, T) int64 with T >= 1, filled up with `value`."""
     length = max(max(map(len, rows), default=0), 1)
@@ -97,7 +119,7 @@ class FeedbackDataset(torch.utils.data.Dataset):
 
     Args:
         split: columns image, tokens, keyword_labels, the four scores, implausibility_map, misalignment_map, uid.
-        config: of the model; only `heatmap_size` is used.
+        config: of the model; only `map_size` is used.
         augmentation: what is changed at random, for training; None gives the pictures as they are.
         in_memory: decode everything once, with maps already at the heatmaps' size. For small pictures: decoding 512x512
             maps takes longer than a step of a small model.
@@ -116,7 +138,7 @@ class FeedbackDataset(torch.utils.data.Dataset):
         wanted = {"image", "uid", "tokens", "keyword_labels", *SCORES, *(f"{name}_map" for name in HEATMAPS)}
         if missing := sorted(wanted - set(split.column_names)):
             raise ValueError(f"the data lack the columns {missing}; `python -m reward.richhf` writes them all")
-        self.split, self.size, self.augmentation, self.epoch = split, config.heatmap_size, augmentation, 0
+        self.split, self.size, self.augmentation, self.epoch = split, config.map_size, augmentation, 0
         self.examples = self._decode_all() if in_memory else None
 
     def __len__(self) -> int:
@@ -130,7 +152,7 @@ class FeedbackDataset(torch.utils.data.Dataset):
         example = self.examples[index] if self.examples is not None else self._decode(self.split[index])
         image, maps = example["image"].float() / 255, example["maps"]
         if self.augmentation is not None:
-            image, maps = self.augmentation(image, maps, f"{example['uid']} {self.epoch}", self.size)
+            image, maps = self.augmentation(image, maps, f"{example['uid']} {self.epoch}", math.gcd(*self.size))
         return {**example, "image": image, "maps": maps}
 
     def _decode_all(self) -> list[dict]:
@@ -141,7 +163,7 @@ class FeedbackDataset(torch.utils.data.Dataset):
         """
         columns = [f"{name}_map" for name in HEATMAPS]
         examples = [_decode_rest(row) for row in self.split.remove_columns(columns)]
-        maps = torch.empty(len(examples), len(columns), self.size, self.size)
+        maps = torch.empty(len(examples), len(columns), *self.size)
         for index, row in enumerate(self.split.select_columns(columns)):
             maps[index] = resize_maps(_decode_maps(row)[None], self.size)[0]
         return [{**example, "maps": maps[index]} for index, example in enumerate(examples)]
@@ -178,6 +200,6 @@ class FeedbackCollator:
             "pixel_values": torch.cat([preprocess(example["image"][None], config) for example in examples]),
             **text,
             "scores": torch.stack([example["scores"] for example in examples]),
-            "heatmaps": torch.cat([resize_maps(example["maps"][None], config.heatmap_size) for example in examples]),
+            "heatmaps": torch.cat([resize_maps(example["maps"][None], config.map_size) for example in examples]),
             "word_labels": labels.masked_fill(text["word_positions"] < 0, IGNORE),
         }

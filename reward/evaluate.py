@@ -123,10 +123,10 @@ def predict_examples(predictor: RichFeedbackPredictor, examples: Sequence[Mappin
         ValueError: the model says something that is not finite.
     """
     config = predictor.model.config
-    images = torch.cat([resize(example["image"][None], config.image_size) for example in examples])
+    images = torch.cat([resize(example["image"][None], config.input_size) for example in examples])
     prompts = [keywords.join(example["tokens"]) for example in examples]
     with torch.no_grad():
-        feedback = predictor(images, prompts, batch_size=len(examples), heatmap_size=config.heatmap_size)
+        feedback = predictor(images, prompts, batch_size=len(examples), heatmap_size=config.map_size)
     finite = torch.stack([*feedback.scores.values(), *(maps.mean((1, 2)) for maps in feedback.heatmaps.values())])
     for example, fine in zip(examples, finite.isfinite().all(0).tolist(), strict=True):
         if not fine:
@@ -198,8 +198,8 @@ def map_examples(
 
 def _compare_maps(said: torch.Tensor, true: torch.Tensor, size: int | None) -> dict[str, dict[str, float]]:
     """Maps (2, ., .) -> name of the heatmap -> metrics of `said` against `true`."""
-    size = size or max(true.shape[-2:])
-    said, true = (resize_maps(maps[None].float(), size)[0].numpy() for maps in (said, true))
+    shape = tuple(true.shape[-2:]) if size is None else (size, size)
+    said, true = (resize_maps(maps[None].float(), shape)[0].numpy() for maps in (said, true))
     return {name: map_metrics(said[index], true[index]) for index, name in enumerate(HEATMAPS)}
 
 
@@ -235,7 +235,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     raters = load_fresh_raters(arguments.raters, data, arguments.split) if arguments.raters is not None else None
     predictor = RichFeedbackPredictor.from_pretrained(arguments.model, arguments.device)
     learned_from = "train" if "train" in data else arguments.split
-    mean = mean_maps(data[learned_from], arguments.map_size or predictor.model.config.heatmap_size)
+    size = predictor.model.config.map_size if arguments.map_size is None else (arguments.map_size,) * 2
+    mean = mean_maps(data[learned_from], size)
     said, truth = compare(split, predictor, map_baselines(mean), raters, arguments.map_size, arguments.batch_size)
     rows = rows_of(said, truth, members, arguments.draws)
     report = {

@@ -1,6 +1,6 @@
 """Heads of RAHF: fused tokens to heatmaps, scores and word logits. All outputs are logits; the model applies sigmoids.
 
-Shapes: B images, D channels of the fused tokens, g x g the grid of patch tokens, S the side of a heatmap, L text
+Shapes: B images, D channels of the fused tokens, g x k the grid of patch tokens, h x w a heatmap's pixels, L text
 positions, T tokens (words) of a prompt.
 """
 
@@ -33,7 +33,7 @@ class PaperHeatmapHead(nn.Module):
     Norm and activation between the layers are ours, the paper's are not known to us.
     """
 
-    def __init__(self, channels: int, size: int, width: float = 1.0):
+    def __init__(self, channels: int, size: tuple[int, int], width: float = 1.0):
         super().__init__()
         self.size = size
         layers, last = [], channels
@@ -48,30 +48,31 @@ class PaperHeatmapHead(nn.Module):
         self.read = HeatmapReadOut(last)
 
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
-        """(B, D, g, g) -> logits (B, S, S)."""
+        """(B, D, g, k) -> logits (B, h, w)."""
         return _to_size(self.read(self.body(feature_map)), self.size)[:, 0]
 
 
 class LightHeatmapHead(nn.Module):
-    """A cheap head: every stage is one 3x3 convolution with sub-pixel upsampling, channels halved, until S is reached.
+    """A cheap head: every stage is one 3x3 convolution with sub-pixel upsampling, channels halved, until h is reached.
 
     Our own, for small models: the paper's head alone would cost a hundred times the rest of them.
     """
 
-    def __init__(self, channels: int, size: int, grid: int, width: float = 1.0):
+    def __init__(self, channels: int, size: tuple[int, int], grid: tuple[int, int], width: float = 1.0):
         super().__init__()
         self.size = size
         last = _scaled(64, width)
         layers = [nn.Conv2d(channels, last, 1), nn.GELU()]
-        while grid < size:
+        height = grid[0]
+        while height < size[0]:
             out = max(last // 2, 8)
             layers += [nn.Conv2d(last, 4 * out, 3, padding=1), nn.PixelShuffle(2), nn.GELU()]
-            last, grid = out, 2 * grid
+            last, height = out, 2 * height
         self.body = nn.Sequential(*layers)
         self.read = HeatmapReadOut(last)
 
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
-        """(B, D, g, g) -> logits (B, S, S)."""
+        """(B, D, g, k) -> logits (B, h, w)."""
         return _to_size(self.read(self.body(feature_map)), self.size)[:, 0]
 
 
@@ -87,7 +88,7 @@ class PaperScoreHead(nn.Module):
         self.linear = nn.Sequential(nn.Linear(last, last), nn.GELU(), nn.Linear(last, 1))
 
     def forward(self, feature_map: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
-        """(B, D, g, g) -> logits (B,). `text` and `text_mask` are not used, as in the paper."""
+        """(B, D, g, k) -> logits (B,). `text` and `text_mask` are not used, as in the paper."""
         return self.linear(self.body(feature_map).mean((-2, -1)))[:, 0]
 
 
@@ -106,8 +107,8 @@ class LightScoreHead(nn.Module):
         self.linear = nn.Sequential(nn.Linear(4 * inner, inner), nn.GELU(), nn.Linear(inner, 1))
 
     def forward(self, feature_map: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
-        """(B, D, g, g), (B, L, D) and its mask (B, L) -> logits (B,)."""
-        places = F.gelu(self.place(feature_map)).flatten(2)  # (B, C, g * g)
+        """(B, D, g, k), (B, L, D) and its mask (B, L) -> logits (B,)."""
+        places = F.gelu(self.place(feature_map)).flatten(2)  # (B, C, g * k)
         hidden = ~text_mask.bool()[:, :, None]
         words = F.gelu(self.word(text))  # (B, L, C)
         total = words.masked_fill(hidden, 0.0).sum(1) / text_mask.sum(1, keepdim=True).clamp(min=1)
@@ -140,7 +141,7 @@ def _scaled(channels: int, width: float) -> int:
     return max(int(channels * width), 4)
 
 
-def _to_size(maps: torch.Tensor, size: int) -> torch.Tensor:
-    if maps.shape[-2:] == (size, size):
+def _to_size(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    if maps.shape[-2:] == size:
         return maps
-    return F.interpolate(maps, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False, antialias=True)

@@ -4,8 +4,12 @@
                                              +-- [image | text] -> T5 encoder -> fused image tokens -> heatmaps, scores
     prompt -> embeddings of its pieces ------+                                -> fused text tokens  -> words
 
-Shapes: B images of S x S pixels, D the width of T5, g x g the grid of patch tokens, P = g * g, L positions of the
-longest prompt in the batch (pieces of words, and an end), T its words, h the side of a heatmap, V the vocabulary.
+Shapes: B images of H x W pixels, D the width of T5, g x k the grid of patch tokens, P = g * k, L positions of the
+longest prompt in the batch (pieces of words, and an end), T its words, h x w a heatmap's pixels, V the vocabulary.
+
+Variants. `multi_head` reads everything from one pass of the encoder, by a head for each score and heatmap.
+`augmented_prompt` has one head a kind; what it is to say stands before the prompt ("implausibility heatmap"), and the
+encoder reads image and prompt once for each of the seven outputs. It costs seven passes of T5, and one of the ViT.
 
 Order and positions. Image tokens come first, so that neither the padding of a prompt nor its length moves anything
 that is seen. T5 knows positions only by a learned bias on the distance in the sequence; as the paper's construction
@@ -20,10 +24,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, T5Config
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
-from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.utils import ModelOutput
 
 from reward import losses
@@ -37,25 +40,31 @@ from reward.heads import (
     PaperScoreHead,
     TaggingHead,
 )
-from reward.vision import is_staged, only_features, stride_of, tokens_of, width_of
+from reward.t5_family import check_text_config, new_stack, output_scale
+from reward.vision import check_size, is_staged, only_features, resizing, size_of, stride_of, tokens_of, width_of
+from reward.word_sequence import SequenceHead, write_marks
+
+OUTPUT_NAMES = (*(f"{name} score" for name in SCORES), *(f"{name} heatmap" for name in HEATMAPS), "misaligned words")
+"""What `augmented_prompt` writes before the prompt, by output."""
 
 
 class RahfConfig(PreTrainedConfig):
     """Everything needed to build a `RahfModel` and to prepare its inputs; nothing is downloaded.
 
     Args:
-        vision_config: config of the vision encoder, for square images; see `reward.vision` for which.
-        text_config: `T5Config` of the text encoder (and decoder).
-        variant: "multi_head", one head for each score and heatmap.
-        heatmap_head: "paper", or "light" for small models.
-        score_head: "paper", or "light" for small models, which also reads the fused text tokens.
-        words: "tagging", one logit a prompt token, or "none".
-        text_decoder: also build T5's decoder.
-        tie_word_embeddings: the decoder's word embeddings are the encoder's, as in T5.
+        vision_config: config of the vision encoder; see `reward.vision` for which.
+        text_config: config of a T5, mT5 or UMT5, its encoder (and decoder).
+        variant: "multi_head" or "augmented_prompt"; see the head of this file.
+        heatmap_head: "paper", or "light".
+        score_head: "paper", or "light", which also reads the fused text tokens.
+        words: "tagging", one logit a prompt token; "sequence", the paper's decoder, see `reward.word_sequence`; "none".
+        mark_id, output_ids: ids of the mark behind misaligned words, and of each of `OUTPUT_NAMES`; they come from the
+            tokenizer, by `reward.vocabulary`.
         head_width: factor on the heads' channels; 1 is the paper's.
-        image_size: side in pixels of the square images that the vision encoder sees; that of its config if None,
-            which a ResNet's does not say.
-        heatmap_size: side of the heatmaps in pixels; `image_size` if None.
+        image_size: side in pixels of the square images that the vision encoder sees, or their [height, width]; that of
+            its config if None, which a ResNet's does not say. For another size than its own, a ViT's position
+            embeddings are interpolated.
+        heatmap_size: side of the heatmaps in pixels, or their [height, width]; `image_size` if None.
         image_mean, image_std: normalisation of the images, for each of R, G, B in [0, 1].
         max_text_length: prompts are cut after so many pieces; words behind are not judged.
         word_threshold: a word counts as misaligned if its probability is above; training sets it to the best F1 on dev.
@@ -76,11 +85,11 @@ class RahfConfig(PreTrainedConfig):
     heatmap_head: str = "light"
     score_head: str = "light"
     words: str = "tagging"
-    text_decoder: bool = False
-    tie_word_embeddings: bool = True
+    mark_id: int | None = None
+    output_ids: list[list[int]] | None = None
     head_width: float = 1.0
-    image_size: int | None = None
-    heatmap_size: int | None = None
+    image_size: int | list[int] | tuple[int, ...] | None = None
+    heatmap_size: int | list[int] | tuple[int, ...] | None = None
     image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
     max_text_length: int = 128
@@ -93,29 +102,35 @@ class RahfConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         for name, valid in (
-            ("variant", ("multi_head",)),
+            ("variant", ("multi_head", "augmented_prompt")),
             ("heatmap_head", ("paper", "light")),
             ("score_head", ("paper", "light")),
-            ("words", ("tagging", "none")),
+            ("words", ("tagging", "sequence", "none")),
         ):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} must be one of {', '.join(valid)}, not {getattr(self, name)!r}")
-        if not isinstance(self.text_config, T5Config):
-            raise ValueError(f"the text encoder must be a T5, not a {self.text_config.model_type!r}")
+        check_text_config(self.text_config)
         if self.image_size is None:
-            self.image_size = _image_size(self.vision_config)
-        if self.image_size % stride_of(self.vision_config):
-            raise ValueError(
-                f"image_size {self.image_size} is no multiple of {stride_of(self.vision_config)}, the pixels that one "
-                "feature of the vision encoder stands for"
-            )
+            self.image_size = size_of(self.vision_config)
         if self.heatmap_size is None:
             self.heatmap_size = self.image_size
+        check_size(self.vision_config, self.input_size)
 
     @property
-    def grid(self) -> int:
-        """Features of the vision encoder along one side of the image."""
-        return self.image_size // stride_of(self.vision_config)
+    def input_size(self) -> tuple[int, int]:
+        """Height and width in pixels of what the vision encoder sees."""
+        return _pair(self.image_size)
+
+    @property
+    def map_size(self) -> tuple[int, int]:
+        """Height and width of the heatmaps."""
+        return _pair(self.heatmap_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Features of the vision encoder along the height and the width of the image."""
+        stride = stride_of(self.vision_config)
+        return self.input_size[0] // stride, self.input_size[1] // stride
 
 
 @dataclass
@@ -125,8 +140,9 @@ class RahfOutput(ModelOutput):
     Attributes:
         loss: scalar, weighted sum of the terms whose targets were given; None without targets.
         scores: (B, 4) in [0, 1], in the order of `reward.feedback.SCORES`.
-        heatmaps: (B, 2, h, h) in [0, 1], in the order of `reward.feedback.HEATMAPS`.
-        word_logits: (B, T), above 0 where the word is more likely misaligned than not; arbitrary at padding.
+        heatmaps: (B, 2, h, w) in [0, 1], in the order of `reward.feedback.HEATMAPS`.
+        word_logits: (B, T), above 0 where the word is more likely misaligned than not; arbitrary at padding. None while
+            a decoder is trained: it is then told the marks instead of choosing them.
         score_loss, heatmap_loss, word_loss: scalars, the terms before weighting; None without their targets.
     """
 
@@ -153,15 +169,19 @@ class RahfModel(PreTrainedModel):
         text, width = config.text_config, config.text_config.d_model
         self.vision = only_features(AutoModel.from_config(config.vision_config))
         self.project = nn.Linear(width_of(config.vision_config), width)
-        self.places = nn.Embedding(config.grid**2, width) if is_staged(config.vision_config) else None
-        self.encoder = T5Stack(_stack_config(text, is_decoder=False))
-        if config.text_decoder:
-            self.decoder = T5Stack(_stack_config(text, is_decoder=True))
-            self._tied_weights_keys = {"decoder.embed_tokens.weight": "encoder.embed_tokens.weight"}
-        self.heatmap_heads = nn.ModuleDict({name: _heatmap_head(config) for name in HEATMAPS})
+        places = config.grid[0] * config.grid[1]
+        self.places = nn.Embedding(places, width) if is_staged(config.vision_config) else None
+        self.encoder = new_stack(text)
         score_head = PaperScoreHead if config.score_head == "paper" else LightScoreHead
-        self.score_heads = nn.ModuleDict({name: score_head(width, config.head_width) for name in SCORES})
-        self.word_head = TaggingHead(width) if config.words == "tagging" else None
+        each = config.variant == "multi_head"
+        self.heatmap_heads = nn.ModuleDict({name: _heatmap_head(config) for name in (HEATMAPS if each else ["any"])})
+        self.score_heads = nn.ModuleDict(
+            {name: score_head(width, config.head_width) for name in (SCORES if each else ["any"])}
+        )
+        self.word_head = None
+        if config.words != "none":
+            sequence = config.words == "sequence"
+            self.word_head = SequenceHead(text, config.mark_id) if sequence else TaggingHead(width)
         self.post_init()
 
     @classmethod
@@ -169,25 +189,24 @@ class RahfModel(PreTrainedModel):
         """A RAHF whose encoders come pretrained and whose heads are new.
 
         Args:
-            vision: a vision model as `reward.vision` knows them, alone or beside CLIP's or SigLIP's text model; or the
-                folder of one.
-            text: a T5 (encoder only, or with its decoder), or the folder of one.
+            vision: a vision model that `reward.vision` knows, or the folder of one.
+            text: a T5, mT5 or UMT5 (encoder only, or with its decoder, which `words="sequence"` needs), or its folder.
             options: fields of `RahfConfig`.
         """
-        from transformers import T5ForConditionalGeneration
-
         if not isinstance(vision, PreTrainedModel):
             vision = AutoModel.from_pretrained(vision)
-        vision = getattr(vision, "vision_model", vision)  # of CLIP's or SigLIP's two towers, the one for pictures
         if not isinstance(text, PreTrainedModel):
-            text = T5ForConditionalGeneration.from_pretrained(text)
+            text = AutoModelForSeq2SeqLM.from_pretrained(text)
+        # A model of image and text keeps the two apart (CLIP, SigLIP).
+        vision = getattr(vision, "vision_model", vision)
         config = RahfConfig(vision_config=vision.config.to_dict(), text_config=text.config.to_dict(), **options)
         model = cls(config)
         _copy_weights(vision, model.vision, "vision encoder")
         _copy_weights(text.get_encoder(), model.encoder, "text encoder")
-        if config.text_decoder:
-            _copy_weights(text.get_decoder(), model.decoder, "text decoder")
-            model.tie_weights()
+        if config.words == "sequence":
+            _copy_weights(text.get_decoder(), model.word_head.decoder, "text decoder")
+            written = text.get_output_embeddings().weight.detach()
+            model.word_head.write.weight.data.copy_(written * output_scale(text.config))
         return model
 
     @classmethod
@@ -227,18 +246,47 @@ class RahfModel(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.encoder.embed_tokens = value
 
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.word_head.write if isinstance(self.word_head, SequenceHead) else None
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.word_head.write = value
+
+    def use_vocabulary(self) -> None:
+        """Take over `mark_id` of the config, after `reward.vocabulary` set it."""
+        if isinstance(self.word_head, SequenceHead):
+            self.word_head.mark = self.config.mark_id
+
+    def see(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) -> their features as T5 takes them, (B, P, D)."""
+        patches = self.config.grid[0] * self.config.grid[1]
+        options = resizing(self.config.vision_config, self.config.input_size)
+        features = self.vision(pixel_values=pixel_values, **options).last_hidden_state
+        image = self.project(tokens_of(features, patches))
+        return image if self.places is None else image + self.places.weight
+
     def fuse(
         self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both encoders: images (B, 3, S, S), prompts (B, L) -> image tokens (B, P, D) and text tokens (B, L, D)."""
-        patches = self.config.grid**2
-        image = self.project(tokens_of(self.vision(pixel_values=pixel_values).last_hidden_state, patches))  # (B, P, D)
-        if self.places is not None:
-            image = image + self.places.weight
-        text = self.encoder.embed_tokens(input_ids)  # (B, L, D)
-        mask = torch.cat([attention_mask.new_ones(image.shape[:2]), attention_mask], dim=1)  # (B, P + L)
+        """Both encoders: images (B, 3, H, W), prompts (B, L) -> image tokens (B, P, D) and text tokens (B, L, D)."""
+        return self._attend(self.see(pixel_values), self.encoder.embed_tokens(input_ids), attention_mask)
+
+    def _attend(self, image: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image (B, P, D) and embedded text (B, L, D) with its mask (B, L), each after it saw both."""
+        patches = image.shape[1]
+        mask = torch.cat([mask.new_ones(image.shape[:2]), mask], dim=1)  # (B, P + L)
         fused = self.encoder(inputs_embeds=torch.cat([image, text], dim=1), attention_mask=mask).last_hidden_state
         return fused[:, :patches], fused[:, patches:]
+
+    def _attend_by_output(self, image: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor) -> list:
+        """For each of `OUTPUT_NAMES`, image and text tokens that were fused for it: what is wanted leads the prompt."""
+        names, named = _output_names(self.config.output_ids, input_ids)  # (7, N) each
+        outputs, batch, length = len(names), len(image), input_ids.shape[1]
+        rows = names.repeat_interleave(batch, 0), named.repeat_interleave(batch, 0)  # of one output after the other
+        ids = torch.cat([rows[0], input_ids.repeat(outputs, 1)], dim=1)
+        mask = torch.cat([rows[1].to(mask), mask.repeat(outputs, 1)], dim=1)
+        seen, text = self._attend(image.repeat(outputs, 1, 1), self.encoder.embed_tokens(ids), mask)
+        return list(zip(seen.chunk(outputs), text[:, -length:].chunk(outputs), strict=True))
 
     def forward(
         self,
@@ -253,26 +301,46 @@ class RahfModel(PreTrainedModel):
         """Predict rich feedback, and its loss where targets are given.
 
         Args:
-            pixel_values: (B, 3, S, S), as `reward.data.preprocess` makes them.
+            pixel_values: (B, 3, H, W), as `reward.data.preprocess` makes them.
             input_ids, attention_mask: (B, L), as `reward.data.encode_prompts` makes them.
             word_positions: (B, T), where in L each word begins, -1 where there is none.
-            scores, heatmaps: targets (B, 4) and (B, 2, h, h) in [0, 1].
+            scores, heatmaps: targets (B, 4) and (B, 2, h, w) in [0, 1].
             word_labels: targets (B, T), 1 = misaligned, -100 = not counted.
         """
-        image, text = self.fuse(pixel_values, input_ids, attention_mask)
-        grid = self.config.grid
-        feature_map = image.transpose(1, 2).unflatten(2, (grid, grid))  # (B, D, g, g)
+        image = self.see(pixel_values)
+        if self.config.variant == "multi_head":
+            fused = self._attend(image, self.encoder.embed_tokens(input_ids), attention_mask)
+            by_output = [fused] * len(OUTPUT_NAMES)
+        else:
+            by_output = self._attend_by_output(image, input_ids, attention_mask)
+        maps = [seen.transpose(1, 2).unflatten(2, self.config.grid) for seen, _ in by_output]  # (B, D, g, k) each
+        scored = [
+            _of(self.score_heads, name)(maps[index], by_output[index][1], attention_mask)
+            for index, name in enumerate(SCORES)
+        ]
+        mapped = [_of(self.heatmap_heads, name)(maps[index]) for index, name in enumerate(HEATMAPS, start=len(SCORES))]
         predicted = RahfOutput(
-            scores=torch.stack(
-                [self.score_heads[name](feature_map, text, attention_mask) for name in SCORES], dim=1
-            ).sigmoid(),
-            heatmaps=torch.stack([self.heatmap_heads[name](feature_map) for name in HEATMAPS], dim=1).sigmoid(),
+            scores=torch.stack(scored, dim=1).sigmoid(), heatmaps=torch.stack(mapped, dim=1).sigmoid()
         )
-        if self.word_head is not None and word_positions is not None:
-            predicted.word_logits = self.word_head(text, word_positions)
-        return self._with_loss(predicted, scores, heatmaps, word_labels)
+        if word_positions is not None:
+            self._add_words(predicted, by_output[-1][1], input_ids, attention_mask, word_positions, word_labels)
+        return self._with_loss(predicted, scores, heatmaps)
 
-    def _with_loss(self, predicted, scores, heatmaps, word_labels) -> RahfOutput:
+    def _add_words(self, predicted, text, input_ids, attention_mask, word_positions, word_labels) -> None:
+        """Logits of the words and, with labels, their loss."""
+        if isinstance(self.word_head, TaggingHead):
+            predicted.word_logits = self.word_head(text, word_positions)
+            if word_labels is not None:
+                predicted.word_loss = losses.word_loss(predicted.word_logits, word_labels)
+        elif isinstance(self.word_head, SequenceHead):
+            fused, prompts = (self.encoder.embed_tokens, text, attention_mask), (input_ids, attention_mask)
+            if word_labels is not None:
+                marked = write_marks(*prompts, word_positions, word_labels == 1, self.config.mark_id)
+                predicted.word_loss = self.word_head.loss(*fused, marked)
+            if not self.training:
+                predicted.word_logits = self.word_head.read(*fused, input_ids, word_positions)
+
+    def _with_loss(self, predicted, scores, heatmaps) -> RahfOutput:
         config, total = self.config, []
         if scores is not None:
             predicted.score_loss = losses.score_loss(predicted.scores, scores)
@@ -280,36 +348,36 @@ class RahfModel(PreTrainedModel):
         if heatmaps is not None:
             predicted.heatmap_loss = losses.heatmap_loss(predicted.heatmaps, heatmaps, config.heatmap_positive_weight)
             total.append(config.heatmap_loss_weight * predicted.heatmap_loss)
-        if word_labels is not None and predicted.word_logits is not None:
-            predicted.word_loss = losses.word_loss(predicted.word_logits, word_labels)
+        if predicted.word_loss is not None:
             total.append(config.word_loss_weight * predicted.word_loss)
         if total:
             predicted.loss = torch.stack(total).sum()
         return predicted
 
 
-def _image_size(vision: PreTrainedConfig) -> int:
-    size = getattr(vision, "image_size", None)
-    if size is None:
-        raise ValueError(f"give image_size: the vision encoder, a {vision.model_type!r}, has none of its own")
-    return size if isinstance(size, int) else size[0]
+def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _stack_config(text: T5Config, is_decoder: bool) -> T5Config:
-    config = T5Config.from_dict(text.to_dict())
-    config.is_decoder = is_decoder
-    config.use_cache = is_decoder
-    if is_decoder:
-        config.num_layers = config.num_decoder_layers
-    config._attn_implementation = text._attn_implementation
-    return config
+def _of(heads: nn.ModuleDict, name: str) -> nn.Module:
+    return heads[name] if name in heads else heads["any"]
+
+
+def _output_names(output_ids: list[list[int]] | None, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of the names of outputs, (7, N) with padding before them, and where they are (bool)."""
+    if output_ids is None:
+        raise ValueError("the model does not know the names of its outputs yet; give it a tokenizer: adopt_tokenizer")
+    longest = max(map(len, output_ids))
+    ids = like.new_tensor([[0] * (longest - len(name)) + name for name in output_ids])
+    lengths = like.new_tensor([len(name) for name in output_ids])
+    return ids, torch.arange(longest, device=like.device) >= longest - lengths[:, None]
 
 
 def _heatmap_head(config: RahfConfig) -> nn.Module:
     width = config.text_config.d_model
     if config.heatmap_head == "paper":
-        return PaperHeatmapHead(width, config.heatmap_size, config.head_width)
-    return LightHeatmapHead(width, config.heatmap_size, config.grid, config.head_width)
+        return PaperHeatmapHead(width, config.map_size, config.head_width)
+    return LightHeatmapHead(width, config.map_size, config.grid, config.head_width)
 
 
 def _copy_weights(source: nn.Module, target: nn.Module, what: str):
@@ -320,3 +388,4 @@ def _copy_weights(source: nn.Module, target: nn.Module, what: str):
 
 
 AutoConfig.register("rahf", RahfConfig)
+AutoModel.register(RahfConfig, RahfModel)

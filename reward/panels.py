@@ -32,7 +32,7 @@ class ExamplePanels(TrainerCallback):
         model.train(training)
         if not state.is_world_process_zero:
             return
-        size = self.collator.config.image_size
+        size = self.collator.config.input_size
         tokens = [example["tokens"] for example in self.examples]
         words = torch.zeros(batch["word_labels"].shape) if out.word_logits is None else out.word_logits.sigmoid()
         maps = torch.stack([resize_maps(example["maps"][None], size)[0] for example in self.examples])

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from reward import draw, keywords
 from reward.arguments import main_guard, parse_arguments, read_prompt_file
-from reward.data import encode_prompts, preprocess, to_tensor
+from reward.data import describe_unread, encode_prompts, preprocess, to_tensor, unread_words
 from reward.feedback import HEATMAPS, SCORES, RichFeedback
 from reward.model import RahfModel
 from reward.pictures import decode
@@ -72,7 +72,11 @@ class RichFeedbackPredictor:
         return self.model.config.word_threshold
 
     def __call__(
-        self, images: torch.Tensor, prompts: Sequence[str], batch_size: int = 64, heatmap_size: int | None = None
+        self,
+        images: torch.Tensor,
+        prompts: Sequence[str],
+        batch_size: int = 64,
+        heatmap_size: int | tuple[int, int] | None = None,
     ) -> RichFeedback:
         """Rich feedback of B images, on the predictor's device.
 
@@ -80,7 +84,7 @@ class RichFeedbackPredictor:
             images: (B, 3, H, W) float in [0, 1], any size and device.
             prompts: B prompts, as the user wrote them.
             batch_size: how many images the model sees at once; only memory and speed depend on it.
-            heatmap_size: side of the heatmaps; None makes them as large as the images.
+            heatmap_size: side of the heatmaps, or their (height, width); None makes them as large as the images.
 
         Raises:
             ValueError: shapes or counts that do not fit.
@@ -112,29 +116,23 @@ class RichFeedbackPredictor:
             misaligned=[words for part in parts for words in part[2]],
         )
 
-    def _predict(self, images: torch.Tensor, tokens: list[list[str]], heatmap_size: int | None):
+    def _predict(self, images: torch.Tensor, tokens: list[list[str]], heatmap_size: int | tuple[int, int] | None):
         """Scores (B, 4), heatmaps (B, 2, H, W) or of side `heatmap_size`, words' probabilities, B tensors (T,)."""
         config, device = self.model.config, self.device
         text = encode_prompts(self.tokenizer, tokens, config.max_text_length)
         text = {name: value.to(device) for name, value in text.items()}
         pixels = preprocess(images.to(device, torch.float32), config).to(self.model.dtype)
         out = self.model(pixels, **text)
-        size = images.shape[-2:] if heatmap_size is None else (heatmap_size, heatmap_size)
+        size = (heatmap_size,) * 2 if isinstance(heatmap_size, int) else heatmap_size or images.shape[-2:]
         heatmaps = out.heatmaps.float()
         if heatmaps.shape[-2:] != size:
             heatmaps = F.interpolate(heatmaps, size=size, mode="bilinear", align_corners=False, antialias=True)
         if out.word_logits is None:
             return out.scores.float(), heatmaps, [images.new_zeros(len(words)) for words in tokens]
-        seen = text["word_positions"] >= 0
-        lengths = [len(words) for words in tokens]
-        if int(seen.sum()) < sum(lengths):
-            warnings.warn(
-                f"{sum(lengths) - int(seen.sum())} words were not judged and count as aligned: they lie behind "
-                f"{config.max_text_length} pieces of their prompt, or the tokenizer drops them",
-                stacklevel=3,
-            )
-        probability = out.word_logits.float().sigmoid() * seen
-        return out.scores.float(), heatmaps, [row[:count] for row, count in zip(probability, lengths, strict=True)]
+        if message := describe_unread(unread_words(tokens, text["word_positions"]), config.max_text_length):
+            warnings.warn(f"{message}; they count as aligned", stacklevel=3)
+        probability = out.word_logits.float().sigmoid() * (text["word_positions"] >= 0)
+        return out.scores.float(), heatmaps, [row[: len(words)] for row, words in zip(probability, tokens, strict=True)]
 
 
 def check_model_folder(folder: str | Path) -> None:

@@ -9,6 +9,7 @@ a pretrained vision encoder and T5 (`--vision_model`, `--text_model`). The outpu
 """
 
 import json
+import logging
 import os
 import tempfile
 from collections import defaultdict
@@ -31,16 +32,25 @@ from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from reward.arguments import main_guard, parse_arguments
-from reward.data import FeedbackCollator, FeedbackDataset
+from reward.data import (
+    FeedbackCollator,
+    FeedbackDataset,
+    describe_unread,
+    encode_prompts,
+    unread_words,
+)
 from reward.feedback import HEATMAPS, SCORES
 from reward.losses import IGNORE
 from reward.metrics import heatmap_metrics, score_metrics, word_metrics
-from reward.model import RahfModel, RahfOutput
+from reward.model import RahfConfig, RahfModel, RahfOutput
 from reward.panels import ExamplePanels
 from reward.predict import check_model_folder
 from reward.train_config import LOSS_SETTINGS, RahfArguments, RahfTrainingArguments
+from reward.vocabulary import adopt_tokenizer
 
-_BACKBONE = ("vision.", "encoder.", "decoder.")
+logger = logging.getLogger(__name__)
+
+_BACKBONE = ("vision.", "encoder.", "word_head.decoder.")
 _COMPLETE = "complete"
 
 
@@ -173,15 +183,26 @@ def build_model(arguments: RahfArguments) -> tuple[RahfModel, PreTrainedTokenize
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             dtype=torch.float32,
-            **arguments.model_options,
+            config=RahfConfig.from_pretrained(arguments.model, **arguments.model_options),
         )
         new = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
         if astray := sorted(key for key in new if "_head" not in key.split(".")[0]):
             raise ValueError(f"{arguments.model} lacks weights of the encoders: {astray[:3]} ({len(astray)} in all)")
-        return model, tokenizer
-    tokenizer = AutoTokenizer.from_pretrained(arguments.text_model)
-    options = {"heatmap_head": "paper", "score_head": "paper", **arguments.model_options}
-    return RahfModel.from_backbones(arguments.vision_model, arguments.text_model, **options), tokenizer
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.text_model)
+        options = {"heatmap_head": "paper", "score_head": "paper", **arguments.model_options}
+        model = RahfModel.from_backbones(arguments.vision_model, arguments.text_model, **options)
+    adopt_tokenizer(model, tokenizer)
+    return model, tokenizer
+
+
+def warn_of_unread_words(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Log, split by split, which words of the prompts the model will not see; they get no label either."""
+    for name in ("train", "dev"):
+        tokens = list(data[name]["tokens"])
+        positions = encode_prompts(tokenizer, tokens, max_length)["word_positions"]
+        if message := describe_unread(unread_words(tokens, positions), max_length):
+            logger.warning("split %s: %s", name, message)
 
 
 @contextmanager
@@ -274,6 +295,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     set_seed(args.seed)  # the new heads' weights depend on it
     with _whole_weights(args):
         model, tokenizer = build_model(arguments)
+    warn_of_unread_words(data, tokenizer, model.config.max_text_length)
     trainer = RahfTrainer(
         model,
         args,

@@ -29,8 +29,14 @@ class RahfArguments:
     heatmap_head: str | None = field(default=None, metadata={"help": "paper or light; unset: the model's own"})
     score_head: str | None = field(default=None, metadata={"help": "paper or light; unset: the model's own"})
     head_width: float | None = field(default=None, metadata={"help": "factor on the heads' channels"})
-    image_size: int | None = field(default=None, metadata={"help": "side of what a ResNet sees; a ViT has its own"})
-    heatmap_size: int | None = field(default=None, metadata={"help": "side of the heatmaps in pixels"})
+    variant: str | None = field(default=None, metadata={"help": "multi_head or augmented_prompt"})
+    words: str | None = field(default=None, metadata={"help": "tagging, sequence or none"})
+    image_size: list[int] | None = field(
+        default=None, metadata={"help": "what the vision encoder sees: one side, or height and width; unset: its own"}
+    )
+    heatmap_size: list[int] | None = field(
+        default=None, metadata={"help": "of the heatmaps: one side, or height and width; unset: image_size"}
+    )
     max_text_length: int | None = field(default=None, metadata={"help": "pieces of a prompt that are read"})
     in_memory: bool = field(default=False, metadata={"help": "decode all pictures once; for small pictures"})
     flip_probability: float = field(
@@ -52,13 +58,20 @@ class RahfArguments:
         backbones = self.vision_model is not None and self.text_model is not None
         if (self.model is not None) == backbones:
             raise ValueError("give either --model (a RAHF checkpoint), or both --vision_model and --text_model")
+        for name in ("image_size", "heatmap_size"):
+            if len(getattr(self, name) or [1]) > 2:
+                raise ValueError(f"{name} is one side, or height and width, not {getattr(self, name)}")
         self.augmentation(seed=0)  # checks its settings
 
     @property
     def model_options(self) -> dict:
         """The settings of the model's config that were given."""
-        names = ("heatmap_head", "score_head", "head_width", "image_size", "heatmap_size", "max_text_length")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        names = ("variant", "heatmap_head", "score_head", "words", "head_width", "max_text_length")
+        given = {name: getattr(self, name) for name in names}
+        for name in ("image_size", "heatmap_size"):
+            sides = getattr(self, name)
+            given[name] = sides[0] if sides is not None and len(sides) == 1 else sides
+        return {name: value for name, value in given.items() if value is not None}
 
     def augmentation(self, seed: int) -> Augmentation:
         names = [item.name for item in fields(Augmentation) if item.name != "seed"]

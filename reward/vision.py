@@ -3,12 +3,14 @@
 Plain ones (ViT, DeiT, BEiT, CLIP, SigLIP, DINOv2 and their like) keep one token a patch; staged ones (ResNet, ConvNeXt,
 Swin, with `depths` in their config) halve the grid from stage to stage.
 
-Shapes: B images of S x S pixels, g x g the grid, P = g * g, D the encoder's width.
+Shapes: B images of H x W pixels, g x k the grid, P = g * k, D the encoder's width.
 """
+
+import inspect
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 
 _UNREAD = {
     "clip_vision_model": ("post_layernorm.",),
@@ -46,6 +48,59 @@ def stride_of(config: PreTrainedConfig) -> int:
     return patch
 
 
+def size_of(config: PreTrainedConfig) -> int | list[int]:
+    """The size of the pictures that an encoder was made for, as its config says it: a side, or [height, width].
+
+    Raises:
+        ValueError: the config does not say, as a ResNet's.
+    """
+    size = getattr(config, "image_size", None)
+    if size is None:
+        raise ValueError(f"give image_size: the vision encoder, a {config.model_type!r}, has none of its own")
+    return size if isinstance(size, int) else list(size)
+
+
+def check_size(config: PreTrainedConfig, size: tuple[int, int]) -> None:
+    """Raise a `ValueError` if the encoder cannot see pictures of `size` = (H, W)."""
+    stride = stride_of(config)
+    if min(size) < stride or any(side % stride for side in size):
+        given = size[0] if size[0] == size[1] else f"{size[0]} x {size[1]}"
+        raise ValueError(
+            f"image_size {given} is no multiple of {stride}, the pixels that one feature of the vision encoder stands "
+            "for"
+        )
+    if not _is_own(config, size) and not (is_staged(config) or _interpolates(config) or _any_size(config)):
+        raise ValueError(
+            f"the vision encoder, a {config.model_type!r}, sees pictures of {size_of(config)} pixels only; leave "
+            "image_size away"
+        )
+
+
+def resizing(config: PreTrainedConfig, size: tuple[int, int]) -> dict[str, bool]:
+    """What an encoder must be called with to see pictures of `size` = (H, W), not its own: interpolate positions."""
+    return {"interpolate_pos_encoding": True} if not _is_own(config, size) and _interpolates(config) else {}
+
+
+def _is_own(config: PreTrainedConfig, size: tuple[int, int]) -> bool:
+    own = getattr(config, "image_size", None)
+    return tuple(size) == ((own, own) if isinstance(own, int) else tuple(own or ()))
+
+
+def _interpolates(config: PreTrainedConfig) -> bool:
+    return "interpolate_pos_encoding" in inspect.signature(_class_of(config).forward).parameters
+
+
+def _class_of(config: PreTrainedConfig) -> type:
+    """The class that `AutoModel` builds for `config`."""
+    kind = AutoModel._model_mapping[type(config)]
+    return kind[0] if isinstance(kind, tuple) else kind
+
+
+def _any_size(config: PreTrainedConfig) -> bool:
+    """Whether the encoder takes its positions from the picture it is given."""
+    return config.model_type.startswith(("dinov2", "dinov3"))
+
+
 def is_staged(config: PreTrainedConfig) -> bool:
     """Whether the encoder halves its grid from stage to stage; such ones know no absolute places in the image."""
     return hasattr(config, "depths")
@@ -69,7 +124,7 @@ def tokens_of(features: torch.Tensor, count: int) -> torch.Tensor:
     """An encoder's last hidden state -> (B, P, D) in raster order.
 
     Args:
-        features: (B, n + P, D) with class and register tokens first, if any; or a map (B, D, g, g).
+        features: (B, n + P, D) with class and register tokens first, if any; or a map (B, D, g, k).
         count: P.
     """
     if features.ndim == 4:

@@ -36,7 +36,7 @@ from rl.experience import Experience, gather_experience, rollout_noise, sample_a
 from rl.interrupt import RunInterrupted, StopSignal
 from rl.losses import ppo_loss
 from rl.policy import StableDiffusionPolicy
-from rl.rollout import DivergedError, draw_prompts
+from rl.rollout import DivergedError, draw_prompts, shared_places
 from rl.sde import ddim_scheduler, kl_map, log_prob_map, make_schedule, resolve_train_steps, step_mean
 from rl.timing import PhaseClock
 
@@ -104,6 +104,7 @@ class DDPOTrainer(Trainer):
         self.scheduler = ddim_scheduler(policy.scheduler, args.start_timestep)
         self.schedule = make_schedule(self.scheduler, args.num_inference_steps, args.eta)
         self.train_steps = resolve_train_steps(args.train_steps, self.schedule)
+        self.shared = shared_places(args.share_noise, self.train_steps, len(self.schedule))
         self.plan = args.plan(len(self.train_steps))
         self.total_rollouts = args.max_steps // self.plan.updates if args.max_steps > 0 else int(args.num_train_epochs)
         self.clock = PhaseClock()
@@ -163,7 +164,9 @@ class DDPOTrainer(Trainer):
                     self.model_wrapped,
                     self.reward_fn,
                     [prompts[picture] for picture in pictures],
-                    rollout_noise(self.policy, self.schedule, args.seed, number, pictures),
+                    rollout_noise(
+                        self.policy, self.schedule, args.seed, number, pictures, args.num_generations, self.shared
+                    ),
                     self.schedule,
                     self.train_steps,
                     args,

@@ -125,6 +125,13 @@ class DDPOConfig(TrainingArguments):
             "Where the gradient's signal is differs much between steps."
         },
     )
+    share_noise: Literal["none", "before", "around"] = field(
+        default="none",
+        metadata={
+            "help": "Noise that all pictures of a group share: none; before the first trained step; around, that is "
+            "before the first and behind the last. What is shared cancels in the group's comparison."
+        },
+    )
     generation_batch_size: int | None = field(
         default=None,
         metadata={"help": "Pictures of a rollout, over all ranks (256 if `steps_per_generation` is not given either)."},

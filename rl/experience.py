@@ -188,10 +188,26 @@ def gather_experience(
 
 
 def rollout_noise(
-    policy: StableDiffusionPolicy, schedule: Schedule, seed: int, rollout: int | str, samples: Sequence[int]
+    policy: StableDiffusionPolicy,
+    schedule: Schedule,
+    seed: int,
+    rollout: int | str,
+    samples: Sequence[int],
+    group: int = 1,
+    shared: Sequence[int] = (),
 ) -> torch.Tensor:
-    """All the noise of these sample indices: (B, S + 1, C, h, w), the same on any rank and in any batch."""
-    return keyed_noise(seed, rollout, samples, (len(schedule) + 1, *policy.latent_shape), policy.device)
+    """All the noise of these sample indices: (B, S + 1, C, h, w), the same on any rank and in any batch.
+
+    Args:
+        group: samples of one prompt, which follow one another from a multiple of `group` on.
+        shared: places in S + 1 (see `rl.rollout.shared_places`) at which all samples of a group have the same noise.
+    """
+    shape = (len(schedule) + 1, *policy.latent_shape)
+    noise = keyed_noise(seed, rollout, samples, shape, policy.device)
+    if shared:
+        common = keyed_noise(seed, f"{rollout} by group", [sample // group for sample in samples], shape, policy.device)
+        noise[:, shared] = common[:, shared]
+    return noise
 
 
 def _join(trajectories: Sequence[Trajectory]) -> Trajectory:

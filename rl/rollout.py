@@ -54,6 +54,22 @@ def keyed_noise(
     return torch.stack(draws).to(device)
 
 
+def shared_places(share: str, train_steps: Sequence[int], steps: int) -> list[int]:
+    """Which of a picture's `steps` + 1 draws of noise all pictures of a group share.
+
+    The first is the initial latent, the others belong to a step each. What does not depend on the trained steps'
+    noise is, for their gradient, a baseline: shared, it cancels within the group, and the estimate stays unbiased.
+    (Branching as in TempFlow-GRPO, arXiv 2508.04324.)
+
+    Args:
+        share: "none"; "before": the initial latent and the steps before the first trained one; "around": those behind
+            the last trained one as well.
+        train_steps: indices of the trained steps.
+    """
+    before = list(range(min(train_steps) + 1))
+    return {"none": [], "before": before, "around": before + list(range(max(train_steps) + 2, steps + 1))}[share]
+
+
 @torch.no_grad()
 def sample(
     policy: StableDiffusionPolicy,

@@ -3,17 +3,20 @@
     python -m tinyworld.build [--stages ceiling] [--work build/tinyworld]
 
 Every stage is skipped if its result is there, and goes on where it was stopped. Times were measured on 2 CPU cores,
-those with a star on one of them; all in all a little over two hours, without `ceiling`.
+those with a star on one of them; all in all about three and a half hours, without `ceiling`.
 
     stage       makes                                                                      minutes
     pictures    200,000 captioned training pictures, half of them with 30% flawed ones        4*
     text        tokenizer and pretrained text encoder                                         2*
     autoencoder the VAE, and the flawed pictures' latents                                    22*
     generator   the U-Net and text encoder, with earlier states for the rated pictures       35
-    rated       11,300 generated pictures, two a caption, in Pick-a-Pic's format             12 (extrapolated)
-    feedback    three raters' feedback on them, in RichHF-18K's format, and both joined       1.5
     pretraining the predictor's backbones, by flawless pictures and their captions           23*
-    predictor   the RAHF checkpoint, by `python -m reward.train`                              9
+    rated       11,300 generated pictures, two a caption, in Pick-a-Pic's format             12 (extrapolated)
+    first       three raters' feedback on them, and a first RAHF checkpoint                  11
+    policies    three policies, fine-tuned by `run_ddpo.py` to please this predictor         80*
+    rated_again 4,000 pictures of theirs beside those of `rated`                              5 (extrapolated)
+    feedback    three raters' feedback on all, in RichHF-18K's format, and both joined        2
+    predictor   the RAHF checkpoint, by `python -m reward.train`                             13
     assets      everything above into `tinyworld/assets`, in half precision                   0
     ceiling     the same generator on flawless pictures only, and its figures                35 (as the generator)
 
@@ -31,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -44,14 +48,24 @@ from tinyworld.generator import Denoiser, new_unet, pipeline, sample, train_gene
 from tinyworld.grammar import ASSETS, draw_request, is_held_out
 from tinyworld.pool import FLAWED, make_pool
 from tinyworld.pretrain import make_predictor_tokenizer, pretrain_predictor
+from tinyworld.rated import Variant
 from tinyworld.text import make_tokenizer, new_text_encoder, pretrain_text_encoder
 
 STAGES = (
-    *("pictures", "text", "autoencoder", "generator", "rated", "feedback", "pretraining", "predictor", "assets"),
-    "ceiling",
+    *("pictures", "text", "autoencoder", "generator", "pretraining", "rated", "first", "policies", "rated_again"),
+    *("feedback", "predictor", "assets", "ceiling"),
 )
 SNAPSHOTS = {"early": 2500, "middle": 4500}
 """States of the generator's training that draw some of the rated pictures, by step."""
+
+DEMO = "configs/ddpo_tinyworld.yaml"
+_FEW_LARGE = ["--num_train_epochs", "24", "--generation_batch_size", "768", "--gradient_accumulation_steps", "24"]
+POLICIES = {
+    "many_small": ["--num_train_epochs", "70"],
+    "few_large_0": [*_FEW_LARGE, "--lr_scheduler_type", "linear"],
+    "few_large_1": [*_FEW_LARGE, "--lr_scheduler_type", "linear", "--seed", "1"],
+}
+"""Fine-tuned policies that draw some of the rated pictures: what each changes of `DEMO`."""
 
 PROMPTS = {"train": 512, "held_out": 256}
 _PICTURE_SEED, _FLAWLESS_SEED, _PROMPT_SEED = 0, 1, 7
@@ -105,25 +119,29 @@ class Build:
     # What the predictor is made of --------------------------------------------------------------------------------
 
     def rated(self) -> None:
-        for name in dict.fromkeys(split.name for split in rated.SPLITS):
-            if (self.work / "pickapic" / f"{name}.parquet").exists():
-                continue
-            captions, pictures = [], []
-            for number, split in enumerate(rated.SPLITS, start=100):
-                if split.name == name:
-                    captions += (drawn := rated.draw_captions(split, number))
-                    pictures.append(rated.draw_pictures(drawn, self._checkpoint, number))
-            rated.write_pictures(name, captions, np.concatenate(pictures), self.work / "pickapic.part")
-            (self.work / "pickapic").mkdir(exist_ok=True)
-            (self.work / "pickapic.part" / f"{name}.parquet").replace(self.work / "pickapic" / f"{name}.parquet")
+        self._draw(None, self.work / "pickapic_first")
+
+    def first(self) -> None:
+        self._rate(self.work / "pickapic_first", self.work / "first")
+        self._train_predictor(self.work / "first" / "feedback", self.work / "first" / "rahf")
+
+    def policies(self) -> None:
+        self._save_pipeline()
+        reward = yaml.safe_load(Path(DEMO).read_text())["reward_kwargs"] | {"model": str(self.work / "first" / "rahf")}
+        for name, settings in POLICIES.items():
+            if not (self.work / "policies" / name).exists():
+                beside = self.work / "policies" / f"{name}.part"
+                places = ["--policy", self.work / "sd", "--reward_kwargs", json.dumps(reward), "--output_dir", beside]
+                command = ["run_ddpo.py", "--config", DEMO, *settings, *places, "--overwrite_output_dir", "true"]
+                subprocess.run([sys.executable, *map(str, command)], check=True)
+                beside.rename(self.work / "policies" / name)
+
+    def rated_again(self) -> None:
+        self._draw(self.work / "pickapic_first", self.work / "pickapic")
 
     def feedback(self) -> None:
         """From the pictures just drawn, or from those that the repository keeps."""
-        pickapic = self.work / "pickapic" if (self.work / "pickapic").exists() else ASSETS / "pickapic"
-        rated.rate_all(pickapic, self.work / "rated")
-        shutil.rmtree(self.work / "feedback", ignore_errors=True)
-        places = {"--tfrecords": self.work / "rated", "--images": pickapic, "--out": self.work / "feedback"}
-        richhf.main([str(word) for place in places.items() for word in place])
+        self._rate(self.work / "pickapic" if (self.work / "pickapic").exists() else ASSETS / "pickapic", self.work)
 
     def pretraining(self) -> None:
         pictures, captions = self._pool(flawed=False)
@@ -136,24 +154,12 @@ class Build:
         self._whole("rahf_pretrained", save)
 
     def predictor(self) -> None:
-        settings = ["--config", "configs/rahf_tinyworld.yaml", "--overwrite_output_dir", "true"]
-        places = ["--model", self.work / "rahf_pretrained", "--data", self.work / "feedback"]
-        output = ["--output_dir", self.work / "rahf"]
-        subprocess.run([sys.executable, "-m", "reward.train", *settings, *map(str, [*places, *output])], check=True)
+        self._train_predictor(self.work / "feedback", self.work / "rahf")
 
     # What the repository keeps ------------------------------------------------------------------------------------
 
     def assets(self) -> None:
-        parts = self._checkpoint("final").to(torch.float16)
-        # transformers loads what is stored, diffusers float32: in half precision the two would not fit together.
-        parts.text_encoder.to(torch.float32)
-        parts.save_pretrained(self.work / "sd")
-        for name in ("vocab.json", "merges.txt"):  # older libraries read these
-            shutil.copy(self.work / "tokenizer" / name, self.work / "sd" / "tokenizer" / name)
-        for file in (self.work / "sd").glob("*/config.json"):  # where this machine had it is nobody's business
-            settings = json.loads(file.read_text())
-            settings.pop("_name_or_path", None)
-            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        self._save_pipeline()
         shutil.rmtree(ASSETS / "sd", ignore_errors=True)
         shutil.copytree(self.work / "sd", ASSETS / "sd")
         shutil.rmtree(ASSETS / "pickapic", ignore_errors=True)
@@ -164,6 +170,49 @@ class Build:
             (ASSETS / f"prompts_{name}.txt").write_text("\n".join(prompts) + "\n")
 
     # Parts --------------------------------------------------------------------------------------------------------
+
+    def _save_pipeline(self) -> None:
+        def save(folder: Path) -> None:
+            parts = self._checkpoint("final").to(torch.float16)
+            # transformers loads what is stored, diffusers float32: in half precision the two would not fit together.
+            parts.text_encoder.to(torch.float32)
+            parts.save_pretrained(folder)
+            for name in ("vocab.json", "merges.txt"):  # older libraries read these
+                shutil.copy(self.work / "tokenizer" / name, folder / "tokenizer" / name)
+            for file in folder.glob("*/config.json"):  # where this machine had it is nobody's business
+                settings = json.loads(file.read_text())
+                settings.pop("_name_or_path", None)
+                file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+        self._whole("sd", save)
+
+    def _draw(self, known: Path | None, folder: Path) -> None:
+        """Draw pictures in Pick-a-Pic's format: by the generator's variants, or its policies' behind those `known`."""
+        beside = Path(f"{folder}.part")
+        for name in dict.fromkeys(split.name for split in rated.SPLITS):
+            if (folder / f"{name}.parquet").exists():
+                continue
+            rows = [] if known is None else list(rated.read_pictures(known / f"{name}.parquet"))
+            captions, pictures = [caption for *_, caption in rows[::2]], [picture for _, picture, _ in rows]
+            for number, split in enumerate(rated.SPLITS, start=100):
+                if split.name == name and (split.variants is rated.VARIANTS) == (known is None):
+                    captions += (drawn := rated.draw_captions(split, number))
+                    pictures += list(rated.draw_pictures(drawn, split.variants, self._variant, number))
+            rated.write_pictures(name, captions, np.stack(pictures), beside)
+            folder.mkdir(exist_ok=True)
+            (beside / f"{name}.parquet").replace(folder / f"{name}.parquet")
+
+    def _rate(self, pickapic: Path, folder: Path) -> None:
+        """Three raters' feedback on the pictures of `pickapic`, and both joined: `folder`/rated, `folder`/feedback."""
+        rated.rate_all(pickapic, folder / "rated")
+        shutil.rmtree(folder / "feedback", ignore_errors=True)
+        places = {"--tfrecords": folder / "rated", "--images": pickapic, "--out": folder / "feedback"}
+        richhf.main([str(word) for place in places.items() for word in place])
+
+    def _train_predictor(self, data: Path, output: Path) -> None:
+        settings = ["--config", "configs/rahf_tinyworld.yaml", "--overwrite_output_dir", "true"]
+        places = ["--model", self.work / "rahf_pretrained", "--data", data, "--output_dir", output]
+        subprocess.run([sys.executable, "-m", "reward.train", *map(str, [*settings, *places])], check=True)
 
     def _whole(self, name: str, save: Callable[[Path], object]) -> None:
         """Save a folder beside its place and move it there, so that it is whole if it is there."""
@@ -213,6 +262,12 @@ class Build:
         denoiser = train_generator(text_encoder, tokenizer, self._latents(flawed), captions, path, report=report)
         _save_half(denoiser, self.work / f"{name}_final.safetensors")
         return denoiser
+
+    def _variant(self, variant: Variant) -> StableDiffusionPipeline:
+        parts = self._checkpoint(variant.checkpoint)
+        if variant.policy is not None:
+            parts.load_lora_weights(self.work / "policies" / variant.policy)
+        return parts
 
     def _checkpoint(self, name: str) -> StableDiffusionPipeline:
         """The pipeline with a state of the generator's training: early, middle or final."""

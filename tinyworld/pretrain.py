@@ -208,8 +208,7 @@ def pretrain_predictor(
             seen, fused = model.fuse(preprocess(images, model.config), masked, mask)
             said = fused[:half][hidden] * fused.shape[-1] ** -0.5 @ model.encoder.embed_tokens.weight.T
             wrong = model.word_head(fused[half:whole], text["word_positions"][half:whole])
-            grid = (model.config.grid,) * 2
-            where = heatmap_head(seen[whole:].transpose(1, 2).unflatten(2, grid))
+            where = heatmap_head(seen[whole:].transpose(1, 2).unflatten(2, model.config.grid))
         targets = pad_rows([row + [losses.IGNORE] * (wrong.shape[1] - len(row)) for row in labels], 0)
         return (
             losses.caption_loss(said.float(), ids[:half][hidden])

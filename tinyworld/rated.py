@@ -1,12 +1,13 @@
 """Generated pictures with rich feedback: what RichHF-18K is to Stable Diffusion, in its own format.
 
-Variants of the generator (checkpoints, guidance, steps) draw two pictures a caption, as in Pick-a-Pic; three noisy
-raters judge each; records and pictures are written as RichHF-18K's TFRecords and Pick-a-Pic's parquet.
+Variants of the generator (checkpoints, guidance, steps, fine-tuned policies) draw two pictures a caption, as in
+Pick-a-Pic; three noisy raters judge each; records and pictures are written as RichHF-18K's TFRecords and Pick-a-Pic's
+parquet.
 """
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -34,6 +35,7 @@ class Variant:
 
     Attributes:
         checkpoint: name of a state of the generator's training.
+        policy: name of a LoRA on it that was fine-tuned by a first predictor, if any.
     """
 
     checkpoint: str
@@ -41,6 +43,7 @@ class Variant:
     steps: int = 10
     guidance: float = 1.0
     eta: float = 1.0
+    policy: str | None = None
 
 
 VARIANTS = (
@@ -53,17 +56,29 @@ VARIANTS = (
     Variant("early", 0.10, guidance=2.0),
 )
 
+POLICIES = (
+    Variant("final", 0.4, policy="many_small"),
+    Variant("final", 0.3, policy="few_large_0"),
+    Variant("final", 0.3, policy="few_large_1"),
+)
+"""What fine-tuning by a predictor that knew only `VARIANTS` makes of the generator: pictures that this predictor
+likes too well. Without ratings of them the next policy finds the same blind spots."""
+
 
 @dataclass(frozen=True)
 class Split:
-    """A part of the data: how many captions (two pictures each), and whether they are held-out compositions."""
+    """A part of the data: how many captions (two pictures each), whether of held-out compositions, drawn by whom."""
 
     name: str
     captions: int
     held_out: bool = False
+    variants: tuple[Variant, ...] = VARIANTS
 
 
-SPLITS = (Split("train", 5000), Split("dev", 250), Split("test", 250), Split("test", 150, held_out=True))
+SPLITS = (
+    *(Split("train", 5000), Split("dev", 250), Split("test", 250), Split("test", 150, held_out=True)),
+    Split("train", 2000, variants=POLICIES),
+)
 
 
 def draw_captions(split: Split, seed: int) -> list[str]:
@@ -75,16 +90,21 @@ def draw_captions(split: Split, seed: int) -> list[str]:
     return captions
 
 
-def draw_pictures(captions: list[str], load: Callable[[str], StableDiffusionPipeline], seed: int) -> np.ndarray:
+def draw_pictures(
+    captions: list[str],
+    variants: Sequence[Variant],
+    load: Callable[[Variant], StableDiffusionPipeline],
+    seed: int,
+) -> np.ndarray:
     """Two pictures of each caption: (2 * N, 64, 64, 3) uint8, those of one caption side by side."""
     pictures = np.empty((2 * len(captions), SIZE, SIZE, 3), np.uint8)
-    shares = np.array([variant.share for variant in VARIANTS])
-    chosen = np.random.default_rng((seed, 1)).choice(len(VARIANTS), len(captions), p=shares / shares.sum())
-    for number, variant in enumerate(VARIANTS):
+    shares = np.array([variant.share for variant in variants])
+    chosen = np.random.default_rng((seed, 1)).choice(len(variants), len(captions), p=shares / shares.sum())
+    for number, variant in enumerate(variants):
         rows = np.flatnonzero(chosen == number).repeat(2) * 2
         rows[1::2] += 1
         pictures[rows] = sample(
-            load(variant.checkpoint),
+            load(variant),
             [captions[row // 2] for row in rows],
             seed=seed * 100 + number,
             steps=variant.steps,

@@ -158,3 +158,17 @@ def test_unusable_prompt_files(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_prompt_file(path)
     assert str(path) in str(caught.value)
+
+
+def test_one_value_in_yaml_stands_for_a_list_of_one(tmp_path):
+    @dataclass
+    class Sizes:
+        size: list[int] | None = None
+
+    (tmp_path / "one.yaml").write_text("size: 64\n")
+    (tmp_path / "none.yaml").write_text("size:\n")
+    (tmp_path / "two.yaml").write_text("size: [64, 32]\n")
+    read = [
+        parse_arguments([Sizes], ["--config", str(tmp_path / f"{name}.yaml")])[0] for name in ("one", "none", "two")
+    ]
+    assert [sizes.size for sizes in read] == [[64], None, [64, 32]]

@@ -19,8 +19,8 @@ def test_mean_maps():
     columns = {f"{name}_map": [Image.fromarray(maps[i]) for maps in arrays] for i, name in enumerate(HEATMAPS)}
     split = Dataset.from_dict(columns, features=Features({name: ImageFeature() for name in columns}))
     expected = (arrays / 255).mean(0)
-    assert mean_maps(split, 8).numpy() == pytest.approx(expected, abs=1e-6)
-    assert mean_maps(split, 1)[:, 0, 0].numpy() == pytest.approx(expected.mean((1, 2)), abs=1e-6)
+    assert mean_maps(split, (8, 8)).numpy() == pytest.approx(expected, abs=1e-6)
+    assert mean_maps(split, (1, 1))[:, 0, 0].numpy() == pytest.approx(expected.mean((1, 2)), abs=1e-6)
 
 
 def test_the_constant_is_the_best_constant(mean):

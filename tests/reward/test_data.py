@@ -9,11 +9,13 @@ from reward.augmentation import Augmentation
 from reward.data import (
     FeedbackCollator,
     FeedbackDataset,
+    describe_unread,
     encode_prompts,
     pad_rows,
     preprocess,
     resize,
     to_tensor,
+    unread_words,
 )
 
 
@@ -27,7 +29,7 @@ def dev(raw_data):
 @pytest.mark.parametrize("size", [(100, 70), (17, 200), (32, 40)])
 def test_resizing_is_pillows_antialiased_bilinear(size):
     array = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    ours = resize(to_tensor(Image.fromarray(array)).float()[None], 32)[0]
+    ours = resize(to_tensor(Image.fromarray(array)).float()[None], (32, 32))[0]
     theirs = to_tensor(Image.fromarray(array).resize((32, 32), Image.Resampling.BILINEAR)).float()
     assert (ours - theirs).abs().max() <= 1  # Pillow rounds after each direction
 
@@ -114,3 +116,11 @@ def test_epochs_change_the_augmentation(dev, make_config):
     assert torch.equal(first, dataset[0]["image"])
     dataset.set_epoch(1)
     assert not torch.equal(first, dataset[0]["image"])
+
+
+def test_what_is_not_read_is_named():
+    unread = unread_words([["a", "b", "c"], ["d"]], torch.tensor([[0, -1, -1], [0, -1, -1]]))
+    assert unread == [["b", "c"], []]
+    told = "2 words of 1 prompts are not read: 'b' and 1 more. They lie behind the 4 pieces"
+    assert describe_unread(unread, 4, most=1).startswith(told)
+    assert describe_unread([[], []], 4) is None

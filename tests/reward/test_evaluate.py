@@ -52,7 +52,7 @@ def test_report_is_what_the_metrics_say_of_the_predictor(run, data, model_folder
     zero = row_of(report, "all zero")
     for name in HEATMAPS:
         true = torch.cat([to_tensor(image, "L").float()[None] / 255 for image in split[f"{name}_map"]])
-        true = resize_maps(true, 32)[:, 0]
+        true = resize_maps(true, (32, 32))[:, 0]
         expected = heatmap_metrics(feedback.heatmaps[name], true)
         assert values_of(row["heatmaps"][name]) == pytest.approx(expected, abs=1e-4)
         assert values_of(zero["heatmaps"][name]) == pytest.approx(heatmap_metrics(torch.zeros(6, 32, 32), true))

@@ -1,11 +1,16 @@
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
+    AutoModel,
+    AutoModelForSeq2SeqLM,
     CLIPVisionConfig,
     ConvNextV2Config,
     Dinov2Config,
+    MT5Config,
     ResNetConfig,
     ResNetModel,
     SiglipConfig,
@@ -14,11 +19,13 @@ from transformers import (
     SwinConfig,
     T5Config,
     T5ForConditionalGeneration,
+    UMT5Config,
     ViTConfig,
     ViTModel,
 )
 
-from reward.model import RahfConfig, RahfModel
+from reward.model import OUTPUT_NAMES, RahfConfig, RahfModel
+from reward.vocabulary import adopt_tokenizer
 
 
 @pytest.fixture
@@ -129,26 +136,28 @@ def test_from_backbones_takes_their_weights(tmp_path, batch):
     ).eval()
     vision.save_pretrained(tmp_path / "vit")
     text.save_pretrained(tmp_path / "t5")
-    model = RahfModel.from_backbones(tmp_path / "vit", tmp_path / "t5", text_decoder=True, head_width=0.1).eval()
+    model = RahfModel.from_backbones(tmp_path / "vit", tmp_path / "t5", words="sequence", head_width=0.1).eval()
     seen = model.vision(pixel_values=batch["pixel_values"]).last_hidden_state
     assert torch.equal(seen, vision(pixel_values=batch["pixel_values"]).last_hidden_state)
     ids = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     assert torch.equal(model.encoder(**ids).last_hidden_state, text.encoder(**ids).last_hidden_state)
-    assert model.decoder.embed_tokens.weight is model.encoder.embed_tokens.weight
     model.save_pretrained(tmp_path / "rahf")
     again = RahfModel.from_pretrained(tmp_path / "rahf")
-    decoder_input = {"input_ids": batch["input_ids"], "encoder_hidden_states": seen @ torch.ones(16, 24)}
-    for decoder in (model.decoder, again.decoder):
-        states = decoder(**decoder_input).last_hidden_state
-        torch.testing.assert_close(states, text.decoder(**decoder_input).last_hidden_state)
+    states = seen @ torch.ones(16, 24)  # a stand-in for fused text tokens
+    theirs = text(encoder_outputs=(states,), decoder_input_ids=batch["input_ids"]).logits
+    for loaded in (model, again):
+        said = loaded.word_head.decoder(
+            inputs_embeds=loaded.encoder.embed_tokens(batch["input_ids"]), encoder_hidden_states=states
+        )
+        torch.testing.assert_close(loaded.word_head.write(said.last_hidden_state), theirs)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"heatmap_head": "heavy"}, "heatmap_head must be one of paper, light, not 'heavy'"),
-        ({"words": "sequence"}, "words must be one of"),
-        ({"variant": "augmented_prompt"}, "variant must be one of"),
+        ({"words": "colours"}, "words must be one of tagging, sequence, none, not 'colours'"),
+        ({"variant": "one_head"}, "variant must be one of multi_head, augmented_prompt, not 'one_head'"),
     ],
 )
 def test_unknown_settings_are_named(make_config, options, message):
@@ -166,7 +175,7 @@ def convolutional():
 
 
 def test_a_convolutional_encoder_does_as_well(convolutional, batch, targets, tmp_path):
-    assert (convolutional.config.grid, convolutional.config.heatmap_size) == (4, 32)
+    assert (convolutional.config.grid, convolutional.config.heatmap_size) == ((4, 4), 32)
     out = convolutional.train()(**batch, **targets)
     assert (out.scores.shape, out.heatmaps.shape, out.word_logits.shape) == ((3, 4), (3, 2, 32, 32), (3, 3))
     out.loss.backward()
@@ -194,7 +203,7 @@ def test_the_size_that_a_convolutional_encoder_sees_must_be_given_and_fit():
         RahfConfig(**configs)
     with pytest.raises(ValueError, match="image_size 100 is no multiple of 32"):
         RahfConfig(**configs, image_size=100)
-    assert RahfConfig(**configs, image_size=224).grid == 7
+    assert RahfConfig(**configs, image_size=224).grid == (7, 7)
     unknown = {**configs, "vision_config": {"model_type": "efficientnet"}}
     with pytest.raises(ValueError, match="the vision encoder is a 'efficientnet', which says neither"):
         RahfConfig(**unknown, image_size=64)
@@ -215,7 +224,7 @@ def test_the_size_that_a_convolutional_encoder_sees_must_be_given_and_fit():
 def test_the_grid_is_that_of_the_encoder(vision, grid):
     text = T5Config(vocab_size=20, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     config = RahfConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), image_size=64, head_width=0.1)
-    assert config.grid == grid
+    assert config.grid == (grid, grid)
     ids = torch.tensor([[4, 1]])
     model = RahfModel(config).train()
     image, _ = model.fuse(torch.randn(1, 3, 64, 64), ids, torch.ones_like(ids))
@@ -236,13 +245,131 @@ def test_from_backbones_takes_a_resnet(tmp_path, batch):
     assert torch.equal(seen, vision(pixel_values=batch["pixel_values"]).last_hidden_state)
 
 
+@pytest.fixture
+def augmented(make_config, tokenizer):
+    torch.manual_seed(0)
+    model = RahfModel(make_config(variant="augmented_prompt")).eval()
+    adopt_tokenizer(model, copy.deepcopy(tokenizer))
+    return model
+
+
+def test_augmented_prompt_names_what_it_is_to_say(augmented, batch):
+    """Each output is what the one head of its kind reads after the encoder saw its name before the prompt."""
+    out, patches = augmented(**batch), 16
+    assert (len(augmented.score_heads), len(augmented.heatmap_heads)) == (1, 1)
+    names = augmented.config.output_ids
+    assert len({tuple(name) for name in names}) == len(OUTPUT_NAMES) == 7
+    seen = augmented.see(batch["pixel_values"])
+    for row in range(3):
+        length = int(batch["attention_mask"][row].sum())
+        prompt = batch["input_ids"][row, :length].tolist()
+        fused = []
+        for name in names:
+            text = augmented.encoder.embed_tokens(torch.tensor([[*name, *prompt]]))
+            states = augmented.encoder(inputs_embeds=torch.cat([seen[row : row + 1], text], 1)).last_hidden_state
+            fused.append((states[:, :patches], states[:, patches + len(name) :]))
+        maps = [image.transpose(1, 2).unflatten(2, (4, 4)) for image, _ in fused]
+        for index in range(4):
+            score = augmented.score_heads["any"](maps[index], fused[index][1], torch.ones(1, length)).sigmoid()
+            torch.testing.assert_close(out.scores[row, index], score[0], atol=1e-5, rtol=0)
+        for index in range(2):
+            heatmap = augmented.heatmap_heads["any"](maps[4 + index]).sigmoid()
+            torch.testing.assert_close(out.heatmaps[row, index], heatmap[0], atol=1e-5, rtol=0)
+        words = int((batch["word_positions"][row] >= 0).sum())
+        logits = augmented.word_head(fused[-1][1], batch["word_positions"][row : row + 1, :words])
+        torch.testing.assert_close(out.word_logits[row, :words], logits[0], atol=1e-4, rtol=0)
+
+
+def test_augmented_prompt_is_trained_and_saved_whole(augmented, batch, targets, tmp_path):
+    augmented.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    for name in ("scores", "heatmaps", "word_logits"):
+        assert torch.equal(augmented(**batch)[name], loaded(**batch)[name])
+    augmented.train()(**batch, **targets).loss.backward()
+    assert not [name for name, parameter in augmented.named_parameters() if parameter.grad is None]
+
+
+def test_augmented_prompt_without_names_says_what_to_do(make_config, batch):
+    with pytest.raises(ValueError, match="give it a tokenizer: adopt_tokenizer"):
+        RahfModel(make_config(variant="augmented_prompt"))(**batch)
+
+
+@pytest.mark.parametrize("size", [[48, 32], [32, 64], 64])
+@pytest.mark.parametrize("heads", ["paper", "light"])
+def test_pictures_of_another_shape_and_size(make_config, batch, targets, size, heads):
+    height, width = (size, size) if isinstance(size, int) else size
+    config = make_config(image_size=size, heatmap_size=[24, 40], heatmap_head=heads, score_head=heads)
+    assert (config.grid, config.map_size) == ((height // 8, width // 8), (24, 40))
+    model = RahfModel(config).eval()
+    batch["pixel_values"] = torch.randn(3, 3, height, width)
+    out = model(**batch, **(targets | {"heatmaps": torch.rand(3, 2, 24, 40)}))
+    assert out.heatmaps.shape == (3, 2, 24, 40)
+    assert out.loss.isfinite()
+
+
+def test_positions_are_interpolated_for_a_larger_picture(make_config):
+    """With patches that say nothing, features are the position embeddings: twice as many a side, bicubically."""
+    small = RahfModel(make_config()).eval()
+    large = RahfModel(make_config(image_size=[64, 32])).eval()
+    large.load_state_dict(small.state_dict())
+    taken = {}
+    large.vision.embeddings.register_forward_hook(lambda _, __, out: taken.update(out=out))
+    flat = torch.zeros(1, 3, 64, 32)
+    large.see(flat)
+    table = small.vision.embeddings.position_embeddings[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    wanted = torch.nn.functional.interpolate(table, size=(8, 4), mode="bicubic", align_corners=False).flatten(2)
+    bias = small.vision.embeddings.patch_embeddings.projection.bias
+    torch.testing.assert_close(taken["out"][:, 1:], wanted.transpose(1, 2) + bias)
+
+
+def test_a_size_that_the_encoder_cannot_see_is_refused(make_config):
+    with pytest.raises(ValueError, match="image_size 36 x 32 is no multiple of 8"):
+        make_config(image_size=[36, 32])
+
+
+@pytest.mark.parametrize("kind", [MT5Config, UMT5Config])
+@pytest.mark.parametrize("words", ["tagging", "sequence"])
+def test_other_text_models_of_the_family(kind, words, batch, targets, tokenizer):
+    torch.manual_seed(0)
+    size = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 1, "num_heads": 2}
+    text = AutoModelForSeq2SeqLM.from_config(kind(vocab_size=20, **size)).eval()
+    vision = ViTModel(
+        ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    )
+    model = RahfModel.from_backbones(vision, text, words=words, head_width=0.1).eval()
+    adopt_tokenizer(model, copy.deepcopy(tokenizer))
+    ids = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    theirs = text.get_encoder()(**ids).last_hidden_state
+    assert torch.equal(model.encoder(**ids).last_hidden_state, theirs)
+    if words == "sequence":
+        decoded = text(encoder_outputs=(theirs,), decoder_input_ids=batch["input_ids"]).logits
+        embedded = model.encoder.embed_tokens(batch["input_ids"])
+        said = model.word_head.decoder(inputs_embeds=embedded, encoder_hidden_states=theirs).last_hidden_state
+        torch.testing.assert_close(model.word_head.write(said)[..., :20], decoded)
+    model.train()(**batch, **targets).loss.backward()
+
+
+def test_text_models_of_another_family_are_named():
+    with pytest.raises(ValueError, match="the text model is a 'bert'; RAHF is built on one of t5, mt5, umt5"):
+        RahfConfig(vision_config=ViTConfig().to_dict(), text_config={"model_type": "bert"})
+
+
+@pytest.mark.parametrize("options", [{}, {"variant": "augmented_prompt"}, {"heatmap_head": "paper"}])
+def test_forward_compiles_without_a_graph_break(make_config, tokenizer, batch, targets, options):
+    model = RahfModel(make_config(**options, head_width=0.05)).eval()
+    adopt_tokenizer(model, copy.deepcopy(tokenizer))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        ours, theirs = model(**batch, **targets), compiled(**batch, **targets)
+    for name in ("scores", "heatmaps", "word_logits", "loss"):
+        torch.testing.assert_close(theirs[name], ours[name])
+
+
 def test_from_backbones_takes_the_picture_tower_of_siglip(tmp_path, batch):
     tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    both = SiglipModel(
-        SiglipConfig(
-            vision_config={**tower, "image_size": 32, "patch_size": 8}, text_config={**tower, "vocab_size": 20}
-        )
-    ).eval()
+    sizes = {"image_size": 32, "patch_size": 8}
+    config = SiglipConfig(vision_config={**tower, **sizes}, text_config={**tower, "vocab_size": 20})
+    both = SiglipModel(config).eval()
     both.save_pretrained(tmp_path)
     text = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
     model = RahfModel.from_backbones(tmp_path, text, head_width=0.1).eval()

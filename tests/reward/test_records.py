@@ -75,7 +75,7 @@ def test_maps_are_blocks_that_area_undoes():
     heatmap = np.random.default_rng(0).integers(0, 4, (64, 64)) / 3
     image = Image.open(io.BytesIO(encode_map(heatmap)))
     assert (image.size, image.mode) == ((512, 512), "L")
-    back = resize_maps(torch.from_numpy(np.array(image)).float()[None, None] / 255, 64)[0, 0]
+    back = resize_maps(torch.from_numpy(np.array(image)).float()[None, None] / 255, (64, 64))[0, 0]
     torch.testing.assert_close(back, torch.from_numpy(heatmap).float(), atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         encode_map(heatmap * 2)

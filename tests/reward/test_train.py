@@ -185,3 +185,26 @@ def test_encoders_that_are_not_there_are_an_error(model_folder):
         train.build_model(train.RahfArguments(data="", model=str(model_folder)))
     with pytest.raises(ValueError, match="lacks weights of the model"):
         RichFeedbackPredictor.from_pretrained(model_folder)
+
+
+@pytest.mark.parametrize("options", [{"variant": "augmented_prompt"}, {"words": "sequence"}], ids=str)
+def test_other_variants_start_from_a_checkpoint_with_new_heads(command, raw_data, options):
+    metrics = train.main(command("out", **options))
+    assert 0 <= metrics["eval_f1_words"] <= 1
+    model = RahfModel.from_pretrained(raw_data / "out")
+    assert {name: getattr(model.config, name) for name in options} == options
+    feedback = RichFeedbackPredictor.from_pretrained(raw_data / "out")(torch.rand(1, 3, 32, 32), ["a red circle"])
+    assert feedback.misaligned[0].shape == (3,)
+
+
+def test_words_that_the_model_cannot_see_are_named_before_training(command, raw_data, caplog):
+    train.main(command("out", max_text_length=3, max_steps=1))
+    assert "split train: " in caplog.text
+    assert "lie behind the 3 pieces of a prompt" in caplog.text
+
+
+def test_sizes_are_one_side_or_two(command, raw_data):
+    with pytest.raises(ValueError, match="heatmap_size is one side, or height and width"):
+        train.main([*command("out"), "--heatmap_size", "8", "8", "8"])
+    train.main([*command("out", max_steps=1), "--heatmap_size", "16", "24"])
+    assert RahfModel.from_pretrained(raw_data / "out").config.map_size == (16, 24)

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from reward.feedback import Reward
+from rl.experience import rollout_noise
 from rl.monitors import diversity, edge_energy
 from rl.policy import StableDiffusionPolicy
-from rl.rollout import draw_prompts, keyed_noise, sample
+from rl.rollout import draw_prompts, keyed_noise, sample, shared_places
 from rl.scoring import RewardError, score
 from rl.sde import ddim_scheduler, make_schedule
 from tests.rl.conftest import PROMPTS
@@ -119,3 +120,24 @@ def test_scores_do_not_depend_on_the_batch():
     assert torch.equal(whole.objective, parts.objective)
     assert torch.equal(whole.penalties["implausibility"], parts.penalties["implausibility"])
     assert [len(words) for words in parts.word_penalties] == [len(prompt.split()) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize(
+    ("share", "places"),
+    [("none", []), ("before", [0, 1, 2]), ("around", [0, 1, 2, 6])],
+    ids=["none", "before", "around"],
+)
+def test_what_a_group_shares_of_its_noise(policy, share, places):
+    """Of seven draws (a latent's, six steps'), with steps 2 and 4 trained, those of steps 2, 3 and 4 differ."""
+    schedule = make_schedule(ddim_scheduler(policy.scheduler), 6, 1.0)
+    assert shared_places(share, [2, 4], len(schedule)) == places
+    noise = rollout_noise(policy, schedule, 5, 0, range(6), 3, places)
+    plain = rollout_noise(policy, schedule, 5, 0, range(6))
+    for place in range(7):
+        same = torch.stack([(noise[a, place] == noise[b, place]).all() for a in range(6) for b in range(6)]).view(6, 6)
+        group = torch.arange(6) // 3
+        assert torch.equal(same, group[:, None] == group if place in places else torch.eye(6, dtype=torch.bool))
+        if place not in places:
+            assert torch.equal(noise[:, place], plain[:, place])
+    parts = [rollout_noise(policy, schedule, 5, 0, rows, 3, places) for rows in ([0, 1, 2, 3], [4, 5])]
+    assert torch.equal(torch.cat(parts), noise)  # whatever the batches, and so the ranks
