@@ -7,10 +7,8 @@ Shapes: B examples, H x W pixels of a picture, S the side the model sees, h the 
 longest prompt in the batch, T its words.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from reward.augmentation import Augmentation
 from reward.checks import read_row, read_rows
 from reward.feedback import HEATMAPS, SCORES
 from reward.losses import IGNORE
@@ -114,68 +113,6 @@ def to_tensor(image: Image.Image, mode: str = "RGB") -> torch.Tensor:
     """A PIL image -> uint8 (C, H, W); `mode` "RGB" gives three channels, "L" one."""
     array = np.array(to_rgb(image) if mode == "RGB" else image.convert(mode))  # a copy: torch wants a writable array
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Random changes of the training pictures. There is no flip: it would turn "left of" into "right of".
-
-    Args:
-        seed: with an example's uid and the epoch, all that the draws depend on; not the batch, nor the worker.
-        crop_probability: how often a picture and its maps are cut, alike.
-        crop_min_side: the smallest side kept, as a share of the whole; the largest is 1.
-        brightness, contrast, saturation: strength x; the factor is uniform in [1 - x, 1 + x].
-    """
-
-    seed: int = 0
-    crop_probability: float = 0.0
-    crop_min_side: float = 0.8
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-
-    def __call__(
-        self, image: torch.Tensor, maps: torch.Tensor, key: str, size: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Picture (3, H, W) and maps (2, h', w'), both in [0, 1], changed; their sizes may differ and may shrink.
-
-        The cut's edges lie on multiples of 1 / `size`, so that picture and maps lose exactly the same where their
-        sides are multiples of `size`, and to a rounding of half a pixel elsewhere.
-        """
-        digest = hashlib.blake2b(f"{self.seed} {key}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-        draw = torch.rand(7, generator=generator).tolist()
-        if draw[0] < self.crop_probability:
-            side = max(round(size * (self.crop_min_side + (1 - self.crop_min_side) * draw[1])), 1)
-            top, left = (min(int(d * (size - side + 1)), size - side) for d in draw[2:4])
-            box = (top / size, left / size, (top + side) / size, (left + side) / size)
-            image, maps = _cut(image, box), _cut(maps, box)
-        brightness, contrast, saturation = (
-            1 + x * (2 * d - 1)
-            for x, d in zip((self.brightness, self.contrast, self.saturation), draw[4:], strict=True)
-        )
-        return adjust_colour(image, brightness, contrast, saturation), maps
-
-
-def adjust_colour(image: torch.Tensor, brightness: float, contrast: float, saturation: float) -> torch.Tensor:
-    """Picture (3, H, W) in [0, 1] with factors (1 = unchanged): scaled, spread about its mean grey, about its greys."""
-    weights = image.new_tensor([0.299, 0.587, 0.114])[:, None, None]
-    if brightness != 1:
-        image = (image * brightness).clamp(0, 1)
-    if contrast != 1:
-        mean = (image * weights).sum(0).mean()
-        image = (mean + contrast * (image - mean)).clamp(0, 1)
-    if saturation != 1:
-        grey = (image * weights).sum(0, keepdim=True)
-        image = (grey + saturation * (image - grey)).clamp(0, 1)
-    return image
-
-
-def _cut(image: torch.Tensor, box: tuple[float, float, float, float]) -> torch.Tensor:
-    """(C, H, W) -> the part inside `box` (top, left, bottom, right as shares of the whole), at least one pixel."""
-    height, width = image.shape[-2:]
-    top, left, bottom, right = (round(edge * side) for edge, side in zip(box, (height, width) * 2, strict=True))
-    return image[:, top : max(bottom, top + 1), left : max(right, left + 1)]
 
 
 class FeedbackDataset(torch.utils.data.Dataset):

@@ -69,6 +69,7 @@ class RahfConfig(PreTrainedConfig):
         max_text_length: prompts are cut after so many pieces; words behind are not judged.
         word_threshold: a word counts as misaligned if its probability is above; training sets it to the best F1 on dev.
         score_loss_weight, heatmap_loss_weight, word_loss_weight: weights of the loss terms.
+        heatmap_positive_weight: how often marked pixels count in the heatmaps' loss, see `reward.losses.heatmap_loss`.
     """
 
     model_type = "rahf"
@@ -96,6 +97,7 @@ class RahfConfig(PreTrainedConfig):
     score_loss_weight: float = 1.0
     heatmap_loss_weight: float = 1.0
     word_loss_weight: float = 1.0
+    heatmap_positive_weight: float = 1.0
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -344,7 +346,7 @@ class RahfModel(PreTrainedModel):
             predicted.score_loss = losses.score_loss(predicted.scores, scores)
             total.append(config.score_loss_weight * predicted.score_loss)
         if heatmaps is not None:
-            predicted.heatmap_loss = losses.heatmap_loss(predicted.heatmaps, heatmaps)
+            predicted.heatmap_loss = losses.heatmap_loss(predicted.heatmaps, heatmaps, config.heatmap_positive_weight)
             total.append(config.heatmap_loss_weight * predicted.heatmap_loss)
         if predicted.word_loss is not None:
             total.append(config.word_loss_weight * predicted.word_loss)

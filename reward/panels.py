@@ -26,6 +26,7 @@ class ExamplePanels(TrainerCallback):
     @torch.no_grad()
     def on_evaluate(self, args, state, control, model, **kwargs) -> None:
         batch = {name: value.to(model.device) for name, value in self.collator(self.examples).items()}
+        batch["pixel_values"] = batch["pixel_values"].to(model.dtype)  # DeepSpeed's bf16 is the model's own
         training = model.training
         out = model.eval()(**batch)  # on every rank: a sharded model needs them all
         model.train(training)

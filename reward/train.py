@@ -13,8 +13,8 @@ import logging
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +26,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
 from transformers.integrations import TensorBoardCallback
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from reward.arguments import main_guard, parse_arguments
 from reward.checks import check_labels
 from reward.data import (
-    Augmentation,
     FeedbackCollator,
     FeedbackDataset,
     describe_unread,
@@ -47,6 +46,7 @@ from reward.metrics import heatmap_metrics, score_metrics, word_metrics
 from reward.model import RahfConfig, RahfModel, RahfOutput
 from reward.panels import ExamplePanels
 from reward.predict import check_model_folder
+from reward.train_config import LOSS_SETTINGS, RahfArguments, RahfTrainingArguments
 from reward.vocabulary import adopt_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -55,99 +55,11 @@ _BACKBONE = ("vision.", "encoder.", "word_head.decoder.")
 _COMPLETE = "complete"
 
 
-@dataclass
-class RahfArguments:
-    """What to train, on which data."""
-
-    data: str = field(metadata={"help": "folder written by `python -m reward.richhf`"})
-    model: str | None = field(default=None, metadata={"help": "RAHF checkpoint to start from"})
-    vision_model: str | None = field(
-        default=None, metadata={"help": "pretrained vision encoder, where there is no RAHF"}
-    )
-    text_model: str | None = field(default=None, metadata={"help": "pretrained T5, with its tokenizer"})
-    heatmap_head: str | None = field(default=None, metadata={"help": "paper or light; unset: the model's own"})
-    score_head: str | None = field(default=None, metadata={"help": "paper or light; unset: the model's own"})
-    head_width: float | None = field(default=None, metadata={"help": "factor on the heads' channels"})
-    variant: str | None = field(default=None, metadata={"help": "multi_head or augmented_prompt"})
-    words: str | None = field(default=None, metadata={"help": "tagging, sequence or none"})
-    image_size: list[int] | None = field(
-        default=None, metadata={"help": "what the vision encoder sees: one side, or height and width; unset: its own"}
-    )
-    heatmap_size: list[int] | None = field(
-        default=None, metadata={"help": "of the heatmaps: one side, or height and width; unset: image_size"}
-    )
-    max_text_length: int | None = field(default=None, metadata={"help": "pieces of a prompt that are read"})
-    in_memory: bool = field(default=False, metadata={"help": "decode all pictures once; for small pictures"})
-    crop_probability: float = field(default=0.0, metadata={"help": "how often picture and maps are cropped alike"})
-    crop_min_side: float = field(default=0.8, metadata={"help": "smallest side kept by a crop, as a share"})
-    brightness: float = field(default=0.0, metadata={"help": "x: factor in [1 - x, 1 + x]"})
-    contrast: float = field(default=0.0, metadata={"help": "x: factor in [1 - x, 1 + x]"})
-    saturation: float = field(default=0.0, metadata={"help": "x: factor in [1 - x, 1 + x]"})
-    panels: int = field(default=8, metadata={"help": "dev pictures drawn at each evaluation; 0: none"})
-
-    def __post_init__(self):
-        backbones = self.vision_model is not None and self.text_model is not None
-        if (self.model is not None) == backbones:
-            raise ValueError("give either --model (a RAHF checkpoint), or both --vision_model and --text_model")
-        for name in ("image_size", "heatmap_size"):
-            if len(getattr(self, name) or [1]) > 2:
-                raise ValueError(f"{name} is one side, or height and width, not {getattr(self, name)}")
-        if not 0 < self.crop_min_side <= 1 or not 0 <= self.crop_probability <= 1:
-            raise ValueError(
-                f"crop_min_side must be in (0, 1] and crop_probability in [0, 1], not {self.crop_min_side} and "
-                f"{self.crop_probability}"
-            )
-
-    @property
-    def model_options(self) -> dict:
-        """The settings of the model's config that were given."""
-        names = ("variant", "heatmap_head", "score_head", "words", "head_width", "max_text_length")
-        given = {name: getattr(self, name) for name in names}
-        for name in ("image_size", "heatmap_size"):
-            sides = getattr(self, name)
-            given[name] = sides[0] if sides is not None and len(sides) == 1 else sides
-        return {name: value for name, value in given.items() if value is not None}
-
-    def augmentation(self, seed: int) -> Augmentation:
-        names = [item.name for item in fields(Augmentation) if item.name != "seed"]
-        return Augmentation(seed=seed, **{name: getattr(self, name) for name in names})
-
-
-@dataclass
-class RahfTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with what RAHF adds; `learning_rate` is that of the heads."""
-
-    backbone_learning_rate: float | None = field(
-        default=None, metadata={"help": "rate of the vision encoder and T5; unset: learning_rate"}
-    )
-    score_loss_weight: float = field(default=1.0, metadata={"help": "weight of the scores' MSE"})
-    heatmap_loss_weight: float = field(default=1.0, metadata={"help": "weight of the heatmaps' pixel MSE"})
-    word_loss_weight: float = field(default=1.0, metadata={"help": "weight of the words' cross-entropy"})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "train into a folder that is not empty"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "rate of the heads and the projection"})
-    lr_scheduler_type: str = field(default="inverse_sqrt", metadata={"help": "decay after the warm-up"})
-    eval_strategy: str = field(default="epoch", metadata={"help": "when dev is evaluated"})
-    save_strategy: str = field(default="epoch", metadata={"help": "when a checkpoint is written"})
-    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept; the best is always kept"})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "end with the best checkpoint, not the last"})
-    metric_for_best_model: str | None = field(default="eval_quality", metadata={"help": "see reward.train.dev_metrics"})
-    report_to: None | str | list[str] = field(  # noqa: RUF036 the parser wants None first
-        default="tensorboard", metadata={"help": "where figures are logged"}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "must be false: our collator reads them all"})
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.label_names = ["scores", "heatmaps", "word_labels"]
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be false: the collator reads columns that the model does not")
-
-
 class RahfTrainer(Trainer):
     """`transformers.Trainer` with a learning rate for the backbone, and every loss term in the log."""
 
     def __init__(self, model: RahfModel, args: RahfTrainingArguments, **kwargs):
-        for name in ("score_loss_weight", "heatmap_loss_weight", "word_loss_weight"):
+        for name in LOSS_SETTINGS:
             setattr(model.config, name, getattr(args, name))
         super().__init__(model=model, args=args, compute_metrics=dev_metrics, **kwargs)
         self._terms = defaultdict(list)
@@ -171,6 +83,11 @@ class RahfTrainer(Trainer):
             )
         return self.optimizer
 
+    def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Trainer gives DeepSpeed every float in the model's precision; targets stay as they are."""
+        targets = {name: inputs[name].to(self.args.device) for name in self.label_names if name in inputs}
+        return {**super()._prepare_inputs(inputs), **targets}
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs: RahfOutput = model(**inputs)
         if model.training:
@@ -180,8 +97,10 @@ class RahfTrainer(Trainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Every rank is here; the terms are means over all of them, as Trainer's own `loss` is."""
         if "loss" in logs:
-            logs |= {name: float(torch.stack(values).mean()) for name, values in self._terms.items()}
+            own = {name: torch.stack(values).mean() for name, values in self._terms.items()}
+            logs |= {name: float(self.accelerator.gather(mean).mean()) for name, mean in own.items()}
             self._terms.clear()
         super().log(logs, *args, **kwargs)
 
@@ -196,6 +115,7 @@ class RahfTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         """Trainer writes checkpoints in place; the marker written last tells a whole one from a torn one."""
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each rank writes a part
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.is_dir():
             (folder / _COMPLETE).touch()
@@ -286,6 +206,22 @@ def warn_of_unread_words(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, 
             logger.warning("split %s: %s", name, message)
 
 
+@contextmanager
+def _whole_weights(args: RahfTrainingArguments) -> Iterator[None]:
+    """Inside, models get all of their weights on every rank; DeepSpeed shards them when the training begins.
+
+    Once the settings of ZeRO-3 exist, transformers loads models in shards, and reads their shapes as empty.
+    """
+    if (settings := getattr(args, "hf_deepspeed_config", None)) is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(settings)
+
+
 def load_data(folder: str | Path) -> DatasetDict:
     """The splits that `reward.richhf` wrote.
 
@@ -303,11 +239,19 @@ def load_data(folder: str | Path) -> DatasetDict:
     return data
 
 
-def save_whole(model: RahfModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save model and tokenizer so that no file in `folder` is ever half written; `config.json` comes last."""
+def save_whole(
+    model: RahfModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Save model and tokenizer so that no file in `folder` is ever half written; `config.json` comes last.
+
+    `weights`, where the model's own are sharded, replace them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as unfinished:
-        model.save_pretrained(unfinished)
+        model.save_pretrained(unfinished, state_dict=weights)
         tokenizer.save_pretrained(unfinished)
         for path in sorted(Path(unfinished).iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, folder / path.name)
@@ -352,7 +296,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     for split in ("train", "dev"):
         check_labels(data[split], f"{arguments.data}, {split}")
     set_seed(args.seed)  # the new heads' weights depend on it
-    model, tokenizer = build_model(arguments)
+    with _whole_weights(args):
+        model, tokenizer = build_model(arguments)
     warn_of_unread_words(data, tokenizer, model.config.max_text_length)
     trainer = RahfTrainer(
         model,
@@ -375,8 +320,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     final = trainer.predict(dev, metric_key_prefix="eval")
     if len(final.predictions) > 2:
         model.config.word_threshold = best_word_threshold(final.predictions[2], final.label_ids[2])
+    weights = trainer.accelerator.get_state_dict(trainer.deepspeed) if trainer.is_deepspeed_enabled else None
     if trainer.is_world_process_zero():
-        save_whole(model, tokenizer, Path(args.output_dir))
+        save_whole(model, tokenizer, Path(args.output_dir), weights)
         (Path(args.output_dir) / "dev_metrics.json").write_text(json.dumps(final.metrics, indent=1))
     return final.metrics
 

@@ -11,6 +11,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, T5Config, ViTConfig
 
+from reward import richhf
 from reward.feedback import HEATMAPS, SCORES
 from reward.model import RahfConfig, RahfModel
 from reward.predict import RichFeedbackPredictor
@@ -135,3 +136,31 @@ def raw_data(tmp_path):
         table = pyarrow.Table.from_pylist(rows[shard::2])
         pyarrow.parquet.write_table(table, tmp_path / "images" / f"{shard}.parquet", row_group_size=4)
     return tmp_path
+
+
+@pytest.fixture
+def command(raw_data, model_folder):
+    """The command line of a training of four steps on twelve pictures."""
+    data = raw_data / "data"
+    richhf.main(["--tfrecords", str(raw_data / "tfrecords"), "--images", str(raw_data / "images"), "--out", str(data)])
+
+    def make(output, **settings):
+        settings = {
+            "data": data,
+            "model": model_folder,
+            "output_dir": raw_data / output,
+            "max_steps": 4,
+            "per_device_train_batch_size": 6,
+            "logging_steps": 1,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "eval_strategy": "steps",
+            "save_strategy": "steps",
+            "eval_steps": 2,
+            "save_steps": 2,
+            **settings,
+        }
+        return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+    return make

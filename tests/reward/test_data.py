@@ -5,11 +5,10 @@ from datasets import load_from_disk
 from PIL import Image
 
 from reward import richhf
+from reward.augmentation import Augmentation
 from reward.data import (
-    Augmentation,
     FeedbackCollator,
     FeedbackDataset,
-    adjust_colour,
     describe_unread,
     encode_prompts,
     pad_rows,
@@ -111,47 +110,12 @@ def test_missing_columns_are_named(dev, make_config):
         FeedbackDataset(dev.remove_columns("keyword_labels"), make_config())
 
 
-def test_crops_cut_picture_and_maps_alike():
-    places = torch.arange(32.0)[:, None] * 32 + torch.arange(32.0)
-    image = places.repeat_interleave(4, 0).repeat_interleave(4, 1).expand(3, 128, 128) / 1024
-    maps = (places / 1024).expand(2, 32, 32)
-    augment = Augmentation(seed=1, crop_probability=1.0, crop_min_side=0.5)
-    sides = set()
-    for key in range(30):
-        cut_image, cut_maps = augment(image, maps, f"{key}", 32)
-        side = cut_maps.shape[-1]
-        assert cut_image.shape == (3, 4 * side, 4 * side)
-        assert 16 <= side <= 32
-        assert torch.equal(cut_image[0, ::4, ::4], cut_maps[0])
-        sides.add(side)
-    assert len(sides) > 5
-
-
-def test_augmentation_depends_on_seed_and_key_only():
-    image, maps = torch.rand(3, 16, 16), torch.rand(2, 16, 16)
-    make = lambda seed: Augmentation(seed, 0.5, 0.5, 0.3, 0.3, 0.3)  # noqa: E731
-    first = make(1)(image, maps, "a 0", 16)
-    torch.manual_seed(5)
-    assert all(torch.equal(x, y) for x, y in zip(first, make(1)(image, maps, "a 0", 16), strict=True))
-    assert not torch.equal(first[0].mean(), make(1)(image, maps, "a 1", 16)[0].mean())
-    assert not torch.equal(first[0].mean(), make(2)(image, maps, "a 0", 16)[0].mean())
-
-
 def test_epochs_change_the_augmentation(dev, make_config):
     dataset = FeedbackDataset(dev, make_config(), Augmentation(brightness=0.5))
     first = dataset[0]["image"]
     assert torch.equal(first, dataset[0]["image"])
     dataset.set_epoch(1)
     assert not torch.equal(first, dataset[0]["image"])
-
-
-def test_colours_by_hand():
-    image = torch.tensor([0.2, 0.4, 0.6])[:, None, None].expand(3, 2, 2)
-    grey = 0.299 * 0.2 + 0.587 * 0.4 + 0.114 * 0.6
-    assert adjust_colour(image, 1, 1, 1) is image
-    torch.testing.assert_close(adjust_colour(image, 2.0, 1, 1)[:, 0, 0], torch.tensor([0.4, 0.8, 1.0]))
-    torch.testing.assert_close(adjust_colour(image, 1, 0.0, 1), torch.full((3, 2, 2), grey))
-    torch.testing.assert_close(adjust_colour(image, 1, 1, 0.0), torch.full((3, 2, 2), grey))
 
 
 def test_what_is_not_read_is_named():

@@ -13,6 +13,8 @@ from transformers import (
     MT5Config,
     ResNetConfig,
     ResNetModel,
+    SiglipConfig,
+    SiglipModel,
     SiglipVisionConfig,
     SwinConfig,
     T5Config,
@@ -361,3 +363,15 @@ def test_forward_compiles_without_a_graph_break(make_config, tokenizer, batch, t
         ours, theirs = model(**batch, **targets), compiled(**batch, **targets)
     for name in ("scores", "heatmaps", "word_logits", "loss"):
         torch.testing.assert_close(theirs[name], ours[name])
+
+
+def test_from_backbones_takes_the_picture_tower_of_siglip(tmp_path, batch):
+    tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {"image_size": 32, "patch_size": 8}
+    config = SiglipConfig(vision_config={**tower, **sizes}, text_config={**tower, "vocab_size": 20})
+    both = SiglipModel(config).eval()
+    both.save_pretrained(tmp_path)
+    text = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    model = RahfModel.from_backbones(tmp_path, text, head_width=0.1).eval()
+    seen = model.vision(pixel_values=batch["pixel_values"]).last_hidden_state
+    assert torch.equal(seen, both.vision_model(pixel_values=batch["pixel_values"]).last_hidden_state)

@@ -1,44 +1,19 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers.models.t5.modeling_t5 import T5LayerFF
+from transformers.models.vit.modeling_vit import ViTAttention
 
-from reward import richhf, train
+from reward import train
 from reward.model import RahfModel
 from reward.predict import RichFeedbackPredictor
-
-
-@pytest.fixture
-def command(raw_data, model_folder):
-    """The command line of a training of four steps on twelve pictures."""
-    data = raw_data / "data"
-    richhf.main(["--tfrecords", str(raw_data / "tfrecords"), "--images", str(raw_data / "images"), "--out", str(data)])
-
-    def make(output, **settings):
-        settings = {
-            "data": data,
-            "model": model_folder,
-            "output_dir": raw_data / output,
-            "max_steps": 4,
-            "per_device_train_batch_size": 6,
-            "logging_steps": 1,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-            "eval_strategy": "steps",
-            "save_strategy": "steps",
-            "eval_steps": 2,
-            "save_steps": 2,
-            **settings,
-        }
-        return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-
-    return make
 
 
 def weights(folder):
@@ -105,6 +80,30 @@ def test_accumulating_micro_batches_is_one_large_batch(command, raw_data):
         torch.testing.assert_close(large[name], small[name], atol=1e-5, rtol=1e-4)
 
 
+def test_checkpointing_computes_both_encoders_again_and_changes_no_gradient(command, raw_data, monkeypatch):
+    calls = Counter()
+    for layer in (T5LayerFF, ViTAttention):
+        forward = layer.forward
+
+        def counted(self, *args, forward=forward, **kwargs):
+            calls[type(self)] += 1
+            return forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(layer, "forward", counted)
+    settings = {"max_steps": 2, "load_best_model_at_end": False, "panels": 0, "eval_strategy": "no"}
+    settings |= {"optim": "sgd", "learning_rate": 0.1}
+    train.main(command("plain", **settings))
+    once = calls.copy()
+    train.main(command("checkpointed", **settings, activation_checkpointing=True))
+    assert {layer: calls[layer] - once[layer] for layer in once} == {
+        T5LayerFF: once[T5LayerFF] + 4,
+        ViTAttention: once[ViTAttention] + 2,
+    }
+    plain, checkpointed = weights(raw_data / "plain"), weights(raw_data / "checkpointed")
+    for name in plain:
+        torch.testing.assert_close(plain[name], checkpointed[name])
+
+
 def test_training_fits_what_it_is_shown(command, raw_data):
     train.main(
         command("out", learning_rate=3e-3, max_steps=60, eval_steps=60, save_steps=60, in_memory=True, logging_steps=5)
@@ -134,6 +133,8 @@ def test_backbone_and_heads_have_their_own_rates(model):
         ({"model": "nowhere"}, "no model folder nowhere"),
         ({"vision_model": "a", "text_model": "b"}, "either --model"),
         ({"crop_min_side": 0}, "crop_min_side"),
+        ({"hue": 0.7}, "hue must be in"),
+        ({"heatmap_positive_weight": -1}, "heatmap_positive_weight must be a number from 0 on, not -1"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"resume_from_checkpoint": "last"}, "no whole checkpoint"),
     ],

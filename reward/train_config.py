@@ -1,0 +1,117 @@
+"""Settings of `python -m reward.train`: what to train on which data, and `transformers.TrainingArguments` with our own.
+
+Every mistake that can be seen in the settings alone is an error here, before data or models are read.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+
+from transformers import TrainingArguments
+
+from reward.augmentation import Augmentation
+
+LOSS_SETTINGS = ("score_loss_weight", "heatmap_loss_weight", "word_loss_weight", "heatmap_positive_weight")
+"""Settings that go into the model's config, where the loss is computed."""
+
+_GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+
+
+@dataclass
+class RahfArguments:
+    """What to train, on which data."""
+
+    data: str = field(metadata={"help": "folder written by `python -m reward.richhf`"})
+    model: str | None = field(default=None, metadata={"help": "RAHF checkpoint to start from"})
+    vision_model: str | None = field(
+        default=None, metadata={"help": "pretrained vision encoder, where there is no RAHF"}
+    )
+    text_model: str | None = field(default=None, metadata={"help": "pretrained T5, with its tokenizer"})
+    heatmap_head: str | None = field(default=None, metadata={"help": "paper or light; unset: the model's own"})
+    score_head: str | None = field(default=None, metadata={"help": "paper or light; unset: the model's own"})
+    head_width: float | None = field(default=None, metadata={"help": "factor on the heads' channels"})
+    variant: str | None = field(default=None, metadata={"help": "multi_head or augmented_prompt"})
+    words: str | None = field(default=None, metadata={"help": "tagging, sequence or none"})
+    image_size: list[int] | None = field(
+        default=None, metadata={"help": "what the vision encoder sees: one side, or height and width; unset: its own"}
+    )
+    heatmap_size: list[int] | None = field(
+        default=None, metadata={"help": "of the heatmaps: one side, or height and width; unset: image_size"}
+    )
+    max_text_length: int | None = field(default=None, metadata={"help": "pieces of a prompt that are read"})
+    in_memory: bool = field(default=False, metadata={"help": "decode all pictures once; for small pictures"})
+    flip_probability: float = field(
+        default=0.0,
+        metadata={"help": "how often left and right are swapped; 0, since it belies prompts with 'left of'"},
+    )
+    crop_probability: float = field(default=0.0, metadata={"help": "how often picture and maps are cropped alike"})
+    crop_min_side: float = field(default=0.8, metadata={"help": "smallest side kept by a crop, as a share"})
+    brightness: float = field(default=0.0, metadata={"help": "x: factor in [1 - x, 1 + x]"})
+    contrast: float = field(default=0.0, metadata={"help": "x: factor in [1 - x, 1 + x]"})
+    hue: float = field(default=0.0, metadata={"help": "x: turn in [-x, x] of the full circle; at most 0.5"})
+    saturation: float = field(default=0.0, metadata={"help": "x: factor in [1 - x, 1 + x]"})
+    grayscale_probability: float = field(default=0.0, metadata={"help": "how often all colour is taken"})
+    jpeg_probability: float = field(default=0.0, metadata={"help": "how often the picture goes through JPEG"})
+    jpeg_min_quality: int = field(default=70, metadata={"help": "lowest JPEG quality, 1 to 95; the highest is 95"})
+    panels: int = field(default=8, metadata={"help": "dev pictures drawn at each evaluation; 0: none"})
+
+    def __post_init__(self):
+        backbones = self.vision_model is not None and self.text_model is not None
+        if (self.model is not None) == backbones:
+            raise ValueError("give either --model (a RAHF checkpoint), or both --vision_model and --text_model")
+        for name in ("image_size", "heatmap_size"):
+            if len(getattr(self, name) or [1]) > 2:
+                raise ValueError(f"{name} is one side, or height and width, not {getattr(self, name)}")
+        self.augmentation(seed=0)  # checks its settings
+
+    @property
+    def model_options(self) -> dict:
+        """The settings of the model's config that were given."""
+        names = ("variant", "heatmap_head", "score_head", "words", "head_width", "max_text_length")
+        given = {name: getattr(self, name) for name in names}
+        for name in ("image_size", "heatmap_size"):
+            sides = getattr(self, name)
+            given[name] = sides[0] if sides is not None and len(sides) == 1 else sides
+        return {name: value for name, value in given.items() if value is not None}
+
+    def augmentation(self, seed: int) -> Augmentation:
+        names = [item.name for item in fields(Augmentation) if item.name != "seed"]
+        return Augmentation(seed=seed, **{name: getattr(self, name) for name in names})
+
+
+@dataclass
+class RahfTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with what RAHF adds; `learning_rate` is that of the heads."""
+
+    backbone_learning_rate: float | None = field(
+        default=None, metadata={"help": "rate of the vision encoder and T5; unset: learning_rate"}
+    )
+    score_loss_weight: float = field(default=1.0, metadata={"help": "weight of the scores' MSE"})
+    heatmap_loss_weight: float = field(default=1.0, metadata={"help": "weight of the heatmaps' pixel MSE"})
+    word_loss_weight: float = field(default=1.0, metadata={"help": "weight of the words' cross-entropy"})
+    heatmap_positive_weight: float = field(
+        default=1.0, metadata={"help": "how often marked pixels count in the heatmaps' MSE; 1: the paper's loss"}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "train into a folder that is not empty"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "rate of the heads and the projection"})
+    lr_scheduler_type: str = field(default="inverse_sqrt", metadata={"help": "decay after the warm-up"})
+    eval_strategy: str = field(default="epoch", metadata={"help": "when dev is evaluated"})
+    save_strategy: str = field(default="epoch", metadata={"help": "when a checkpoint is written"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept; the best is always kept"})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "end with the best checkpoint, not the last"})
+    metric_for_best_model: str | None = field(default="eval_quality", metadata={"help": "see reward.train.dev_metrics"})
+    report_to: None | str | list[str] = field(  # noqa: RUF036 the parser wants None first
+        default="tensorboard", metadata={"help": "where figures are logged"}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "must be false: our collator reads them all"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.label_names = ["scores", "heatmaps", "word_labels"]
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be false: the collator reads columns that the model does not")
+        zero = self.hf_deepspeed_config if self.deepspeed else None
+        if zero and zero.is_zero3() and not zero.is_true(_GATHER):
+            raise ValueError(f"with ZeRO-3, {_GATHER} must be true in {self.deepspeed}, or no whole model can be saved")
+        for name in LOSS_SETTINGS:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")

@@ -1,0 +1,64 @@
+"""The real training command on two CPU ranks, by DeepSpeed's ZeRO, against the same on one rank."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from reward import train
+from reward.model import RahfModel
+
+ROOT = Path(__file__).parents[2]
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    """What was logged of each step's training."""
+    state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
+    return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+def on_two_ranks(arguments: list[str]) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+    launch += ["--rdzv_endpoint=localhost:0", "tests/reward/two_ranks.py", *arguments]
+    # DeepSpeed compiles a small op on first use; it stays beside the packages.
+    environment = {"TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"), **os.environ}
+    done = subprocess.run(launch, capture_output=True, text=True, check=False, timeout=550, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_two_ranks_are_one(engine, command, raw_data):
+    """The same global batches, so the same losses, weights, and figures of the best checkpoint on dev.
+
+    ZeRO-3 with checkpointed encoders, stopped half of the way, and resumed.
+    """
+    settings = {"crop_probability": 0.5, "learning_rate": 1e-2, "backbone_learning_rate": 3e-3, "warmup_steps": 1}
+    settings |= {"per_device_eval_batch_size": 3}
+    one = train.main(command("one", **settings))
+    settings |= {"deepspeed": ROOT / f"configs/deepspeed/{engine}.json"}
+    settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}
+    if engine == "zero3":
+        settings |= {"activation_checkpointing": True}
+        on_two_ranks(command("two", **settings, max_steps=2))
+        settings |= {"resume_from_checkpoint": "last"}
+    on_two_ranks(command("two", **settings))
+    curves = zip(logged(raw_data / "one"), logged(raw_data / "two"), strict=True)
+    for alone, together in curves:
+        for name in ("loss", "score_loss", "heatmap_loss", "word_loss", "grad_norm"):
+            assert together[name] == pytest.approx(alone[name], rel=1e-3 if name == "grad_norm" else 1e-4), name
+    whole, sharded = (load_file(raw_data / name / "model.safetensors") for name in ("one", "two"))
+    assert whole.keys() == sharded.keys()
+    start = load_file(raw_data / "model" / "model.safetensors")
+    for name in whole:
+        torch.testing.assert_close(sharded[name], whole[name], rtol=1e-3, atol=2e-4, msg=name)
+        assert not torch.equal(sharded[name], start[name]), f"{name} was not trained"
+    two = json.loads((raw_data / "two" / "dev_metrics.json").read_text())
+    for name in ("eval_loss", "eval_quality", "eval_mse_misalignment"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4), name
+    RahfModel.from_pretrained(raw_data / "two")
