@@ -263,7 +263,7 @@ class RahfModel(PreTrainedModel):
         options = resizing(self.config.vision_config, self.config.input_size)
         features = self.vision(pixel_values=pixel_values, **options).last_hidden_state
         image = self.project(tokens_of(features, patches))
-        return image if self.places is None else image + self.places.weight
+        return image if self.places is None else image + self.places(torch.arange(patches, device=image.device))
 
     def fuse(
         self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor

@@ -298,7 +298,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     set_seed(args.seed)  # the new heads' weights depend on it
     with _whole_weights(args):
         model, tokenizer = build_model(arguments)
-    warn_of_unread_words(data, tokenizer, model.config.max_text_length)
     trainer = RahfTrainer(
         model,
         args,
@@ -309,6 +308,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         data_collator=FeedbackCollator(tokenizer, model.config),
         processing_class=tokenizer,
     )
+    warn_of_unread_words(data, tokenizer, model.config.max_text_length)
     boards = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TensorBoardCallback)]
     for board in boards:
         board.logging_dir = str(Path(args.output_dir) / "tensorboard")

@@ -110,8 +110,8 @@ class SequenceHead(nn.Module):
         """(B, T): log of p(mark) / p(what follows) behind each word, given the marks of the words before it."""
         states = self._states(embed, text, attention_mask, prompts)
         states = states.gather(1, prompts.deciding[:, :, None].expand(-1, -1, states.shape[-1]))  # (B, T, D)
-        difference = self.write.weight[self._mark] - self.write.weight[prompts.following]  # (B, T, D)
-        return (states * difference).sum(-1)
+        chances = self.write(states)  # (B, T, V)
+        return chances[..., self._mark] - chances.gather(2, prompts.following[..., None])[..., 0]
 
     def read(
         self,
@@ -130,15 +130,23 @@ class SequenceHead(nn.Module):
         prompts = (input_ids, attention_mask, word_positions)
         marked = torch.zeros_like(word_positions, dtype=torch.bool)
         with torch.no_grad():
-            for _ in range(word_positions.shape[1] + 1):
+            while True:
                 logits = self.logits(embed, text, attention_mask, write_marks(*prompts, marked, self._mark))
                 decided = (logits > 0) & (word_positions >= 0)
-                if torch.equal(decided, marked):
+                if self._settled(torch.equal(decided, marked), text.device):
                     break
                 marked = decided
         if torch.is_grad_enabled() and text.requires_grad:
             return self.logits(embed, text, attention_mask, write_marks(*prompts, marked, self._mark))
         return logits
+
+    def _settled(self, mine: bool, device: torch.device) -> bool:
+        """Whether no rank needs another round: with sharded weights (ZeRO-3) all ranks must make the same calls."""
+        if not hasattr(self.write.weight, "ds_id"):
+            return mine
+        unsettled = torch.tensor(float(not mine), device=device)
+        torch.distributed.all_reduce(unsettled, torch.distributed.ReduceOp.MAX)
+        return not unsettled.item()
 
     def _states(self, embed: nn.Embedding, text, attention_mask, prompts: MarkedPrompts) -> torch.Tensor:
         """(B, L', D): what the decoder knows before it writes each position."""

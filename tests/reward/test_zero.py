@@ -36,10 +36,10 @@ def on_two_ranks(arguments: list[str]) -> None:
 def test_two_ranks_are_one(engine, command, raw_data):
     """The same global batches, so the same losses, weights, and figures of the best checkpoint on dev.
 
-    ZeRO-3 with checkpointed encoders, stopped half of the way, and resumed.
+    ZeRO-3 with checkpointed encoders and words in sequence, stopped half of the way, and resumed.
     """
     settings = {"crop_probability": 0.5, "learning_rate": 1e-2, "backbone_learning_rate": 3e-3, "warmup_steps": 1}
-    settings |= {"per_device_eval_batch_size": 3}
+    settings |= {"per_device_eval_batch_size": 3, "words": "sequence" if engine == "zero3" else "tagging"}
     one = train.main(command("one", **settings))
     settings |= {"deepspeed": ROOT / f"configs/deepspeed/{engine}.json"}
     settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}
@@ -57,7 +57,7 @@ def test_two_ranks_are_one(engine, command, raw_data):
     start = load_file(raw_data / "model" / "model.safetensors")
     for name in whole:
         torch.testing.assert_close(sharded[name], whole[name], rtol=1e-3, atol=2e-4, msg=name)
-        assert not torch.equal(sharded[name], start[name]), f"{name} was not trained"
+        assert name not in start or not torch.equal(sharded[name], start[name]), f"{name} was not trained"
     two = json.loads((raw_data / "two" / "dev_metrics.json").read_text())
     for name in ("eval_loss", "eval_quality", "eval_mse_misalignment"):
         assert two[name] == pytest.approx(one[name], rel=1e-4), name
