@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from tinyworld import build, rated
 from tinyworld.autoencoder import decode, encode, new_autoencoder, whiten
 from tinyworld.build import PROMPTS, STAGES, draw_prompts
 from tinyworld.corruption import corrupt
@@ -13,7 +14,7 @@ from tinyworld.grammar import WORDS, draw_request, is_held_out, parse
 from tinyworld.loop import fit, keyed
 from tinyworld.pool import make_pool
 from tinyworld.pretrain import falsify, make_predictor_tokenizer
-from tinyworld.rated import SPLITS, VARIANTS, draw_captions
+from tinyworld.rated import SPLITS, Split, draw_captions
 from tinyworld.scenes import Thing, render
 from tinyworld.text import LENGTH, make_tokenizer, tokenize
 
@@ -167,5 +168,31 @@ def test_prompts_and_splits_keep_held_out_apart():
     assert not any(is_held_out(parse(prompt)) for prompt in prompts["train"])
     for split in SPLITS[1:]:
         assert all(is_held_out(parse(caption)) == split.held_out for caption in draw_captions(split, 1))
-    assert sum(variant.share for variant in VARIANTS) == pytest.approx(1)
+    for variants in (rated.VARIANTS, rated.POLICIES):
+        assert sum(variant.share for variant in variants) == pytest.approx(1)
+    assert {variant.policy for variant in rated.POLICIES} == set(build.POLICIES)
     assert STAGES[-1] == "ceiling"
+
+
+def test_policies_draw_behind_what_the_variants_drew(monkeypatch, tmp_path):
+    """The first predictor's pictures stay as they are, by place and so by uid; the policies' follow in train."""
+    splits = (Split("train", 3), Split("dev", 2), Split("train", 2, variants=rated.POLICIES))
+    monkeypatch.setattr(rated, "SPLITS", splits)
+
+    def draw(captions, variants, load, seed):
+        shade = 100 if variants is rated.VARIANTS else 200
+        return np.full((2 * len(captions), 64, 64, 3), shade + len(captions), np.uint8)
+
+    monkeypatch.setattr(rated, "draw_pictures", draw)
+    made = build.Build(tmp_path)
+    made.rated()
+    made.rated_again()
+    first, again = (
+        {name: list(rated.read_pictures(tmp_path / folder / f"{name}.parquet")) for name in ("train", "dev")}
+        for folder in ("pickapic_first", "pickapic")
+    )
+    assert [(uid, caption) for uid, _, caption in again["train"][:6]] == [(uid, c) for uid, _, c in first["train"]]
+    assert [int(picture[0, 0, 0]) for _, picture, _ in again["train"]] == [100] * 6 + [204] * 4  # steps of 8, plus 4
+    assert (len(first["train"]), len(first["dev"])) == (6, 4)
+    assert [uid for uid, *_ in again["dev"]] == [uid for uid, *_ in first["dev"]]
+    assert len({uid for uid, *_ in again["train"]}) == 10
