@@ -7,7 +7,8 @@ value (the reward's objective, and its terms) the gradient g of -mean(A log p) i
 their expectation and nothing else, so |E g|^2 is estimated without bias by the mean of their inner products, and the
 noise of one chunk by mean |g|^2 - |E g|^2. Printed is their quotient, the signal-to-noise ratio of 64 pictures; it may
 come out negative where there is no signal. Intervals: jackknife over chunks. A step's forward and backward pass costs
-the same for all, so the ratio is also what a step pays per second.
+the same for all, so the ratio is also what a step pays per second. Every picture has noise of its own, whatever
+`share_noise` says.
 """
 
 import tempfile

@@ -63,12 +63,12 @@ class Augmentation:
             raise ValueError(f"jpeg_min_quality must be in [1, {_BEST_QUALITY}], not {self.jpeg_min_quality}")
 
     def __call__(
-        self, image: torch.Tensor, maps: torch.Tensor, key: str, size: int
+        self, image: torch.Tensor, maps: torch.Tensor, key: str, size: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Picture (3, H, W) and maps (2, h', w'), both in [0, 1], changed; their sizes may differ and may shrink.
 
-        The cut's edges lie on multiples of 1 / `size`, so that picture and maps lose exactly the same where their
-        sides are multiples of `size`, and to a rounding of half a pixel elsewhere.
+        The cut's edges lie on a lattice of `size` = (rows, columns), so that picture and maps lose exactly the same
+        where their sides are multiples of it, and to a rounding of half a pixel elsewhere.
         """
         digest = hashlib.blake2b(f"{self.seed} {key}".encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
@@ -93,13 +93,17 @@ class Augmentation:
         return image, maps
 
     def _crop(
-        self, image: torch.Tensor, maps: torch.Tensor, draws: list[float], size: int
+        self, image: torch.Tensor, maps: torch.Tensor, draws: list[float], size: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`draws`: three numbers in [0, 1), for the side, the top and the left."""
-        side = max(round(size * (self.crop_min_side + (1 - self.crop_min_side) * draws[0])), 1)
-        top, left = (min(int(draw * (size - side + 1)), size - side) for draw in draws[1:])
-        box = (top / size, left / size, (top + side) / size, (left + side) / size)
-        return _cut(image, box), _cut(maps, box)
+        share = self.crop_min_side + (1 - self.crop_min_side) * draws[0]
+        begins, ends = [], []
+        for count, draw in zip(size, draws[1:], strict=True):
+            side = max(round(count * share), 1)
+            first = min(int(draw * (count - side + 1)), count - side)
+            begins.append(first / count)
+            ends.append((first + side) / count)
+        return _cut(image, (*begins, *ends)), _cut(maps, (*begins, *ends))
 
 
 def adjust_colour(

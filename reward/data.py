@@ -7,7 +7,6 @@ Shapes: B examples, H x W pixels of a picture, S the side the model sees, h the 
 longest prompt in the batch, T its words.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -23,6 +22,9 @@ from reward.feedback import HEATMAPS, SCORES
 from reward.losses import IGNORE
 from reward.model import RahfConfig
 from reward.pictures import to_rgb
+
+_AS_WORDS = {"is_split_into_words": True, "add_special_tokens": False, "split_special_tokens": True}
+"""How words are tokenised: a prompt that holds the text of a special token does not get that token."""
 
 
 def preprocess(images: torch.Tensor, config: RahfConfig) -> torch.Tensor:
@@ -66,7 +68,7 @@ def encode_prompts(
     ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows, positions = [], []
     for words in tokens:
-        encoded = tokenizer(list(words), is_split_into_words=True, add_special_tokens=False) if words else None
+        encoded = tokenizer(list(words), **_AS_WORDS) if words else None
         ids = encoded.input_ids[: max_length - len(ends)] if words else []
         begins = [-1] * len(words)
         for place, word in reversed(list(enumerate(encoded.word_ids()[: len(ids)] if words else []))):
@@ -153,7 +155,7 @@ class FeedbackDataset(torch.utils.data.Dataset):
         example = self.examples[index] if self.examples is not None else self._decode(read_row(self.split, index))
         image, maps = example["image"].float() / 255, example["maps"]
         if self.augmentation is not None:
-            image, maps = self.augmentation(image, maps, f"{example['uid']} {self.epoch}", math.gcd(*self.size))
+            image, maps = self.augmentation(image, maps, f"{example['uid']} {self.epoch}", self.size)
         return {**example, "image": image, "maps": maps}
 
     def _decode_all(self) -> list[dict]:

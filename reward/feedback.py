@@ -17,7 +17,8 @@ HEATMAPS = ("implausibility", "misalignment")
 """The two heatmaps of RichHF-18K, in [0, 1], higher is worse."""
 
 
-_SEPARATORS = re.compile(r'[,.?!":; ]')
+SEPARATORS = ',.?!":; '
+"""Characters at which a prompt is split into words; RichHF-18K's own rule."""
 
 
 def tokenize(prompt: str) -> list[str]:
@@ -26,7 +27,7 @@ def tokenize(prompt: str) -> list[str]:
     >>> tokenize('A cat, "sitting" on a mat.')
     ['A', 'cat', 'sitting', 'on', 'a', 'mat']
     """
-    return [piece for piece in _SEPARATORS.split(prompt) if piece]
+    return [piece for piece in re.split(f"[{SEPARATORS}]", prompt) if piece]
 
 
 @dataclass(frozen=True)

@@ -144,4 +144,4 @@ def _scaled(channels: int, width: float) -> int:
 def _to_size(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if maps.shape[-2:] == size:
         return maps
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False, antialias=True)
+    return F.interpolate(maps.float(), size=size, mode="bilinear", align_corners=False, antialias=True)

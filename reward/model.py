@@ -30,7 +30,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
 from reward import losses
-from reward.feedback import HEATMAPS, SCORES
+from reward.feedback import HEATMAPS, SCORES, SEPARATORS
 from reward.heads import (
     HEATMAP_LOGIT,
     HeatmapReadOut,
@@ -67,6 +67,8 @@ class RahfConfig(PreTrainedConfig):
         heatmap_size: side of the heatmaps in pixels, or their [height, width]; `image_size` if None.
         image_mean, image_std: normalisation of the images, for each of R, G, B in [0, 1].
         max_text_length: prompts are cut after so many pieces; words behind are not judged.
+        word_separators: characters at which prompts are split into words, those of `reward.feedback.tokenize`: a model
+            that was trained on other words is refused.
         word_threshold: a word counts as misaligned if its probability is above; training sets it to the best F1 on dev.
         score_loss_weight, heatmap_loss_weight, word_loss_weight: weights of the loss terms.
         heatmap_positive_weight: how often marked pixels count in the heatmaps' loss, see `reward.losses.heatmap_loss`.
@@ -93,6 +95,7 @@ class RahfConfig(PreTrainedConfig):
     image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
     max_text_length: int = 128
+    word_separators: str = SEPARATORS
     word_threshold: float = 0.5
     score_loss_weight: float = 1.0
     heatmap_loss_weight: float = 1.0
@@ -110,11 +113,20 @@ class RahfConfig(PreTrainedConfig):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} must be one of {', '.join(valid)}, not {getattr(self, name)!r}")
         check_text_config(self.text_config)
+        if self.max_text_length < 2 or self.head_width <= 0:
+            raise ValueError(
+                f"max_text_length must be at least 2 and head_width above 0, not {self.max_text_length} and "
+                f"{self.head_width}"
+            )
+        if self.word_separators != SEPARATORS:
+            raise ValueError(f"the model's prompts were split at {self.word_separators!r}; here it is {SEPARATORS!r}")
         if self.image_size is None:
             self.image_size = size_of(self.vision_config)
         if self.heatmap_size is None:
             self.heatmap_size = self.image_size
         check_size(self.vision_config, self.input_size)
+        if min(self.map_size) < 1:
+            raise ValueError(f"heatmap_size must be at least 1, not {self.heatmap_size}")
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -167,7 +179,9 @@ class RahfModel(PreTrainedModel):
     def __init__(self, config: RahfConfig):
         super().__init__(config)
         text, width = config.text_config, config.text_config.d_model
-        self.vision = only_features(AutoModel.from_config(config.vision_config))
+        # In the precision of all other parts, whatever the encoder was stored in.
+        self.vision = only_features(AutoModel.from_config(config.vision_config, dtype=torch.get_default_dtype()))
+        self.resizing = resizing(config.vision_config, config.input_size)
         self.project = nn.Linear(width_of(config.vision_config), width)
         places = config.grid[0] * config.grid[1]
         self.places = nn.Embedding(places, width) if is_staged(config.vision_config) else None
@@ -193,14 +207,20 @@ class RahfModel(PreTrainedModel):
             text: a T5, mT5 or UMT5 (encoder only, or with its decoder, which `words="sequence"` needs), or its folder.
             options: fields of `RahfConfig`.
         """
+        lost: dict[str, set[str]] = {"vision": set(), "text": set()}
         if not isinstance(vision, PreTrainedModel):
-            vision = AutoModel.from_pretrained(vision)
+            vision, told = AutoModel.from_pretrained(vision, output_loading_info=True)
+            lost["vision"] = {name.removeprefix("vision_model.") for name in told["missing_keys"]}
         if not isinstance(text, PreTrainedModel):
-            text = AutoModelForSeq2SeqLM.from_pretrained(text)
+            text, told = AutoModelForSeq2SeqLM.from_pretrained(text, output_loading_info=True)
+            lost["text"] = set(told["missing_keys"])
         # A model of image and text keeps the two apart (CLIP, SigLIP).
         vision = getattr(vision, "vision_model", vision)
         config = RahfConfig(vision_config=vision.config.to_dict(), text_config=text.config.to_dict(), **options)
         model = cls(config)
+        _refuse_lost("vision encoder", lost["vision"] & model.vision.state_dict().keys())
+        needed = ("encoder.", "shared.", "decoder.", "lm_head.")[: 4 if config.words == "sequence" else 2]
+        _refuse_lost("text model", {name for name in lost["text"] if name.startswith(needed)})
         _copy_weights(vision, model.vision, "vision encoder")
         _copy_weights(text.get_encoder(), model.encoder, "text encoder")
         if config.words == "sequence":
@@ -260,8 +280,7 @@ class RahfModel(PreTrainedModel):
     def see(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) -> their features as T5 takes them, (B, P, D)."""
         patches = self.config.grid[0] * self.config.grid[1]
-        options = resizing(self.config.vision_config, self.config.input_size)
-        features = self.vision(pixel_values=pixel_values, **options).last_hidden_state
+        features = self.vision(pixel_values=pixel_values, **self.resizing).last_hidden_state
         image = self.project(tokens_of(features, patches))
         return image if self.places is None else image + self.places(torch.arange(patches, device=image.device))
 
@@ -305,7 +324,10 @@ class RahfModel(PreTrainedModel):
             input_ids, attention_mask: (B, L), as `reward.data.encode_prompts` makes them.
             word_positions: (B, T), where in L each word begins, -1 where there is none.
             scores, heatmaps: targets (B, 4) and (B, 2, h, w) in [0, 1].
-            word_labels: targets (B, T), 1 = misaligned, -100 = not counted.
+            word_labels: targets (B, T), 1 = misaligned, -100 = not counted. A decoder of words in sequence learns no
+                mark behind the latter; for words that it does not see, which is what they are, it writes nothing.
+
+        The graph breaks (`torch.compile`) only where a decoder chooses its marks: not in training.
         """
         image = self.see(pixel_values)
         if self.config.variant == "multi_head":
@@ -380,11 +402,15 @@ def _heatmap_head(config: RahfConfig) -> nn.Module:
     return LightHeatmapHead(width, config.map_size, config.grid, config.head_width)
 
 
+def _refuse_lost(what: str, names: set[str]) -> None:
+    if names:
+        raise ValueError(f"the {what} given lacks weights: {', '.join(sorted(names)[:3])} ({len(names)} in all)")
+
+
 def _copy_weights(source: nn.Module, target: nn.Module, what: str):
     """Load `source`'s weights into `target`; whatever `target` has must be there."""
     missing, _ = target.load_state_dict(source.state_dict(), strict=False)
-    if missing:
-        raise ValueError(f"the {what} given lacks weights: {', '.join(missing[:3])} ({len(missing)} in all)")
+    _refuse_lost(what, set(missing))
 
 
 AutoConfig.register("rahf", RahfConfig)

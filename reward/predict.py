@@ -131,7 +131,7 @@ class RichFeedbackPredictor:
         if heatmaps.shape[-2:] != size:
             heatmaps = F.interpolate(heatmaps, size=size, mode="bilinear", align_corners=False, antialias=True)
         if out.word_logits is None:
-            return out.scores.float(), heatmaps, [images.new_zeros(len(words)) for words in tokens]
+            return out.scores.float(), heatmaps, [torch.zeros(len(words), device=device) for words in tokens]
         if message := describe_unread(unread_words(tokens, text["word_positions"]), config.max_text_length):
             warnings.warn(f"{message}; they count as aligned", stacklevel=3)
         probability = out.word_logits.float().sigmoid() * (text["word_positions"] >= 0)

@@ -1,4 +1,4 @@
-"""The text models that RAHF is built on: T5 (Flan-T5, ByT5, v1.1 included), mT5 and UMT5."""
+"""The text models that RAHF is built on: T5 (v1.1 and Flan-T5 included), mT5 and UMT5."""
 
 from transformers import MT5Config, PreTrainedConfig, PreTrainedModel, T5Config, UMT5Config
 from transformers.models.mt5.modeling_mt5 import MT5Stack

@@ -13,7 +13,7 @@ import logging
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,11 +47,12 @@ from reward.model import RahfConfig, RahfModel, RahfOutput
 from reward.panels import ExamplePanels
 from reward.predict import check_model_folder
 from reward.train_config import LOSS_SETTINGS, RahfArguments, RahfTrainingArguments
+from reward.vision import is_staged
 from reward.vocabulary import adopt_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_BACKBONE = ("vision.", "encoder.", "word_head.decoder.")
+_BACKBONE = ("vision.", "encoder.", "word_head.decoder.", "word_head.write.")
 _COMPLETE = "complete"
 
 
@@ -75,7 +76,8 @@ class RahfTrainer(Trainer):
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     rate = backbone_rate if name.removeprefix("module.").startswith(_BACKBONE) else head_rate
-                    groups[rate, self.args.weight_decay if name in decayed else 0.0].append(parameter)
+                    matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # Trainer decays group norms too
+                    groups[rate, self.args.weight_decay if name in decayed and matrix else 0.0].append(parameter)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = kind(
                 [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()],
@@ -174,6 +176,21 @@ def _words_at(threshold: float, logits: np.ndarray, labels: np.ndarray) -> dict[
     return word_metrics([list(logits[counted] > threshold)], [list(labels[counted])])
 
 
+def with_options(config: RahfConfig, options: Mapping[str, object]) -> RahfConfig:
+    """`config` with other values for some of its fields, checked as a new one is.
+
+    Raises:
+        ValueError: a value that the field does not take, or a size that the model's table of places does not fit.
+    """
+    changed = RahfConfig.from_dict({**config.to_dict(), **options})
+    if is_staged(config.vision_config) and changed.grid != config.grid:
+        raise ValueError(
+            f"image_size cannot change from {config.image_size} to {changed.image_size}: the model's table of places, "
+            "which an encoder such as ResNet or Swin needs, is of that size"
+        )
+    return changed
+
+
 def build_model(arguments: RahfArguments) -> tuple[RahfModel, PreTrainedTokenizerBase]:
     """The model to start from and its tokenizer."""
     if arguments.model is not None:
@@ -184,7 +201,7 @@ def build_model(arguments: RahfArguments) -> tuple[RahfModel, PreTrainedTokenize
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             dtype=torch.float32,
-            config=RahfConfig.from_pretrained(arguments.model, **arguments.model_options),
+            config=with_options(RahfConfig.from_pretrained(arguments.model), arguments.model_options),
         )
         new = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
         if astray := sorted(key for key in new if "_head" not in key.split(".")[0]):

@@ -32,10 +32,11 @@ class RahfArguments:
     variant: str | None = field(default=None, metadata={"help": "multi_head or augmented_prompt"})
     words: str | None = field(default=None, metadata={"help": "tagging, sequence or none"})
     image_size: list[int] | None = field(
-        default=None, metadata={"help": "what the vision encoder sees: one side, or height and width; unset: its own"}
+        default=None,
+        metadata={"help": "what the encoder sees: one side, or height and width; unset: the model's own"},
     )
     heatmap_size: list[int] | None = field(
-        default=None, metadata={"help": "of the heatmaps: one side, or height and width; unset: image_size"}
+        default=None, metadata={"help": "of the heatmaps: one side, or height and width; unset: the model's own"}
     )
     max_text_length: int | None = field(default=None, metadata={"help": "pieces of a prompt that are read"})
     in_memory: bool = field(default=False, metadata={"help": "decode all pictures once; for small pictures"})
@@ -109,6 +110,8 @@ class RahfTrainingArguments(TrainingArguments):
         self.label_names = ["scores", "heatmaps", "word_labels"]
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: the collator reads columns that the model does not")
+        if self.dataloader_persistent_workers:
+            raise ValueError("dataloader_persistent_workers must be false: workers that stay do not hear of new epochs")
         zero = self.hf_deepspeed_config if self.deepspeed else None
         if zero and zero.is_zero3() and not zero.is_true(_GATHER):
             raise ValueError(f"with ZeRO-3, {_GATHER} must be true in {self.deepspeed}, or no whole model can be saved")

@@ -18,6 +18,8 @@ _UNREAD = {
     "convnext": ("layernorm.",),
     "convnextv2": ("layernorm.",),
     "dinov2": ("embeddings.mask_token",),
+    "dinov2_with_registers": ("embeddings.mask_token",),
+    "dinov3_vit": ("embeddings.mask_token",),
 }
 """By type of encoder, the weights that do not lead to its last hidden state."""
 
@@ -62,6 +64,11 @@ def size_of(config: PreTrainedConfig) -> int | list[int]:
 
 def check_size(config: PreTrainedConfig, size: tuple[int, int]) -> None:
     """Raise a `ValueError` if the encoder cannot see pictures of `size` = (H, W)."""
+    if config.model_type.startswith("siglip2"):
+        raise ValueError(
+            "the vision encoder is a SigLIP 2 of the NaFlex kind, which takes patches instead of pictures; use one of "
+            "fixed size (its model_type is siglip_vision_model)"
+        )
     stride = stride_of(config)
     if min(size) < stride or any(side % stride for side in size):
         given = size[0] if size[0] == size[1] else f"{size[0]} x {size[1]}"

@@ -110,7 +110,7 @@ class SequenceHead(nn.Module):
         """(B, T): log of p(mark) / p(what follows) behind each word, given the marks of the words before it."""
         states = self._states(embed, text, attention_mask, prompts)
         states = states.gather(1, prompts.deciding[:, :, None].expand(-1, -1, states.shape[-1]))  # (B, T, D)
-        chances = self.write(states)  # (B, T, V)
+        chances = self.write(states).float()  # (B, T, V)
         return chances[..., self._mark] - chances.gather(2, prompts.following[..., None])[..., 0]
 
     def read(

@@ -33,7 +33,7 @@ def places():
 
 
 def test_by_default_nothing_changes(pair):
-    image, maps = Augmentation()(*pair, "a 0", 8)
+    image, maps = Augmentation()(*pair, "a 0", (8, 8))
     assert image is pair[0]
     assert maps is pair[1]
 
@@ -42,7 +42,7 @@ def test_crops_cut_picture_and_maps_alike(places):
     augment = Augmentation(seed=1, crop_probability=1.0, crop_min_side=0.5)
     sides = set()
     for key in range(30):
-        cut_image, cut_maps = augment(*places, f"{key}", 32)
+        cut_image, cut_maps = augment(*places, f"{key}", (32, 32))
         side = cut_maps.shape[-1]
         assert cut_image.shape == (3, 4 * side, 4 * side)
         assert 16 <= side <= 32
@@ -52,11 +52,11 @@ def test_crops_cut_picture_and_maps_alike(places):
 
 
 def test_flips_swap_left_and_right_of_picture_and_maps(places):
-    image, maps = Augmentation(flip_probability=1.0)(*places, "a 0", 32)
+    image, maps = Augmentation(flip_probability=1.0)(*places, "a 0", (32, 32))
     assert torch.equal(image[0, :, 0], places[0][0, :, -1])
     assert torch.equal(maps, places[1].flip(-1))
     flipped = [
-        bool(Augmentation(flip_probability=0.25)(*places, f"{key}", 32)[1][0, 0, 0] > places[1][0, 0, 0])
+        bool(Augmentation(flip_probability=0.25)(*places, f"{key}", (32, 32))[1][0, 0, 0] > places[1][0, 0, 0])
         for key in range(200)
     ]
     assert 0.15 < np.mean(flipped) < 0.35
@@ -64,36 +64,38 @@ def test_flips_swap_left_and_right_of_picture_and_maps(places):
 
 def test_a_flip_and_a_crop_together_keep_picture_and_maps_in_step(places):
     for key in range(10):
-        image, maps = Augmentation(flip_probability=1.0, crop_probability=1.0)(*places, f"{key}", 32)
+        image, maps = Augmentation(flip_probability=1.0, crop_probability=1.0)(*places, f"{key}", (32, 32))
         assert torch.equal(image[0, ::4, ::4], maps[0])
         assert (maps[0, :, 0] > maps[0, :, -1]).all()
 
 
 def test_only_geometry_touches_the_maps(pair):
     colours = {**EVERYTHING, "flip_probability": 0.0, "crop_probability": 0.0, "jpeg_probability": 1.0}
-    image, maps = Augmentation(**colours)(*pair, "a 0", 8)
+    image, maps = Augmentation(**colours)(*pair, "a 0", (8, 8))
     assert torch.equal(maps, pair[1])
     assert not torch.equal(image, pair[0])
 
 
 def test_draws_depend_on_seed_and_key_only(pair):
-    first = Augmentation(1, **EVERYTHING)(*pair, "a 0", 8)
+    first = Augmentation(1, **EVERYTHING)(*pair, "a 0", (8, 8))
     torch.manual_seed(5)
-    again = Augmentation(1, **EVERYTHING)(*pair, "a 0", 8)
+    again = Augmentation(1, **EVERYTHING)(*pair, "a 0", (8, 8))
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
     for seed, key in ((1, "a 1"), (1, "b 0"), (2, "a 0")):
-        assert not torch.equal(first[0].mean(), Augmentation(seed, **EVERYTHING)(*pair, key, 8)[0].mean())
+        assert not torch.equal(first[0].mean(), Augmentation(seed, **EVERYTHING)(*pair, key, (8, 8))[0].mean())
 
 
 def test_one_setting_moves_no_other_ones_draws(pair):
-    alone = Augmentation(3, crop_probability=1.0, crop_min_side=0.5)(*pair, "a 0", 8)[1]
-    beside = Augmentation(3, crop_probability=1.0, crop_min_side=0.5, hue=0.2, jpeg_probability=1.0)(*pair, "a 0", 8)[1]
+    alone = Augmentation(3, crop_probability=1.0, crop_min_side=0.5)(*pair, "a 0", (8, 8))[1]
+    beside = Augmentation(3, crop_probability=1.0, crop_min_side=0.5, hue=0.2, jpeg_probability=1.0)(
+        *pair, "a 0", (8, 8)
+    )[1]
     assert torch.equal(alone, beside)
 
 
 def test_everything_together_stays_in_range(pair):
     for key in range(50):
-        image, maps = Augmentation(**EVERYTHING)(*pair, f"{key}", 8)
+        image, maps = Augmentation(**EVERYTHING)(*pair, f"{key}", (8, 8))
         for values in (image, maps):
             assert 0 <= values.min() <= values.max() <= 1
 
@@ -128,7 +130,7 @@ def test_a_turn_of_hue_leaves_grey_and_the_extremes(pair, turn):
 
 
 def test_grayscale_takes_all_colour(pair):
-    image, _ = Augmentation(grayscale_probability=1.0, saturation=0.5)(*pair, "a 0", 8)
+    image, _ = Augmentation(grayscale_probability=1.0, saturation=0.5)(*pair, "a 0", (8, 8))
     torch.testing.assert_close(image, image[:1].expand(3, -1, -1))
     torch.testing.assert_close(image[0], pair[0][0] * 0.299 + pair[0][1] * 0.587 + pair[0][2] * 0.114)
 
@@ -148,7 +150,7 @@ def test_jpeg_quality_is_drawn_between_the_lowest_and_95(pair, monkeypatch):
     monkeypatch.setattr("reward.augmentation.through_jpeg", lambda image, quality: seen.add(quality) or image)
     augment = Augmentation(jpeg_probability=1.0, jpeg_min_quality=90)
     for key in range(200):
-        augment(*pair, f"{key}", 8)
+        augment(*pair, f"{key}", (8, 8))
     assert seen == {90, 91, 92, 93, 94, 95}
 
 
@@ -169,3 +171,11 @@ def test_jpeg_quality_is_drawn_between_the_lowest_and_95(pair, monkeypatch):
 def test_settings_outside_their_range_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         Augmentation(**settings)
+
+
+def test_crops_of_maps_that_are_not_square():
+    """By a share of each side; a lattice of the sides' common divisor would allow none here."""
+    augment, flat = Augmentation(crop_probability=1.0, crop_min_side=0.5), torch.zeros(3, 48, 35)
+    shapes = {augment(flat, flat[:2], f"{key}", (48, 35))[1].shape[-2:] for key in range(99)}
+    assert len(shapes) > 10
+    assert all(abs(height / 48 - width / 35) < 1 / 35 and width >= 17 for height, width in shapes)

@@ -10,6 +10,8 @@ from transformers import (
     CLIPVisionConfig,
     ConvNextV2Config,
     Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
     MT5Config,
     ResNetConfig,
     ResNetModel,
@@ -18,6 +20,7 @@ from transformers import (
     SiglipVisionConfig,
     SwinConfig,
     T5Config,
+    T5EncoderModel,
     T5ForConditionalGeneration,
     UMT5Config,
     ViTConfig,
@@ -216,6 +219,8 @@ def test_the_size_that_a_convolutional_encoder_sees_must_be_given_and_fit():
         (ConvNextV2Config(num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], image_size=64), 8),
         (ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], downsample_in_first_stage=True), 4),
         (Dinov2Config(image_size=64, patch_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 4),
+        (Dinov2WithRegistersConfig(image_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 4),
+        (DINOv3ViTConfig(image_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 4),
         (SiglipVisionConfig(image_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 4),
         (CLIPVisionConfig(image_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 2),
     ],
@@ -354,14 +359,21 @@ def test_text_models_of_another_family_are_named():
         RahfConfig(vision_config=ViTConfig().to_dict(), text_config={"model_type": "bert"})
 
 
-@pytest.mark.parametrize("options", [{}, {"variant": "augmented_prompt"}, {"heatmap_head": "paper"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"variant": "augmented_prompt"}, {"heatmap_head": "paper"}, {"image_size": [32, 48]}, {"words": "sequence"}],
+    ids=str,
+)
 def test_forward_compiles_without_a_graph_break(make_config, tokenizer, batch, targets, options):
-    model = RahfModel(make_config(**options, head_width=0.05)).eval()
+    """With words in sequence, in training: where marks are chosen, how often depends on them."""
+    model = RahfModel(make_config(**({"heatmap_size": 32, "head_width": 0.05} | options)))
+    model.train("words" in options)
+    batch["pixel_values"] = torch.randn(3, 3, *model.config.input_size)
     adopt_tokenizer(model, copy.deepcopy(tokenizer))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         ours, theirs = model(**batch, **targets), compiled(**batch, **targets)
-    for name in ("scores", "heatmaps", "word_logits", "loss"):
+    for name in ours:
         torch.testing.assert_close(theirs[name], ours[name])
 
 
@@ -375,3 +387,46 @@ def test_from_backbones_takes_the_picture_tower_of_siglip(tmp_path, batch):
     model = RahfModel.from_backbones(tmp_path, text, head_width=0.1).eval()
     seen = model.vision(pixel_values=batch["pixel_values"]).last_hidden_state
     assert torch.equal(seen, both.vision_model(pixel_values=batch["pixel_values"]).last_hidden_state)
+
+
+@pytest.mark.parametrize("part", ["vision", "text"])
+def test_backbones_stored_in_half_precision_are_computed_in_full(tmp_path, batch, part):
+    vision = ViTModel(
+        ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    )
+    text = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    (vision if part == "vision" else text).half()
+    vision.save_pretrained(tmp_path / "vision")
+    text.save_pretrained(tmp_path / "text")
+    model = RahfModel.from_backbones(tmp_path / "vision", tmp_path / "text", head_width=0.1).eval()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model(**batch).scores.isfinite().all()
+
+
+def test_a_decoder_is_not_made_up(tmp_path):
+    size = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+    T5EncoderModel(T5Config(**size)).save_pretrained(tmp_path)
+    vision = ViTModel(
+        ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    )
+    RahfModel.from_backbones(vision, tmp_path, head_width=0.1)
+    with pytest.raises(ValueError, match="the text model given lacks weights: decoder"):
+        RahfModel.from_backbones(vision, tmp_path, words="sequence", head_width=0.1)
+
+
+def test_bfloat16_predicts_with_maps_of_any_size(make_config, batch):
+    model = RahfModel(make_config(heatmap_size=[24, 40])).eval().to(torch.bfloat16)
+    out = model(**(batch | {"pixel_values": batch["pixel_values"].bfloat16()}))
+    assert out.heatmaps.shape == (3, 2, 24, 40)
+    assert out.heatmaps.isfinite().all()
+
+
+def test_words_split_otherwise_are_refused(make_config):
+    with pytest.raises(ValueError, match="the model's prompts were split at ' '"):
+        make_config(word_separators=" ")
+
+
+def test_a_part_can_have_its_own_attention(make_config, tmp_path):
+    RahfModel(make_config()).save_pretrained(tmp_path)
+    model = RahfModel.from_pretrained(tmp_path, attn_implementation={"vision_config": "eager", "text_config": "sdpa"})
+    assert (model.vision.config._attn_implementation, model.encoder.config._attn_implementation) == ("eager", "sdpa")

@@ -14,6 +14,7 @@ from transformers.models.vit.modeling_vit import ViTAttention
 from reward import train
 from reward.model import RahfModel
 from reward.predict import RichFeedbackPredictor
+from reward.train_config import RahfTrainingArguments
 
 
 def weights(folder):
@@ -208,3 +209,41 @@ def test_sizes_are_one_side_or_two(command, raw_data):
         train.main([*command("out"), "--heatmap_size", "8", "8", "8"])
     train.main([*command("out", max_steps=1), "--heatmap_size", "16", "24"])
     assert RahfModel.from_pretrained(raw_data / "out").config.map_size == (16, 24)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "multihead"}, "variant must be one of multi_head, augmented_prompt, not 'multihead'"),
+        ({"words": "seqence"}, "words must be one of tagging, sequence, none, not 'seqence'"),
+        ({"heatmap_head": "lite"}, "heatmap_head must be one of paper, light, not 'lite'"),
+        ({"image_size": 33}, "image_size 33 is no multiple of 8"),
+        ({"heatmap_size": 0}, "heatmap_size must be at least 1"),
+        ({"max_text_length": 1}, "max_text_length must be at least 2"),
+        ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers must be false"),
+    ],
+    ids=str,
+)
+def test_settings_that_the_model_does_not_take_are_named_before_training(command, options, message):
+    with pytest.raises(ValueError, match=message):
+        train.main(command("out", **options))
+
+
+def test_rates_and_decay_go_to_the_right_weights(make_config, tmp_path):
+    model = RahfModel(make_config(words="sequence", heatmap_head="paper", head_width=0.05))
+    args = RahfTrainingArguments(
+        str(tmp_path), backbone_learning_rate=1e-5, weight_decay=0.1, use_cpu=True, report_to=[], eval_strategy="no",
+        load_best_model_at_end=False,
+    )  # fmt: skip
+    groups = train.RahfTrainer(model, args).create_optimizer().param_groups
+    found = {id(one): (group["lr"], group["weight_decay"]) for group in groups for one in group["params"]}
+    by_name = {name: found[id(one)] for name, one in model.named_parameters()}
+    backbone = (
+        "word_head.write",
+        "word_head.decoder.block.0.layer.0.SelfAttention.q",
+        "encoder.block.0.layer.1.DenseReluDense.wi",
+    )
+    assert {by_name[f"{name}.weight"] for name in backbone} == {(1e-5, 0.1)}
+    norms = [name for name, module in model.named_modules() if isinstance(module, torch.nn.GroupNorm)]
+    assert norms
+    assert {by_name[f"{name}.weight"] for name in norms} == {(1e-3, 0.0)}

@@ -2,14 +2,15 @@ import itertools
 
 import pytest
 import torch
+from transformers import ByT5Tokenizer
 
 from reward.data import encode_prompts
 from reward.keywords import SUFFIX, unmark
 from reward.model import RahfModel
-from reward.vocabulary import adopt_tokenizer
+from reward.vocabulary import MARK, adopt_tokenizer
 from reward.word_sequence import write_marks
 
-MARK, PAD, END = 99, 0, 1
+SIGN, PAD, END = 99, 0, 1
 
 
 def prompts(*words_of_pieces):
@@ -29,7 +30,7 @@ def prompts(*words_of_pieces):
 
 
 def by_hand(words, marks):
-    written = [piece for word, mark in zip(words, marks, strict=True) for piece in word + [MARK] * bool(mark and word)]
+    written = [piece for word, mark in zip(words, marks, strict=True) for piece in word + [SIGN] * bool(mark and word)]
     return [*written, END]
 
 
@@ -41,7 +42,7 @@ def test_marks_stand_behind_their_words():
         marked = torch.zeros(3, 4, dtype=torch.bool)
         for row, bools in enumerate(marks):
             marked[row, : len(bools)] = torch.tensor(bools)
-        written = write_marks(*given, marked, MARK)
+        written = write_marks(*given, marked, SIGN)
         assert written.ids.shape == (3, given[0].shape[1] + 4)
         for row, (words, bools) in enumerate(zip(rows, marks, strict=True)):
             expected = by_hand(words, bools)
@@ -51,7 +52,7 @@ def test_marks_stand_behind_their_words():
                 assert written.seen[row, word] == bool(pieces)
                 if pieces:  # what stands where a word's mark is decided: the mark, or what follows without it
                     stands = written.ids[row, written.deciding[row, word]]
-                    assert stands == (MARK if bools[word] else written.following[row, word])
+                    assert stands == (SIGN if bools[word] else written.following[row, word])
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_reading_is_greedy_decoding_word_by_word(writer):
         model.word_head.write.weight.mul_(3)  # decisions that lean on those before
         ours = model(pixels, **text).word_logits
         _, fused = model.fuse(pixels, text["input_ids"], text["attention_mask"])
-        mark, decisions = tokenizer.convert_tokens_to_ids(SUFFIX), set()
+        mark, decisions = tokenizer.convert_tokens_to_ids(MARK), set()
         for row, prompt in enumerate(words):
             written, ids = [], tokenizer.convert_tokens_to_ids(prompt)
             for word in range(len(prompt)):
@@ -93,7 +94,7 @@ def test_reading_is_greedy_decoding_word_by_word(writer):
                 assert (logits[mark] - logits[following]).item() == pytest.approx(ours[row, word].item(), abs=1e-4)
                 decisions.add(marked := bool(logits[mark] > logits[following]))
                 written += [mark] * marked
-            tokens, labels = unmark(tokenizer.decode(written).replace(f" {SUFFIX}", SUFFIX))
+            tokens, labels = unmark(tokenizer.decode(written).replace(f" {MARK}", SUFFIX))
             assert tokens == prompt  # always the prompt's own words
             assert labels == (ours[row, : len(prompt)] > 0).int().tolist()
     assert decisions == {True, False}
@@ -103,7 +104,7 @@ def test_training_is_cross_entropy_under_teacher_forcing(writer):
     model, tokenizer = writer
     text = encode_prompts(tokenizer, [["red", "circle"], ["a"]], 16)
     pixels, labels = torch.zeros(2, 3, 32, 32), torch.tensor([[1, 0], [0, -100]])
-    mark = tokenizer.convert_tokens_to_ids(SUFFIX)
+    mark = tokenizer.convert_tokens_to_ids(MARK)
     red, circle, a = tokenizer.convert_tokens_to_ids(["red", "circle", "a"])
     _, fused = model.fuse(pixels, text["input_ids"], text["attention_mask"])
     expected = []
@@ -144,7 +145,7 @@ def test_a_decoder_without_vocabulary_says_what_to_do(make_config, tokenizer):
 
 def test_the_mark_is_a_token_that_the_model_can_write(writer, tokenizer, tmp_path):
     model, marking = writer
-    assert marking.convert_tokens_to_ids(SUFFIX) == model.config.mark_id == model.word_head.mark
+    assert marking.convert_tokens_to_ids(MARK) == model.config.mark_id == model.word_head.mark
     assert model.config.mark_id < model.encoder.embed_tokens.num_embeddings == model.word_head.write.out_features
     model.save_pretrained(tmp_path)
     marking.save_pretrained(tmp_path)
@@ -152,3 +153,32 @@ def test_the_mark_is_a_token_that_the_model_can_write(writer, tokenizer, tmp_pat
     text = encode_prompts(marking, [["red", "circle"]], 16)
     pixels = torch.ones(1, 3, 32, 32)
     assert torch.equal(loaded(pixels, **text).word_logits, model(pixels, **text).word_logits)
+
+
+@pytest.fixture
+def pieces():
+    """A tokenizer of T5's kind: pieces of words, a space before each word."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789_<>▁"]
+    backend = Tokenizer(models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁red", -2.0), *letters], 2))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_no_prompt_holds_the_mark(pieces, make_config):
+    """Nor does adding it change how words are cut, not even those that spell it."""
+    words = [["red", "_0", "cat"], ["img_0123"], [MARK]]
+    before = encode_prompts(pieces, words, 40)
+    config = make_config(words="sequence")
+    config.text_config.vocab_size = len(pieces)
+    adopt_tokenizer(RahfModel(config), pieces)
+    after = encode_prompts(pieces, words, 40)
+    assert torch.equal(after["input_ids"], before["input_ids"])
+    assert not (after["input_ids"] == pieces.convert_tokens_to_ids(MARK)).any()
+
+
+def test_a_tokenizer_that_does_not_place_its_pieces_is_refused(make_config):
+    with pytest.raises(ValueError, match="ByT5Tokenizer does not tell which piece belongs to which word"):
+        adopt_tokenizer(RahfModel(make_config()), ByT5Tokenizer())
