@@ -156,7 +156,8 @@ def settings_of(path, *flags):
 
 def test_readmes_command_for_several_gpus_divides(monkeypatch):
     """The same two updates a rollout as on one GPU."""
-    (line,) = re.findall(r"accelerate launch .*?(?:\n\n)", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    commands = re.findall(r"accelerate launch .*?(?:\n\n)", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (line,) = [command for command in commands if "run_ddpo.py" in command]
     launcher = re.search(r"--config_file (\S+)", line)[1]
     accumulation = re.search(r"--gradient_accumulation_steps \d+", line)[0]
     processes = yaml.safe_load((ROOT / launcher).read_text())["num_processes"]

@@ -49,7 +49,7 @@ def test_rows_are_the_ceiling_of_each_picture_and_the_evaluation_reads_them(fold
         assert row["keyword_shares"] == pytest.approx(top.words.tolist())
         assert row["keyword_labels"] == list(top.labels)
         for name in HEATMAPS:
-            heatmap = resize_maps(to_tensor(row[f"{name}_map"], "L")[None].float() / 255, SIZE)[0, 0]
+            heatmap = resize_maps(to_tensor(row[f"{name}_map"], "L")[None].float() / 255, (SIZE, SIZE))[0, 0]
             assert np.abs(heatmap.numpy() - top.maps[name]).max() <= 0.5 / 255 + 1e-6
     assert rated["test"]["alignment"][0] > rated["test"]["alignment"][1] + 0.2
 
