@@ -195,7 +195,7 @@ class RahfModel(PreTrainedModel):
         self.word_head = None
         if config.words != "none":
             sequence = config.words == "sequence"
-            self.word_head = SequenceHead(text, config.mark_id) if sequence else TaggingHead(width)
+            self.word_head = SequenceHead(text) if sequence else TaggingHead(width)
         self.post_init()
 
     @classmethod
@@ -271,11 +271,6 @@ class RahfModel(PreTrainedModel):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.word_head.write = value
-
-    def use_vocabulary(self) -> None:
-        """Take over `mark_id` of the config, after `reward.vocabulary` set it."""
-        if isinstance(self.word_head, SequenceHead):
-            self.word_head.mark = self.config.mark_id
 
     def see(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) -> their features as T5 takes them, (B, P, D)."""
@@ -355,12 +350,14 @@ class RahfModel(PreTrainedModel):
             if word_labels is not None:
                 predicted.word_loss = losses.word_loss(predicted.word_logits, word_labels)
         elif isinstance(self.word_head, SequenceHead):
-            fused, prompts = (self.encoder.embed_tokens, text, attention_mask), (input_ids, attention_mask)
+            if (mark := self.config.mark_id) is None:
+                raise ValueError("the model has no mark for misaligned words yet; give it a tokenizer: adopt_tokenizer")
+            fused = self.encoder.embed_tokens, text, attention_mask
             if word_labels is not None:
-                marked = write_marks(*prompts, word_positions, word_labels == 1, self.config.mark_id)
+                marked = write_marks(input_ids, attention_mask, word_positions, word_labels == 1, mark)
                 predicted.word_loss = self.word_head.loss(*fused, marked)
             if not self.training:
-                predicted.word_logits = self.word_head.read(*fused, input_ids, word_positions)
+                predicted.word_logits = self.word_head.read(*fused, input_ids, word_positions, mark)
 
     def _with_loss(self, predicted, scores, heatmaps) -> RahfOutput:
         config, total = self.config, []

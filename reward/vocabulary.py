@@ -34,7 +34,6 @@ def adopt_tokenizer(model: RahfModel, tokenizer: PreTrainedTokenizerBase) -> Non
         config.output_ids = [_ids(tokenizer, name) for name in OUTPUT_NAMES]
     if len(tokenizer) > config.text_config.vocab_size:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model.use_vocabulary()
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -82,18 +82,13 @@ def write_marks(
 class SequenceHead(nn.Module):
     """A decoder that writes the marked prompt, reading the fused text tokens."""
 
-    def __init__(self, config, mark: int | None):
-        """
-        Args:
-            config: of the text model.
-            mark: id of the mark behind misaligned words; None until there is a tokenizer (`reward.vocabulary`).
-        """
+    def __init__(self, config):
+        """`config` is that of the text model."""
         super().__init__()
         self.decoder = new_stack(config, decoder=True)
         self.decoder.embed_tokens = None  # the words' embeddings are the encoder's
         self.write = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.start = getattr(config, "decoder_start_token_id", None) or config.pad_token_id or 0
-        self.mark = mark
 
     def loss(self, embed: nn.Embedding, text, attention_mask, prompts: MarkedPrompts) -> torch.Tensor:
         """Cross-entropy of the marked prompt under teacher forcing: the mean over a prompt's positions, then prompts.
@@ -106,12 +101,12 @@ class SequenceHead(nn.Module):
         loss = F.cross_entropy(logits.transpose(1, 2), prompts.ids, reduction="none")
         return ((loss * prompts.mask).sum(1) / prompts.mask.sum(1)).mean()
 
-    def logits(self, embed: nn.Embedding, text, attention_mask, prompts: MarkedPrompts) -> torch.Tensor:
+    def logits(self, embed: nn.Embedding, text, attention_mask, prompts: MarkedPrompts, mark: int) -> torch.Tensor:
         """(B, T): log of p(mark) / p(what follows) behind each word, given the marks of the words before it."""
         states = self._states(embed, text, attention_mask, prompts)
         states = states.gather(1, prompts.deciding[:, :, None].expand(-1, -1, states.shape[-1]))  # (B, T, D)
         chances = self.write(states).float()  # (B, T, V)
-        return chances[..., self._mark] - chances.gather(2, prompts.following[..., None])[..., 0]
+        return chances[..., mark] - chances.gather(2, prompts.following[..., None])[..., 0]
 
     def read(
         self,
@@ -120,6 +115,7 @@ class SequenceHead(nn.Module):
         attention_mask: torch.Tensor,
         input_ids: torch.Tensor,
         word_positions: torch.Tensor,
+        mark: int,
     ) -> torch.Tensor:
         """(B, T) logits of the marks that greedy decoding writes; differentiable.
 
@@ -131,13 +127,13 @@ class SequenceHead(nn.Module):
         marked = torch.zeros_like(word_positions, dtype=torch.bool)
         with torch.no_grad():
             while True:
-                logits = self.logits(embed, text, attention_mask, write_marks(*prompts, marked, self._mark))
+                logits = self.logits(embed, text, attention_mask, write_marks(*prompts, marked, mark), mark)
                 decided = (logits > 0) & (word_positions >= 0)
                 if self._settled(torch.equal(decided, marked), text.device):
                     break
                 marked = decided
         if torch.is_grad_enabled() and text.requires_grad:
-            return self.logits(embed, text, attention_mask, write_marks(*prompts, marked, self._mark))
+            return self.logits(embed, text, attention_mask, write_marks(*prompts, marked, mark), mark)
         return logits
 
     def _settled(self, mine: bool, device: torch.device) -> bool:
@@ -157,9 +153,3 @@ class SequenceHead(nn.Module):
             encoder_hidden_states=text,
             encoder_attention_mask=attention_mask,
         ).last_hidden_state
-
-    @property
-    def _mark(self) -> int:
-        if self.mark is None:
-            raise ValueError("the model has no mark for misaligned words yet; give it a tokenizer: adopt_tokenizer")
-        return self.mark

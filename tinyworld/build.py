@@ -15,8 +15,8 @@ those with a star on one of them; all in all about three and a half hours, witho
     first       three raters' feedback on them, and a first RAHF checkpoint                  11
     policies    three policies, fine-tuned by `run_ddpo.py` to please this predictor         80*
     rated_again 4,000 pictures of theirs beside those of `rated`                              5 (extrapolated)
-    feedback    three raters' feedback on all, in RichHF-18K's format, and both joined        2
-    predictor   the RAHF checkpoint, by `python -m reward.train`                             13
+    feedback    three raters' feedback on all, in RichHF-18K's format, and both joined        2 (extrapolated)
+    predictor   the RAHF checkpoint, by `python -m reward.train`                             13 (extrapolated)
     assets      everything above into `tinyworld/assets`, in half precision                   0
     ceiling     the same generator on flawless pictures only, and its figures                35 (as the generator)
 
@@ -59,11 +59,12 @@ SNAPSHOTS = {"early": 2500, "middle": 4500}
 """States of the generator's training that draw some of the rated pictures, by step."""
 
 DEMO = "configs/ddpo_tinyworld.yaml"
+_APART = ["--share_noise", "none"]  # as they were when the kept pictures were drawn
 _FEW_LARGE = ["--num_train_epochs", "24", "--generation_batch_size", "768", "--gradient_accumulation_steps", "24"]
 POLICIES = {
-    "many_small": ["--num_train_epochs", "70"],
-    "few_large_0": [*_FEW_LARGE, "--lr_scheduler_type", "linear"],
-    "few_large_1": [*_FEW_LARGE, "--lr_scheduler_type", "linear", "--seed", "1"],
+    "many_small": [*_APART, "--num_train_epochs", "70", "--seed", "0"],
+    "few_large_0": [*_APART, *_FEW_LARGE, "--lr_scheduler_type", "linear", "--seed", "0"],
+    "few_large_1": [*_APART, *_FEW_LARGE, "--lr_scheduler_type", "linear", "--seed", "1"],
 }
 """Fine-tuned policies that draw some of the rated pictures: what each changes of `DEMO`."""
 

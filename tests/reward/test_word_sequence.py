@@ -145,7 +145,7 @@ def test_a_decoder_without_vocabulary_says_what_to_do(make_config, tokenizer):
 
 def test_the_mark_is_a_token_that_the_model_can_write(writer, tokenizer, tmp_path):
     model, marking = writer
-    assert marking.convert_tokens_to_ids(MARK) == model.config.mark_id == model.word_head.mark
+    assert marking.convert_tokens_to_ids(MARK) == model.config.mark_id
     assert model.config.mark_id < model.encoder.embed_tokens.num_embeddings == model.word_head.write.out_features
     model.save_pretrained(tmp_path)
     marking.save_pretrained(tmp_path)
