@@ -33,7 +33,6 @@ from rl.inputs import make_reward  # noqa: E402
 from rl.interrupt import RunInterrupted  # noqa: E402
 from rl.policy import StableDiffusionPolicy, load_scheduler  # noqa: E402
 from rl.report import print_table, write_report  # noqa: E402
-from rl.sde import ddim_scheduler, make_schedule, resolve_train_steps  # noqa: E402
 
 
 @dataclass
@@ -172,8 +171,8 @@ def check_schedule(policy: str, args: DDPOConfig) -> None:
     """Complain about settings that do not fit the pipeline or each other, from its scheduler alone."""
     scheduler = load_scheduler(policy)
     if scheduler is not None:
-        schedule = make_schedule(ddim_scheduler(scheduler, args.start_timestep), args.num_inference_steps, args.eta)
-        args.plan(len(resolve_train_steps(args.train_steps, schedule)))
+        _, schedule = args.make_schedule(scheduler)
+        args.plan(args.steps_per_rollout(schedule))
 
 
 if __name__ == "__main__":

@@ -1,26 +1,16 @@
-"""How good a picture was compared with its group, and where in it that should count. Pure functions.
+"""How good a picture was compared with others. Pure functions, and the one memory that a comparison may have.
 
-Shapes: N pictures in groups of G pictures of one prompt, H x W pixels, h x w the latent grid.
-
-The objective comes first: R = total - mean over places of every penalty map (`Reward.objective`). The kinds of credit
-differ in what is compared and in *where* the advantage A acts; the weight of the log-prob at a place is
-
-    scalar   z(total)               the penalty maps are ignored
-    image    A = z(R)               everywhere
-    focus    A * F(h, w)            F of mean 1 over places, from the picture's own maps or content
-
-F never depends on the sign of A. If it did (defects where A < 0, everything where A > 0), drawing less would pay: a
-penalty can be paid only where something is drawn, and training soon empties the pictures.
+Shapes: N pictures, in groups of G pictures of one prompt.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 
-CREDITS = ("scalar", "image", "focus")
-FOCUSES = ("maps", "content")
+BASELINES = ("group", "prompt", "batch")
+
+Scale = Literal["group", "batch", "none"]
 
 
 def group_advantages(
@@ -28,7 +18,7 @@ def group_advantages(
     group_size: int,
     std_floor: float,
     clip: float | None = None,
-    scale: Literal["group", "batch", "none"] = "group",
+    scale: Scale = "group",
 ) -> torch.Tensor:
     """z-score of each value within its group: A = (R - mean of the group) / max(std, `std_floor`).
 
@@ -37,7 +27,7 @@ def group_advantages(
 
     Args:
         values: (N,), the pictures of one prompt next to each other, N a multiple of `group_size`.
-        group_size: G, at least 2.
+        group_size: G, at least 2; N compares all pictures of the rollout with each other.
         std_floor: smallest std (population's, dividing by G) that is divided by, in units of the reward.
         clip: advantages are clamped to +- this; None does not.
         scale: what the std is taken over: each group, the whole batch (root mean square of the differences from the
@@ -54,64 +44,85 @@ def group_advantages(
         centred = centred / centred.square().mean(dim=1, keepdim=True).sqrt().clamp(min=std_floor)
     elif scale == "batch":
         centred = centred / centred.square().mean().sqrt().clamp(min=std_floor)
-    advantages = centred.flatten()
-    return advantages if clip is None else advantages.clamp(-clip, clip)
+    return _clipped(centred.flatten(), clip)
 
 
-def to_latent_grid(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Bring maps (N, H, W) to the latent grid (N, h, w): by area when shrinking, bilinearly when enlarging.
+def keep_groups_that_differ(
+    advantages: torch.Tensor, values: torch.Tensor, group_size: int, min_std: float
+) -> tuple[torch.Tensor, float]:
+    """Skip the groups whose values are all alike, and let the others stand for them.
 
-    Each axis by itself, so any aspect ratio works. The mean over places is preserved exactly: by the averaging where
-    sizes divide, else by rescaling.
-    """
-    maps = maps.float().unsqueeze(1)
-    means = maps.mean(dim=(-2, -1), keepdim=True)
-    for height, width in ((size[0], maps.shape[-1]), (size[0], size[1])):
-        enlarges = height > maps.shape[-2] or width > maps.shape[-1]
-        if enlarges:
-            maps = F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=False)
-        else:
-            maps = F.interpolate(maps, size=(height, width), mode="area")
-    resized = maps.mean(dim=(-2, -1), keepdim=True)
-    scale = torch.where(resized > 0, means / resized.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
-    return (maps * scale).squeeze(1)
-
-
-def content_map(images: torch.Tensor, softness: float = 0.1) -> torch.Tensor:
-    """Where something is drawn: how far each pixel is from the picture's ground, in [0, 1].
-
-    The ground is the median colour of the border (its outermost 1/16 on each side). A pixel whose largest channel
-    difference from it is `softness` gets 0.5.
+    As the dynamic sampling of DAPO (Yu et al. 2025, arXiv 2503.14476, section 3.2), without drawing anew: the loss
+    becomes the mean over the pictures that are kept.
 
     Args:
-        images: (N, 3, H, W) in [0, 1].
+        advantages, values: (N,).
+        min_std: groups whose std (population's) is not above it are skipped.
 
     Returns:
-        (N, H, W).
+        advantages (N,), 0 in skipped groups, the others times N / (number kept); and the share of groups skipped.
     """
-    height, width = images.shape[-2:]
-    edge = max(1, min(height, width) // 16)
-    inside = torch.zeros(height, width, dtype=torch.bool, device=images.device)
-    inside[edge : height - edge, edge : width - edge] = True
-    ground = images[:, :, ~inside].median(dim=-1).values  # (N, 3)
-    difference = (images - ground[:, :, None, None]).abs().amax(dim=1)
-    return difference / (difference + softness)
+    kept = values.float().view(-1, group_size).std(dim=1, correction=0) > min_std
+    share = float(kept.float().mean())
+    return advantages * kept.repeat_interleave(group_size) / max(share, 1 / len(kept)), 1 - share
 
 
-def penalty_map(penalties: Mapping[str, torch.Tensor], size: tuple[int, int]) -> torch.Tensor | None:
-    """Sum of all penalty maps (N, H, W) on the latent grid -> (N, h, w); None if there are none."""
-    maps = [to_latent_grid(penalty, size) for penalty in penalties.values()]
-    return torch.stack(maps).sum(dim=0) if maps else None
+class PromptStatistics:
+    """A running mean and std of the rewards of each prompt, over rollouts: a baseline that needs no group.
 
-
-def focus_weights(maps: torch.Tensor, floor: float) -> torch.Tensor:
-    """F(h, w) from maps (N, h, w) >= 0: `floor` everywhere, the rest shared out as the map is; mean 1 over places.
-
-    A constant map, the empty one included, gives 1 everywhere, which makes `focus` equal to `image`.
-
-    Args:
-        floor: in [0, 1], weight of a place where the map is zero; 1 switches the focus off.
+    As ddpo-pytorch's and TRL's `PerPromptStatTracker` (Black et al. 2023, arXiv 2305.13301, section 5.1): a prompt's
+    last `buffer_size` rewards, the newest included; one that has been seen less than `min_count` times is compared with
+    the rollout.
     """
-    means = maps.float().mean(dim=(-2, -1), keepdim=True)
-    shares = torch.where(means > 0, maps / means.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
-    return floor + (1 - floor) * shares
+
+    def __init__(self, buffer_size: int, min_count: int):
+        self.buffer_size, self.min_count = buffer_size, min_count
+        self._rewards: dict[str, list[float]] = {}
+
+    def advantages(
+        self,
+        prompts: Sequence[str],
+        values: torch.Tensor,
+        std_floor: float,
+        clip: float | None = None,
+        scale: Scale = "group",
+    ) -> torch.Tensor:
+        """Take in the rewards of one rollout, and compare each with its prompt's.
+
+        Args:
+            prompts: N prompts, of all ranks.
+            values: (N,).
+            scale: what is divided by: "group": the std of what a picture is compared with; "batch": the root mean
+                square of all differences; "none".
+
+        Returns:
+            (N,) float32.
+        """
+        known = values.double().cpu()
+        for prompt, value in zip(prompts, known.tolist(), strict=True):
+            self._rewards[prompt] = [*self._rewards.get(prompt, ()), value][-self.buffer_size :]
+        means, stds = (
+            torch.full_like(known, float(known.mean())),
+            torch.full_like(known, float(known.std(correction=0))),
+        )
+        for place, prompt in enumerate(prompts):
+            seen = torch.tensor(self._rewards[prompt], dtype=torch.float64)
+            if len(seen) >= self.min_count:
+                means[place], stds[place] = seen.mean(), seen.std(correction=0)
+        centred = known - means
+        if scale == "group":
+            centred = centred / stds.clamp(min=std_floor)
+        elif scale == "batch":
+            centred = centred / centred.square().mean().sqrt().clamp(min=std_floor)
+        return _clipped(centred.float().to(values.device), clip)
+
+    def state(self) -> dict[str, list[float]]:
+        """Prompt -> its rewards, oldest first; JSON keeps them to the bit."""
+        return {prompt: list(rewards) for prompt, rewards in self._rewards.items()}
+
+    def load(self, state: Mapping[str, Sequence[float]]) -> None:
+        self._rewards = {prompt: list(rewards) for prompt, rewards in state.items()}
+
+
+def _clipped(advantages: torch.Tensor, clip: float | None) -> torch.Tensor:
+    return advantages if clip is None else advantages.clamp(-clip, clip)

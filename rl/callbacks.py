@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a progress bar with the reward, and pictures in TensorBoard."""
+"""What happens beside a run's updates: a progress bar with the reward, pictures in TensorBoard, averaged weights."""
 
 from typing import TYPE_CHECKING
 
@@ -41,3 +41,13 @@ class SampleGrids(TrainerCallback):
             return
         sheet = to_array(sample_sheet(experience.samples))
         writers[0].add_image("samples", sheet, state.global_step, dataformats="HWC")
+
+
+class AverageWeights(TrainerCallback):
+    """Takes the weights into their moving average after each update."""
+
+    def __init__(self, trainer: "DDPOTrainer"):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.average.step(self.trainer.trained_weights())

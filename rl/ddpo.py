@@ -10,16 +10,20 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from accelerate.utils import broadcast
+from diffusers.training_utils import EMAModel
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from reward.feedback import RewardFn
-from rl.callbacks import RewardProgress, SampleGrids
+from rl.advantages import PromptStatistics
+from rl.callbacks import AverageWeights, RewardProgress, SampleGrids
 from rl.checkpoints import (
     BESIDE,
     abandon_later,
@@ -36,8 +40,11 @@ from rl.experience import Experience, gather_experience, rollout_noise, sample_a
 from rl.interrupt import RunInterrupted, StopSignal
 from rl.losses import ppo_loss
 from rl.policy import StableDiffusionPolicy
-from rl.rollout import DivergedError, draw_prompts, shared_places
-from rl.sde import ddim_scheduler, kl_map, log_prob_map, make_schedule, resolve_train_steps, step_mean
+from rl.rollout import DivergedError, draw_prompts, keyed_generator, shared_places
+from rl.run_state import RunState
+from rl.sde import draw_steps, kl_map, log_prob_map, step_mean, step_weights
+from rl.step_gradients import chunk_gradients
+from rl.step_probe import StepProbe, metric
 from rl.timing import PhaseClock
 
 __all__ = ["DDPOConfig", "DDPOTrainer", "RolloutPlan"]
@@ -85,7 +92,8 @@ class DDPOTrainer(Trainer):
         callbacks: as the Trainer's.
 
     Attributes:
-        schedule, train_steps, plan, total_rollouts: what the settings come to.
+        schedule, plan, total_rollouts: what the settings come to.
+        train_steps: the steps trained, or those a rollout draws its own from; with `auto`, those chosen last.
         clock, train_seconds: seconds of each phase so far, and of the last `train`.
         experience: of the rollout in use; None before the first.
     """
@@ -101,11 +109,12 @@ class DDPOTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.policy, self.reward_fn, self.prompts = policy, reward_fn, list(prompts)
-        self.scheduler = ddim_scheduler(policy.scheduler, args.start_timestep)
-        self.schedule = make_schedule(self.scheduler, args.num_inference_steps, args.eta)
-        self.train_steps = resolve_train_steps(args.train_steps, self.schedule)
-        self.shared = shared_places(args.share_noise, self.train_steps, len(self.schedule))
-        self.plan = args.plan(len(self.train_steps))
+        self.scheduler, self.schedule = args.make_schedule(policy.scheduler)
+        self.train_steps = args.trained_steps(self.schedule)
+        self.plan = args.plan(args.steps_per_rollout(self.schedule))
+        self.statistics = PromptStatistics(args.prompt_buffer_size, args.prompt_min_count)
+        self.probe: StepProbe | None = None
+        self.average: EMAModel | None = None
         self.total_rollouts = args.max_steps // self.plan.updates if args.max_steps > 0 else int(args.num_train_epochs)
         self.clock = PhaseClock()
         self.train_seconds = 0.0
@@ -115,12 +124,20 @@ class DDPOTrainer(Trainer):
         self._stop = StopSignal()
         self._run_dir: str | None = None
         self._saved_step: int | None = None
+        self._begun: tuple[int, RunState] | None = None  # the rollout in use, and what was remembered before it
         super().__init__(model=policy.network, args=args, callbacks=callbacks)
         policy.to(args.device)
         if any(isinstance(callback, TensorBoardCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(SampleGrids(self))
         if self.pop_callback(ProgressCallback):
             self.add_callback(RewardProgress)
+        if args.probed_steps is not None:
+            weights = sum(weight.numel() for weight in self.trained_weights())
+            chunks = self.plan.pictures / args.chunk_size * args.num_iterations / self.plan.updates
+            self.probe = StepProbe(self.train_steps, args.probed_steps, chunks, weights, args.seed)
+        if args.ema_decay is not None:
+            self.average = EMAModel(self.trained_weights(), decay=args.ema_decay)
+            self.add_callback(AverageWeights(self))
 
     # ---- The algorithm ----
 
@@ -130,17 +147,21 @@ class DDPOTrainer(Trainer):
     def rollout(self, number: int) -> Iterator[dict[str, Any]]:
         """Sample and score rollout `number`, then yield its micro-batches; see `RolloutPlan` for their order."""
         self._stop_if_asked()
+        self._begun = (number, self._memory())
         self.experience = None  # frees the last one's memory first
         self.experience = experience = self.collect(number)
         self._note(experience)
+        loss_weights = step_weights(self.args.timestep_weighting, self.schedule, experience.trajectory.steps.tolist())
         for iteration in range(self.args.num_iterations):
             for position, (k, pictures) in enumerate(experience.micro_batches(self.args.per_device_train_batch_size)):
                 self._stop_if_asked()
+                step = int(experience.trajectory.steps[k])
                 yield {
                     "latents": experience.trajectory.latents[k, pictures],
                     "next_latents": experience.trajectory.next_latents[k, pictures],
                     "old_log_probs": experience.trajectory.log_probs[k, pictures],
-                    "step": int(experience.trajectory.steps[k]),
+                    "step": step,
+                    "loss_weight": float(loss_weights[k]),
                     "advantages": experience.advantages[pictures],
                     "weights": experience.weights[pictures],
                     "prompts": experience.prompts[pictures],
@@ -154,6 +175,9 @@ class DDPOTrainer(Trainer):
         prompts = [prompt for prompt in drawn for _ in range(args.num_generations)]
         mine = list(range(plan.pictures))[rank * plan.pictures_per_rank :][: plan.pictures_per_rank]
         size = args.per_device_rollout_batch_size or args.per_device_train_batch_size
+        probes, steps = self._probes(number), self._steps_of(number)
+        # What is shared has no signal of its own, so a rollout that measures all steps shares nothing.
+        shared = [] if probes else shared_places(args.share_noise, steps, len(self.schedule))
         self.model_wrapped.train()  # as in the update: engines may treat the two modes differently
         batches = []
         for first in range(0, len(mine), size):
@@ -165,10 +189,10 @@ class DDPOTrainer(Trainer):
                     self.reward_fn,
                     [prompts[picture] for picture in pictures],
                     rollout_noise(
-                        self.policy, self.schedule, args.seed, number, pictures, args.num_generations, self.shared
+                        self.policy, self.schedule, args.seed, number, pictures, args.num_generations, shared
                     ),
                     self.schedule,
-                    self.train_steps,
+                    steps,
                     args,
                     self.clock,
                     number,
@@ -176,7 +200,43 @@ class DDPOTrainer(Trainer):
                     on_step=self._stop_if_asked,
                 )
             )
-        return gather_experience(batches, [prompts[picture] for picture in mine], args, self.accelerator.gather, rank)
+        experience = gather_experience(batches, prompts, args, self.accelerator.gather, rank, self.statistics)
+        return self._probed(experience) if probes else experience
+
+    def _steps_of(self, number: int) -> tuple[int, ...]:
+        """The steps of which rollout `number` keeps what training needs."""
+        if self._probes(number):
+            return self.probe.steps
+        if self.args.timestep_fraction < 1:
+            generator = keyed_generator(self.args.seed, "timesteps", number)
+            return draw_steps(self.train_steps, self.args.timestep_fraction, generator)
+        return self.train_steps
+
+    # ---- Which steps are trained ----
+
+    def _probes(self, number: int) -> bool:
+        args = self.args
+        if self.probe is None:
+            return False
+        return number < args.probe_rollouts or (args.probe_every > 0 and number % args.probe_every == 0)
+
+    def _probed(self, experience: Experience) -> Experience:
+        """Measure every step of this rollout, choose those to train, and keep only these."""
+        with self.clock("probe"), self.compute_loss_context_manager():
+            sketches = []
+            for gradients in chunk_gradients(self.policy, experience, self.schedule, self.args):
+                if self.probe.scale is None:
+                    self.probe.scale = broadcast(metric(gradients).contiguous())
+                sketches.append(self.probe.sketch(gradients))
+                self._stop_if_asked()
+            gathered = self.accelerator.gather(torch.stack(sketches))
+        self.train_steps, found = self.probe.learn(gathered)
+        for step, ratio in zip(self.probe.steps, found.snr(), strict=True):
+            self._metrics[f"probe/snr_step_{step}"].append(torch.tensor(ratio, device=self.args.device))
+            trained = torch.tensor(float(step in self.train_steps), device=self.args.device)
+            self._metrics[f"probe/trained_step_{step}"].append(trained)
+        logger.info("the probe chose the steps %s", ", ".join(map(str, self.train_steps)))
+        return replace(experience, trajectory=experience.trajectory.only(self.train_steps))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
@@ -186,9 +246,10 @@ class DDPOTrainer(Trainer):
         steps = torch.full((len(latents),), inputs["step"], device=latents.device)
         timesteps = self.schedule.timesteps.to(latents.device)[steps]
         embeds = self.policy.encode(inputs["prompts"])
+        guidance_scale = args.guidance_scale if args.train_guidance else 1.0
 
         def mean_and_std() -> tuple[torch.Tensor, torch.Tensor]:
-            output = self.policy.predict(model, latents, timesteps, embeds, args.guidance_scale)
+            output = self.policy.predict(model, latents, timesteps, embeds, guidance_scale)
             return step_mean(output, latents, steps, self.schedule)
 
         if inputs["measure_kl"]:
@@ -203,7 +264,9 @@ class DDPOTrainer(Trainer):
             args.epsilon if args.importance_sampling_level == "image" else args.epsilon_location,
             args.importance_sampling_level,
             channels=latents.shape[1],
+            epsilon_high=args.epsilon_high,
         )
+        loss = inputs["loss_weight"] * loss
         if inputs["measure_kl"]:
             kl = kl_map(mean, reference_mean, std).mean()
             metrics["kl"] = kl.detach()
@@ -307,6 +370,8 @@ class DDPOTrainer(Trainer):
                 result = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
                 if self._stop_asked():  # in the last update, behind which no place to stop at comes
                     raise _StopAtBoundaryError
+                if self.average is not None:
+                    self.average.copy_to(self.trained_weights())
                 return result
             except _StopAtBoundaryError:
                 if self._saved_step != self.state.global_step:
@@ -371,6 +436,7 @@ class DDPOTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
+                    self._boundary_state().write(Path(self._run_dir) / place.name)
                     publish(Path(self._run_dir) / place.name, place, marker)
                     rotate(self.args.output_dir, self.args.save_total_limit)
             self._saved_step = self.state.global_step
@@ -379,6 +445,36 @@ class DDPOTrainer(Trainer):
                 shutil.rmtree(self._run_dir, ignore_errors=True)
             self._run_dir = None
         self.accelerator.wait_for_everyone()
+
+    def trained_weights(self) -> list[nn.Parameter]:
+        return [weight for weight in self.policy.network.parameters() if weight.requires_grad]
+
+    def _memory(self) -> RunState:
+        """What rollouts, not updates, change."""
+        facts = {"train_steps": list(self.train_steps), "prompt_rewards": self.statistics.state()}
+        probe = self.probe.state() if self.probe else {}
+        return RunState(facts, {f"probe.{name}": tensor for name, tensor in probe.items()})
+
+    def _boundary_state(self) -> RunState:
+        """Of the boundary that the weights are at: a rollout of which no update was made is gone through again."""
+        state = self._memory()
+        if self._begun is not None and self.state.global_step == self._begun[0] * self.plan.updates:
+            state = self._begun[1]
+        if self.average is None:
+            return state
+        average = {f"average.{place}": weight for place, weight in enumerate(self.average.shadow_params)}
+        facts = {**state.facts, "average_updates": self.average.optimization_step}
+        return RunState(facts, {**state.tensors, **average})
+
+    def _load_state(self, state: RunState) -> None:
+        self.train_steps = tuple(state.facts["train_steps"])
+        self.statistics.load(state.facts["prompt_rewards"])
+        if self.probe is not None:
+            self.probe.load(state.part("probe"))
+        if self.average is not None:
+            self.average.optimization_step = state.facts["average_updates"]
+            for place, weight in enumerate(self.average.shadow_params):
+                weight.copy_(state.part("average")[str(place)])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if _internal_call:  # of a checkpoint, which explains what it cannot write
@@ -403,6 +499,7 @@ class DDPOTrainer(Trainer):
         if checkpoint is not None:
             marker = read_marker(Path(checkpoint))
             self.edge_energy_at_start = marker["edge_energy_at_start"]
+            self._load_state(RunState.read(Path(checkpoint)))
             if self.args.should_save:
                 abandon_later(marker["global_step"], self.args.output_dir)
         place = super()._init_training_state(max_steps, *args)

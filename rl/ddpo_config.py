@@ -1,16 +1,20 @@
 """The settings of a DDPO run, and the arithmetic of its batches."""
 
 import logging
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal
 
+from diffusers import DDIMScheduler
 from transformers import SchedulerType, TrainingArguments
 
-from rl.advantages import CREDITS, FOCUSES
+from rl.advantages import BASELINES
+from rl.credit import CREDITS, FOCUSES, PAID_SCALES
 from rl.engines import prepare_deepspeed_on_cpu
 from rl.policy import DEFAULT_LORA_TARGETS
+from rl.sde import Schedule, ddim_scheduler, make_schedule, resolve_train_steps
 
 logger = logging.getLogger(__name__)
 
@@ -118,11 +122,31 @@ class DDPOConfig(TrainingArguments):
     resolution: int | None = field(
         default=None, metadata={"help": "Height and width of the pictures; default: what the pipeline was trained at."}
     )
+    sde_window: str | None = field(
+        default=None,
+        metadata={
+            "help": "Only the steps of this window, such as 1:4, have noise; the others are deterministic. "
+            "Default: all steps have it."
+        },
+    )
     train_steps: list[str] = field(
         default_factory=lambda: ["1", "2"],
         metadata={
-            "help": "Which sampling steps are trained, 0 the noisiest: a list (1 2), a window (1:3) or all. "
+            "help": "Which sampling steps are trained, 0 the noisiest: a list (1 2), a window (1:3), all (that have "
+            "noise), or auto:2, the two of most expected gain, which the run measures itself. "
             "Where the gradient's signal is differs much between steps."
+        },
+    )
+    probe_rollouts: int = field(
+        default=3, metadata={"help": "With train_steps auto: the first so many rollouts measure every step."}
+    )
+    probe_every: int = field(
+        default=10, metadata={"help": "With train_steps auto: after these, every so many rollouts do; 0: none."}
+    )
+    timestep_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of train_steps that a rollout trains, drawn anew for each; rounded up to whole steps."
         },
     )
     share_noise: Literal["none", "before", "around"] = field(
@@ -154,11 +178,13 @@ class DDPOConfig(TrainingArguments):
     )
 
     # Credit
-    credit: Literal["scalar", "image", "focus"] = field(
+    credit: Literal["scalar", "image", "focus", "words", "paid", "mask"] = field(
         default="image",
         metadata={
             "help": "scalar: z(total), penalty maps ignored; image: z(total - penalties) everywhere; "
-            "focus: the same, more at the places `focus_on` names."
+            "focus: the same, more at the places `focus_on` names; words: more where the misrepresented words' "
+            "attention was; paid: each place pays for the penalties near it; mask: less where penalties are "
+            "(DenseFlow-GRPO's, for comparison). See rl/credit.py."
         },
     )
     focus_on: Literal["maps", "content"] = field(
@@ -168,8 +194,41 @@ class DDPOConfig(TrainingArguments):
     focus_floor: float = field(
         default=0.2, metadata={"help": "Weight of a place outside the focus (the mean is 1); 1 is no focus."}
     )
+    paid_scale: Literal["objective", "unit"] = field(
+        default="objective",
+        metadata={
+            "help": "objective: a place's penalty counts as it does in the image's reward; unit: it has unit size at "
+            "each place (BoxFlow-GRPO's, for comparison: it empties the pictures)."
+        },
+    )
+    paid_reach: int = field(
+        default=2,
+        metadata={"help": "With paid_scale objective, a place pays for penalties so many latent places away."},
+    )
+    paid_weight: float = field(default=1.0, metadata={"help": "Weight of the penalty with paid_scale unit."})
+    advantage_baseline: Literal["group", "prompt", "batch"] = field(
+        default="group",
+        metadata={
+            "help": "What a picture is compared with: the group of its prompt in the rollout; its prompt's last "
+            "rewards over rollouts (ddpo-pytorch's statistics); or the whole rollout."
+        },
+    )
+    prompt_buffer_size: int = field(
+        default=32, metadata={"help": "With advantage_baseline prompt: so many last rewards of each prompt are kept."}
+    )
+    prompt_min_count: int = field(
+        default=16,
+        metadata={"help": "With advantage_baseline prompt: a prompt with fewer is compared with the rollout."},
+    )
+    min_group_std: float = field(
+        default=0.0,
+        metadata={"help": "Groups whose rewards' std is not above this are skipped, and counted (groups_skipped)."},
+    )
     scale_rewards: Literal["group", "batch", "none"] = field(
-        default="group", metadata={"help": "What an advantage is divided by: its group's std, the batch's, or nothing."}
+        default="group",
+        metadata={
+            "help": "What an advantage is divided by: the std of what it is compared with, the batch's, or nothing."
+        },
     )
     advantage_std_floor: float = field(
         default=1e-3, metadata={"help": "Smallest std divided by, in units of the reward."}
@@ -187,8 +246,31 @@ class DDPOConfig(TrainingArguments):
         default=0.1,
         metadata={"help": "Clip range of a location's ratio, which moves about sqrt(h * w) times as far."},
     )
+    epsilon_high: float | None = field(
+        default=None,
+        metadata={
+            "help": "How far the ratio (the image's or the location's) may rise above 1; default: as it may fall."
+        },
+    )
     beta: float = field(
         default=0.0, metadata={"help": "Weight of the KL divergence to the base model; above 0 costs a forward a row."}
+    )
+    timestep_weighting: Literal["uniform", "std"] = field(
+        default="uniform", metadata={"help": "Weight of each trained step's loss: all alike, or as the step's std."}
+    )
+    train_guidance: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the log-prob is the guided network's. If not, an update costs half, and the unguided "
+            "network is moved towards what the guided one did well."
+        },
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Keep an exponential moving average of the trained weights, with this decay an update; it is what "
+            "the run leaves behind. None: no average."
+        },
     )
 
     # Adapter
@@ -249,11 +331,88 @@ class DDPOConfig(TrainingArguments):
             "save_only_model leaves checkpoints that cannot be resumed from; leave it out: "
             "every checkpoint is a folder with the LoRA too",
         )
+        if self.deepspeed and self.hf_deepspeed_config.is_zero3():
+            for name, used in (("train_steps auto", self.probed_steps), ("ema_decay", self.ema_decay)):
+                _require(used is None, f"{name} needs whole weights, which a rank of ZeRO-3 has not; use ZeRO-2")
+
+    @property
+    def chunk_size(self) -> int:
+        """Pictures whose gradient the probe takes at once: whole micro-batches of whole groups, so that no two chunks
+        share a baseline. Example: micro-batches of 4 and groups of 8 make chunks of 8, of 64 and 8 chunks of 64."""
+        return math.lcm(self.per_device_train_batch_size, self.num_generations)
+
+    @property
+    def probed_steps(self) -> int | None:
+        """K of `train_steps: auto:K`; None if the steps are named."""
+        auto, _, count = self.train_steps[0].partition(":")
+        return int(count or 2) if auto == "auto" else None
+
+    def make_schedule(self, scheduler) -> tuple[DDIMScheduler, Schedule]:
+        """The DDIM scheduler that samples as these settings say, and its steps, from a pipeline's own scheduler.
+
+        Raises:
+            ValueError: see `rl.sde.ddim_scheduler` and `rl.sde.make_schedule`.
+        """
+        scheduler = ddim_scheduler(scheduler, self.start_timestep)
+        return scheduler, make_schedule(scheduler, self.num_inference_steps, self.eta, self.sde_window)
+
+    def trained_steps(self, schedule: Schedule) -> tuple[int, ...]:
+        """The steps that may be trained: those of `train_steps`; with `auto`, every one with noise.
+
+        Raises:
+            ValueError: see `rl.sde.resolve_train_steps`; or `auto` is to choose more steps than have noise.
+        """
+        if self.probed_steps is None:
+            return resolve_train_steps(self.train_steps, schedule)
+        steps = resolve_train_steps("all", schedule)
+        _require(
+            self.probed_steps <= len(steps),
+            f"train_steps is {self.train_steps[0]}, but only {len(steps)} steps have noise; choose fewer",
+        )
+        return steps
+
+    def steps_per_rollout(self, schedule: Schedule) -> int:
+        """How many steps each rollout trains: a fraction of `train_steps`, or as many as `auto` chooses."""
+        return self.probed_steps or math.ceil(self.timestep_fraction * len(self.trained_steps(schedule)) - 1e-9)
+
+    def _check_steps(self) -> None:
+        _require(0 < self.timestep_fraction <= 1, f"timestep_fraction is {self.timestep_fraction}; it lies in (0, 1]")
+        if not any(part.partition(":")[0] == "auto" for part in self.train_steps):
+            return
+        _, _, count = self.train_steps[0].partition(":")
+        _require(
+            len(self.train_steps) == 1 and (count == "" or count.isdigit()) and self.probed_steps >= 1,
+            f"train_steps {' '.join(self.train_steps)!r} is not understood; `auto:2` stands alone, 2 being a number",
+        )
+        _require(self.timestep_fraction == 1, "timestep_fraction does not go with train_steps auto; leave it out")
+        _require(self.probe_rollouts >= 1, f"probe_rollouts is {self.probe_rollouts}; auto needs at least 1")
+        _require(self.probe_every >= 0, f"probe_every is {self.probe_every}; it must not be negative")
 
     def _warn_of_ignored(self) -> None:
         level = self.importance_sampling_level
+        if self.credit not in ("focus", "words"):
+            warn_of_ignored(self, ("focus_floor",), f"credit is {self.credit}")
         if self.credit != "focus":
-            warn_of_ignored(self, ("focus_on", "focus_floor"), f"credit is {self.credit}, not focus")
+            warn_of_ignored(self, ("focus_on",), f"credit is {self.credit}, not focus")
+        paid = {"paid_reach"} if self.paid_scale == "unit" else {"paid_weight"}
+        if self.credit != "paid":
+            warn_of_ignored(self, ("paid_scale", "paid_reach", "paid_weight"), f"credit is {self.credit}, not paid")
+        else:
+            warn_of_ignored(self, paid, f"paid_scale is {self.paid_scale}")
+        if self.advantage_baseline != "prompt":
+            why = f"advantage_baseline is {self.advantage_baseline}"
+            warn_of_ignored(self, ("prompt_buffer_size", "prompt_min_count"), why)
+        if self.advantage_baseline != "group":
+            warn_of_ignored(self, ("min_group_std",), f"advantage_baseline is {self.advantage_baseline}")
+        if self.probed_steps is None:
+            warn_of_ignored(self, ("probe_rollouts", "probe_every"), "train_steps is not auto")
+        if self.guidance_scale == 1:
+            warn_of_ignored(self, ("train_guidance",), "guidance_scale is 1, so there is none")
+        if self.credit == "mask" or (self.credit == "paid" and self.paid_scale == "unit"):
+            logger.warning(
+                "credit %s is for comparison: it teaches to draw less, or shields what is wrong (see rl/credit.py)",
+                self.credit,
+            )
         unused = "epsilon_location" if level == "image" else "epsilon"
         warn_of_ignored(self, (unused,), f"importance_sampling_level is {level}")
         if "tensorboard" not in self.report_to and self.num_log_images > 0:
@@ -261,18 +420,23 @@ class DDPOConfig(TrainingArguments):
 
     def _check_ranges(self) -> None:
         _require(
-            self.num_generations >= 2,
-            f"num_generations is {self.num_generations}; an advantage compares at least 2 pictures of a prompt",
+            self.num_generations >= (2 if self.advantage_baseline == "group" else 1),
+            f"num_generations is {self.num_generations}; an advantage compares at least 2 pictures of a prompt, "
+            "unless advantage_baseline is prompt or batch",
         )
+        self._check_credit()
+        self._check_steps()
         _require(0 <= self.eta <= 1, f"eta is {self.eta}; it must lie in [0, 1]")
         _require(self.eta > 0, "eta is 0: steps without noise have no log-prob to train; set it above 0, e.g. 1")
         _require(self.num_inference_steps >= 1, f"num_inference_steps is {self.num_inference_steps}; at least 1")
         _require(self.guidance_scale >= 0, f"guidance_scale is {self.guidance_scale}; it must not be negative")
-        _require(self.credit in CREDITS, f"credit is {self.credit!r}; it must be one of {', '.join(CREDITS)}")
-        _require(self.focus_on in FOCUSES, f"focus_on is {self.focus_on!r}; it must be one of {', '.join(FOCUSES)}")
-        _require(0 <= self.focus_floor <= 1, f"focus_floor is {self.focus_floor}; it must lie in [0, 1]")
         for name in ("epsilon", "epsilon_location", "advantage_std_floor", "advantage_clip", "lora_alpha"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
+        _require(self.epsilon_high is None or self.epsilon_high > 0, f"epsilon_high is {self.epsilon_high}; above 0")
+        _require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            f"ema_decay is {self.ema_decay}; it must lie between 0 and 1, e.g. 0.9",
+        )
         for name in (
             "num_iterations",
             "lora_rank",
@@ -299,6 +463,46 @@ class DDPOConfig(TrainingArguments):
         _require(
             not self.auto_find_batch_size,
             "auto_find_batch_size would break up groups; set a smaller per_device_train_batch_size instead",
+        )
+
+    def _check_chunks(self, pictures: int) -> None:
+        size, world = self.chunk_size, self.world_size
+        _require(
+            pictures % (size * world) == 0 and pictures >= 3 * size,
+            f"train_steps auto compares the gradients of chunks of {size} pictures (whole groups of "
+            f"{self.num_generations}, whole micro-batches of {self.per_device_train_batch_size}), at least 3 of them, "
+            f"shared evenly by the {world} processes; a rollout of {pictures} has not: set generation_batch_size to a "
+            f"multiple of {size * world} from {-(-3 // world) * size * world} on, or a smaller batch size",
+        )
+
+    def _check_credit(self) -> None:
+        choices = {
+            "credit": CREDITS, "focus_on": FOCUSES, "paid_scale": PAID_SCALES, "advantage_baseline": BASELINES,
+            "scale_rewards": ("group", "batch", "none"), "timestep_weighting": ("uniform", "std"),
+        }  # fmt: skip
+        for name, valid in choices.items():
+            value = getattr(self, name)
+            _require(value in valid, f"{name} is {value!r}; it must be one of {', '.join(valid)}")
+        _require(0 <= self.focus_floor <= 1, f"focus_floor is {self.focus_floor}; it must lie in [0, 1]")
+        for name in ("paid_reach", "paid_weight", "min_group_std"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        _require(self.prompt_min_count >= 2, f"prompt_min_count is {self.prompt_min_count}; a std needs at least 2")
+        _require(
+            self.prompt_buffer_size >= self.prompt_min_count,
+            f"prompt_buffer_size ({self.prompt_buffer_size}) is below prompt_min_count ({self.prompt_min_count}), "
+            "so no prompt's own statistics would ever be used",
+        )
+        if self.credit != "paid":
+            return
+        _require(
+            self.importance_sampling_level == "location",
+            "credit paid differs from place to place, also in sign, so ratio and clip must be each place's: "
+            "set importance_sampling_level to location",
+        )
+        _require(
+            self.advantage_baseline == "group" and self.scale_rewards == "group",
+            "credit paid compares each place within a prompt's group; "
+            f"advantage_baseline ({self.advantage_baseline}) and scale_rewards ({self.scale_rewards}) must be group",
         )
 
     def _check_rollout(self) -> None:
@@ -342,6 +546,8 @@ class DDPOConfig(TrainingArguments):
             )
             pictures = self.steps_per_generation // train_steps * batch * world
             self._check_pictures(pictures)
+        if self.probed_steps is not None:
+            self._check_chunks(pictures)
         micro_batches = pictures // (world * batch) * train_steps
         fitting = [number for number in range(1, micro_batches + 1) if micro_batches % number == 0]
         _require(

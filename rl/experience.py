@@ -4,13 +4,25 @@ Shapes: N pictures on this rank, K trained steps, C latent channels, h x w the l
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from reward.feedback import Reward, RewardFn
-from rl.advantages import content_map, focus_weights, group_advantages, penalty_map, to_latent_grid
+from rl.advantages import PromptStatistics, group_advantages, keep_groups_that_differ
+from rl.attention import WordAttention, word_positions
+from rl.credit import (
+    content_map,
+    focus_weights,
+    mask_weights,
+    paid_credit,
+    penalty_map,
+    to_latent_grid,
+    unit_paid_credit,
+    word_map,
+)
 from rl.ddpo_config import DDPOConfig
 from rl.monitors import diversity, edge_energy, thumbnails
 from rl.policy import StableDiffusionPolicy
@@ -56,14 +68,14 @@ class ScoredBatch:
 
     Attributes:
         trajectory: of B pictures.
-        focus: (B, h, w) >= 0, the map the credit is focused by; None where it is not.
+        maps: (B, h, w) >= 0, the map that credit goes by; None where it goes by none.
         values: name -> (B,) float32: `objective`, `total`, `edge_energy`, `term/<name>`, `penalty/<name>` (map's mean).
         thumbnails: (B, 3, <= 64, <= 64).
         samples: the first few pictures; None if none are wanted.
     """
 
     trajectory: Trajectory
-    focus: torch.Tensor | None
+    maps: torch.Tensor | None
     values: dict[str, torch.Tensor]
     thumbnails: torch.Tensor
     samples: Samples | None
@@ -77,7 +89,8 @@ class Experience:
         trajectory: of N pictures.
         prompts: N prompts.
         advantages: (N,) float32.
-        weights: (N, h, w) float32, mean 1 over places: where the advantage acts.
+        weights: (N, h, w) float32: where the advantage acts; their product is what the log-prob at a place is
+            multiplied by.
         metrics: averages over the pictures of all ranks.
         samples: a few pictures of this rank to look at, or None.
     """
@@ -115,36 +128,58 @@ def sample_and_score(
     Raises:
         DivergedError, RewardError: what the policy draws, or what the reward says of it, is not finite.
     """
-    with clock("rollout"):
+    grid = policy.latent_shape[1:]
+    by_words = args.credit == "words" and len(train_steps) > 0
+    looking = WordAttention(policy.pipeline.unet, grid, len(prompts)) if by_words else None
+    with clock("rollout"), looking or nullcontext():
         trajectory = sample(
-            policy, network, prompts, noise, schedule, train_steps, args.guidance_scale, on_step=on_step
+            policy, network, prompts, noise, schedule, train_steps, args.guidance_scale, args.train_guidance, on_step
         )
     with clock("decode"):
         images = policy.decode(trajectory.final_latents)
     check_pictures(trajectory.final_latents, images, prompts, f"rollout {rollout}")
     with clock("reward"):
         reward = score(reward_fn, images, prompts, args.reward_batch_size)
-    grid = trajectory.final_latents.shape[-2:]
-    focus = None
-    if args.credit == "focus":
-        focus = penalty_map(reward.penalties, grid) if args.focus_on == "maps" else None
-        if focus is None:
-            if args.focus_on == "maps":
-                raise ValueError(
-                    "credit focus on maps needs a reward with penalty maps; this one has none: "
-                    "give its heatmaps a weight, or set focus_on to content"
-                )
-            focus = to_latent_grid(content_map(images), grid)
+    if looking is not None and reward.word_penalties is not None:
+        maps = word_map(looking.maps, word_positions(policy.pipeline.tokenizer, prompts), reward.word_penalties)
+        maps = to_latent_grid(maps, grid)
+    else:
+        maps = _credit_map(args, reward, images, grid)
     values = {"objective": reward.objective, "total": reward.total, "edge_energy": edge_energy(images)}
     values |= {f"term/{name}": value for name, value in reward.terms.items()}
     values |= {f"penalty/{name}": value.mean(dim=(-2, -1)) for name, value in reward.penalties.items()}
     return ScoredBatch(
         trajectory=trajectory,
-        focus=focus,
+        maps=maps,
         values={name: value.float().to(images.device) for name, value in values.items()},
         thumbnails=thumbnails(images),
         samples=Samples.of(images, prompts, reward, num_samples) if num_samples else None,
     )
+
+
+def _credit_map(args: DDPOConfig, reward: Reward, images: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor | None:
+    """The map (B, h, w) that the kind of credit goes by; None where it needs none.
+
+    Raises:
+        ValueError: the reward does not say what the kind of credit needs.
+    """
+    if args.credit == "words":
+        raise ValueError(
+            "credit words needs a reward that says what each word costs (word_penalties); this one does not: "
+            "give it a word_weight, or choose another credit"
+        )
+    if args.credit == "focus" and args.focus_on == "content":
+        return to_latent_grid(content_map(images), grid)
+    if args.credit not in ("focus", "paid", "mask"):
+        return None
+    maps = penalty_map(reward.penalties, grid)
+    if maps is None:
+        instead = ", or set focus_on to content" if args.credit == "focus" else ""
+        raise ValueError(
+            f"credit {args.credit}{' on maps' if args.credit == 'focus' else ''} needs a reward with penalty maps; "
+            f"this one has none: give its heatmaps a weight{instead}"
+        )
+    return maps
 
 
 def gather_experience(
@@ -153,38 +188,66 @@ def gather_experience(
     args: DDPOConfig,
     gather: Callable[[torch.Tensor], torch.Tensor],
     rank: int,
+    statistics: PromptStatistics | None = None,
 ) -> Experience:
-    """Compare the pictures of one rollout within their groups, over all ranks.
+    """Compare the pictures of one rollout with each other, over all ranks, and say where that should count.
 
     Args:
         batches: this rank's, in order.
-        prompts: this rank's N, in order.
+        prompts: of all ranks' pictures, in order.
         gather: (N, ...) -> (N * ranks, ...), the ranks' tensors one after another.
         rank: of this process.
+        statistics: what `advantage_baseline: prompt` compares with; it takes in this rollout.
     """
-    count = len(prompts)
     trajectory = _join([batch.trajectory for batch in batches])
     values = {name: gather(torch.cat([batch.values[name] for batch in batches])) for name in batches[0].values}
+    maps = gather(torch.cat([batch.maps for batch in batches])) if batches[0].maps is not None else None
     compared = values["total" if args.credit == "scalar" else "objective"]
-    advantages = group_advantages(
-        compared, args.num_generations, args.advantage_std_floor, args.advantage_clip, args.scale_rewards
-    )
-    if batches[0].focus is None:
-        weights = torch.ones_like(trajectory.log_probs[0])
-    else:
-        weights = focus_weights(torch.cat([batch.focus for batch in batches]), args.focus_floor).to(compared.device)
-    everyone = gather(torch.cat([batch.thumbnails for batch in batches]))
+    settings = {"std_floor": args.advantage_std_floor, "clip": args.advantage_clip, "scale": args.scale_rewards}
     metrics = {name: float(value.mean()) for name, value in values.items()}
-    metrics["diversity"] = float(diversity(everyone, args.num_generations).mean())
-    metrics["group_std"] = float(compared.view(-1, args.num_generations).std(dim=1, correction=0).mean())
+    if args.advantage_baseline == "prompt":
+        advantages = statistics.advantages(prompts, compared, **settings)
+    elif args.advantage_baseline == "batch":
+        advantages = group_advantages(compared, len(compared), **settings)
+    else:
+        advantages = group_advantages(compared, args.num_generations, **settings)
+    weights = _place_weights(args, maps, values["total"], trajectory)
+    if args.credit == "paid":  # a place's credit is not the picture's times a weight
+        advantages, weights = torch.ones_like(advantages), weights.clamp(-args.advantage_clip, args.advantage_clip)
+    if args.advantage_baseline == "group":
+        advantages, metrics["groups_skipped"] = keep_groups_that_differ(
+            advantages, compared, args.num_generations, args.min_group_std
+        )
+    everyone = gather(torch.cat([batch.thumbnails for batch in batches]))
+    if args.num_generations > 1:
+        metrics["diversity"] = float(diversity(everyone, args.num_generations).mean())
+        metrics["group_std"] = float(compared.view(-1, args.num_generations).std(dim=1, correction=0).mean())
+    count = len(trajectory.final_latents)
+    mine = slice(rank * count, (rank + 1) * count)
     return Experience(
         trajectory=trajectory,
-        prompts=prompts,
-        advantages=advantages[rank * count : (rank + 1) * count],
-        weights=weights,
+        prompts=prompts[mine],
+        advantages=advantages[mine],
+        weights=weights[mine],
         metrics=metrics,
         samples=batches[0].samples,
     )
+
+
+def _place_weights(
+    args: DDPOConfig, maps: torch.Tensor | None, totals: torch.Tensor, trajectory: Trajectory
+) -> torch.Tensor:
+    """(N, h, w), what each place's advantage is multiplied by, of the pictures of all ranks."""
+    if maps is None:
+        return trajectory.log_probs.new_ones(len(totals), *trajectory.final_latents.shape[-2:])
+    maps = maps.to(totals.device)
+    if args.credit == "mask":
+        return mask_weights(maps, float(maps.max()))
+    if args.credit == "paid" and args.paid_scale == "unit":
+        return unit_paid_credit(totals, maps, args.num_generations, args.advantage_std_floor, args.paid_weight)
+    if args.credit == "paid":
+        return paid_credit(totals, maps, args.num_generations, args.advantage_std_floor, args.paid_reach)
+    return focus_weights(maps, args.focus_floor)
 
 
 def rollout_noise(

@@ -16,17 +16,19 @@ def ppo_loss(
     epsilon: float,
     level: Literal["image", "location"] = "image",
     channels: int = 1,
+    epsilon_high: float | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Clipped surrogate, "Proximal Policy Optimization Algorithms" (Schulman et al. 2017, arXiv 1707.06347), eq. 7:
-    loss = -mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A).
+    loss = -mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A).
 
     Args:
         log_probs: (B, h, w), l(h, w) under the policy.
         old_log_probs: (B, h, w), the same under the policy that sampled.
         advantages: (B,).
-        weights: (B, h, w) of mean 1 over places: where A acts (F of `advantages.focus_weights`); ones for the kinds
-            without a place.
-        epsilon: half-width of the clip range.
+        weights: (B, h, w) of mean 1 over places: where A acts (F of `credit.focus_weights`); ones for the kinds
+            without a place. Or, with advantages of 1 and at the level "location", what each place's log-prob is
+            multiplied by (`credit.paid_credit`).
+        epsilon, epsilon_high: how far a ratio may fall below and rise above 1; `epsilon_high` None: as `epsilon`.
         level: "image": one ratio a row, exp(mean over places of weights * (l - l_old)), the mean over B rows is taken.
             "location": a ratio at each place, exp(l - l_old), clipped there, and A * weights as the place's advantage;
             the mean over B * h * w places is taken. On the first pass both have the same gradient,
@@ -46,13 +48,14 @@ def ppo_loss(
     else:
         ratio = difference.exp()
         strength = advantages[:, None, None] * weights
-    surrogate = torch.minimum(ratio * strength, ratio.clamp(1 - epsilon, 1 + epsilon) * strength)
+    low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
+    surrogate = torch.minimum(ratio * strength, ratio.clamp(low, high) * strength)
     detached = ratio.detach()
     values = channels * difference[0].numel()  # D
     metrics = {
         "ratio": detached.mean(),
         "ratio_deviation": (detached - 1).abs().max(),
-        "clip_fraction": ((detached - 1).abs() > epsilon).float().mean(),
+        "clip_fraction": ((detached < low) | (detached > high)).float().mean(),
         "approx_kl": 0.5 * values * difference.detach().mean(dim=(-2, -1)).square().mean(),
     }
     return -surrogate.mean(), metrics

@@ -36,6 +36,13 @@ class Trajectory:
     log_probs: torch.Tensor
     final_latents: torch.Tensor
 
+    def only(self, steps: Sequence[int]) -> "Trajectory":
+        """The same with fewer trained steps."""
+        kept = [self.steps.tolist().index(step) for step in steps]
+        return Trajectory(
+            self.steps[kept], self.latents[kept], self.next_latents[kept], self.log_probs[kept], self.final_latents
+        )
+
 
 def keyed_generator(*key: int | str) -> torch.Generator:
     """A CPU generator whose draws depend on `key` only, not on what was drawn before, on ranks or on batch sizes."""
@@ -79,6 +86,7 @@ def sample(
     schedule: Schedule,
     train_steps: Sequence[int] = (),
     guidance_scale: float = 1.0,
+    train_guidance: bool = True,
     on_step: Callable[[], None] = lambda: None,
 ) -> Trajectory:
     """Sample one picture a prompt.
@@ -87,6 +95,7 @@ def sample(
         network: `policy.network` or the engine's wrapping of it; every rank must make the same number of calls.
         noise: (B, S + 1, C, h, w): the initial latent, then the noise of each of the S steps.
         train_steps: indices of the steps to keep; every one must have a std above 0.
+        train_guidance: whether the log-probs kept are of the guided network, that drew, or of the one without guidance.
         on_step: called after every step.
     """
     embeds = policy.encode(prompts)
@@ -99,6 +108,9 @@ def sample(
         mean, std = step_mean(output, latents, index, schedule)
         next_latents = mean + std * noise[:, step + 1]
         if step in train_steps:
+            if guidance_scale != 1.0 and not train_guidance:
+                output = policy.predict(network, latents, timesteps, embeds)
+                mean, std = step_mean(output, latents, index, schedule)
             kept.append((latents, next_latents, log_prob_map(next_latents, mean, std)))
         latents = next_latents
         on_step()

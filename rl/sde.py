@@ -106,13 +106,19 @@ def ddim_scheduler(scheduler, start_timestep: int | None = None) -> DDIMSchedule
     return DDIMScheduler.from_config(scheduler.config, **changes)
 
 
-def make_schedule(scheduler: DDIMScheduler, num_inference_steps: int, eta: float) -> Schedule:
+def make_schedule(
+    scheduler: DDIMScheduler, num_inference_steps: int, eta: float, sde_window: str | None = None
+) -> Schedule:
     """The steps that `scheduler` takes in `num_inference_steps`, each with the std it has at `eta` in [0, 1].
 
     They are exactly the steps of `DDIMScheduler.step`, its rule for where a step ends included.
 
+    Args:
+        sde_window: "first:end"; steps outside it are deterministic, as if `eta` were 0 ("MixGRPO", Li et al. 2025,
+            arXiv 2507.21802, for flow models). None: none are.
+
     Raises:
-        ValueError: `eta` outside [0, 1], or more steps than the noise schedule has.
+        ValueError: `eta` outside [0, 1], more steps than the noise schedule has, or a window that holds no step.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; it must lie in [0, 1]: 0 is deterministic DDIM, 1 is DDPM's noise")
@@ -125,11 +131,15 @@ def make_schedule(scheduler: DDIMScheduler, num_inference_steps: int, eta: float
     alphas = scheduler.alphas_cumprod[timesteps].float()
     next_alphas = torch.where(ends >= 0, scheduler.alphas_cumprod[ends.clamp(min=0)], scheduler.final_alpha_cumprod)
     variances = (1 - next_alphas) / (1 - alphas) * (1 - alphas / next_alphas)
+    etas = torch.full((num_inference_steps,), float(eta))
+    if sde_window is not None:
+        inside = _window(sde_window, num_inference_steps, "sde_window")
+        etas[: inside.start], etas[inside.stop :] = 0.0, 0.0
     return Schedule(
         timesteps=timesteps,
         alphas=alphas,
         next_alphas=next_alphas.float(),
-        stds=eta * variances.clamp(min=0).sqrt().float(),
+        stds=etas * variances.clamp(min=0).sqrt().float(),
         prediction_type=scheduler.config.prediction_type,
         clip_sample_range=scheduler.config.clip_sample_range if scheduler.config.clip_sample else None,
     )
@@ -173,6 +183,38 @@ def resolve_train_steps(spec: str | int | Sequence[str | int], schedule: Schedul
                 f"steps with noise: {stochastic[0]} to {stochastic[-1]}"
             )
     return tuple(sorted(steps))
+
+
+def _window(text: str, steps: int, setting: str) -> range:
+    """The steps of a window such as "1:3", of `steps` in all."""
+    first, colon, end = str(text).partition(":")
+    try:
+        window = range(int(first or 0), int(end) if end else steps)
+    except ValueError:
+        window = range(0)
+    if not colon or not 0 <= window.start < window.stop <= steps:
+        raise ValueError(
+            f"{setting} is {text!r}; write a window of the {steps} steps such as `1:3`, which is steps 1, 2"
+        )
+    return window
+
+
+def step_weights(weighting: str, schedule: Schedule, steps: Sequence[int]) -> torch.Tensor:
+    """What the loss of each trained step is multiplied by: (K,) float32 of mean 1.
+
+    Args:
+        weighting: "uniform"; "std": as the step's std, for a noisier step explores further (the noise-aware weighting
+            of "TempFlow-GRPO", He et al. 2025, arXiv 2508.04324).
+        steps: the K trained steps.
+    """
+    stds = schedule.stds[torch.as_tensor(list(steps))]
+    return torch.ones_like(stds) if weighting == "uniform" else stds / stds.mean()
+
+
+def draw_steps(steps: Sequence[int], fraction: float, generator: torch.Generator) -> tuple[int, ...]:
+    """A random `fraction` of the trained steps, at least one, rounded up, in rising order."""
+    count = math.ceil(fraction * len(steps) - 1e-9)
+    return tuple(sorted(steps[place] for place in torch.randperm(len(steps), generator=generator)[:count].tolist()))
 
 
 def predicted_x0_and_noise(

@@ -1,29 +1,19 @@
 import pytest
 import torch
 
-from rl.advantages import content_map, focus_weights, group_advantages, penalty_map, to_latent_grid
+from rl.advantages import group_advantages
+from rl.credit import (
+    content_map,
+    focus_weights,
+    mask_weights,
+    paid_credit,
+    penalty_map,
+    to_latent_grid,
+    unit_paid_credit,
+    word_map,
+)
 from rl.losses import ppo_loss
 from rl.sde import log_prob_map
-
-
-def test_advantages_are_z_scores_within_groups():
-    values = torch.tensor([1.0, 3.0, 10.0, 10.0, 0.0, 4.0])
-    expected = torch.tensor([-1.0, 1.0, 0.0, 0.0, -1.0, 1.0])
-    torch.testing.assert_close(group_advantages(values, 2, std_floor=1e-3), expected)
-
-
-def test_std_floor_keeps_small_differences_small():
-    values = torch.tensor([0.0, 1e-4])
-    torch.testing.assert_close(group_advantages(values, 2, std_floor=0.01), torch.tensor([-0.005, 0.005]))
-
-
-def test_batch_scale_keeps_the_groups_relative_sizes_and_clip_cuts():
-    values = torch.tensor([-1.0, 1.0, -3.0, 3.0])
-    torch.testing.assert_close(
-        group_advantages(values, 2, 1e-3, scale="batch"), torch.tensor([-1.0, 1.0, -3.0, 3.0]) / 5**0.5
-    )
-    assert group_advantages(values, 2, 1e-3, clip=0.5).tolist() == [-0.5, 0.5, -0.5, 0.5]
-    assert group_advantages(values, 2, 1e-3, scale="none").tolist() == values.tolist()
 
 
 @pytest.mark.parametrize("size", [(4, 4), (3, 5), (16, 16), (20, 6), (8, 8)])
@@ -126,3 +116,71 @@ def test_locations_are_clipped_one_by_one():
     assert loss.item() == pytest.approx(-(1.1 + 1.0) / 2)
     assert new.grad.tolist() == [[[0.0, -0.5]]]  # the clipped place has no gradient, the other keeps its own
     assert metrics["clip_fraction"] == 0.5
+
+
+def test_clip_range_may_be_wider_above_than_below():
+    old = torch.zeros(2, 1, 1)
+    new = torch.tensor([0.2, -0.2]).view(2, 1, 1).requires_grad_()
+    loss, metrics = ppo_loss(new, old, torch.tensor([1.0, -1.0]), torch.ones(2, 1, 1), 0.1, epsilon_high=0.3)
+    loss.backward()
+    assert loss.item() == pytest.approx(-(torch.tensor(0.2).exp().item() - 0.9) / 2)
+    assert new.grad[1].item() == 0  # fell further than 0.1, while the other may rise by 0.3
+    assert new.grad[0].item() != 0
+    assert metrics["clip_fraction"] == 0.5
+
+
+def rollout(groups=3, size=4, height=5, width=4):
+    generator = torch.Generator().manual_seed(1)
+    totals = torch.rand(groups * size, generator=generator)
+    return totals, torch.rand(groups * size, height, width, generator=generator), size
+
+
+def test_paying_for_all_places_is_image_credit():
+    totals, maps, size = rollout()
+    expected = group_advantages(totals - maps.mean(dim=(1, 2)), size, 1e-3)
+    found = paid_credit(totals, maps, size, 1e-3, reach=4)
+    torch.testing.assert_close(found, expected[:, None, None].expand_as(found))
+
+
+def test_a_map_that_is_the_same_for_all_leaves_nothing_to_pay():
+    totals, maps, size = rollout()
+    maps = maps[:1].expand_as(maps)
+    expected = group_advantages(totals, size, 1e-3)[:, None, None].expand_as(maps)
+    torch.testing.assert_close(paid_credit(totals, maps, size, 1e-3, reach=1), expected)
+    torch.testing.assert_close(unit_paid_credit(totals, maps, size, 1e-3, weight=1.0), expected)
+
+
+def test_a_place_pays_for_its_neighbours_and_no_others():
+    maps = torch.zeros(2, 5, 5)
+    maps[0, 2, 1] = 1.0
+    found = paid_credit(torch.zeros(2), maps, 2, 1e-6, reach=1)
+    scale = (torch.tensor([0.0, 1.0]) / 25).std(correction=0)
+    expected = torch.zeros(5, 5)
+    expected[1:4, 0:3] = -0.5 / 25 / scale
+    torch.testing.assert_close(found[0], expected)
+    torch.testing.assert_close(found[1], -expected)
+
+
+def test_unit_scale_counts_a_place_as_much_as_the_whole_picture():
+    totals, maps, size = rollout()
+    found = unit_paid_credit(totals, maps, size, 1e-3, weight=0.5) - group_advantages(totals, size, 1e-3)[:, None, None]
+    groups = found.view(-1, size, 5, 4)
+    torch.testing.assert_close(groups.std(dim=1, correction=0), torch.full((3, 5, 4), 0.5))
+
+
+def test_mask_spares_what_is_penalised():
+    maps = torch.tensor([[[0.0, 1.0]], [[0.5, 0.5]]])
+    assert mask_weights(maps, 1.0).tolist() == [[[2.0, 0.0]], [[1.0, 1.0]]]
+    assert mask_weights(torch.zeros(1, 1, 2), 0.0).tolist() == [[[1.0, 1.0]]]
+
+
+def test_word_map_is_the_attention_of_what_is_wrong():
+    attention = torch.zeros(2, 4, 1, 2)
+    attention[0, 1], attention[0, 2] = torch.tensor([[0.2, 0.6]]), torch.tensor([[0.0, 0.4]])
+    positions = [[[1, 2], [3], []], [[1], [2]]]
+    penalties = [torch.tensor([0.5, 0.0, 1.0]), torch.zeros(2)]
+    found = word_map(attention, positions, penalties)  # the pieces' mean is (0.1, 0.5); of mean 1 it is (1/3, 5/3)
+    torch.testing.assert_close(found, torch.tensor([[[0.5 / 3, 2.5 / 3]], [[0.0, 0.0]]]))
+    assert torch.equal(focus_weights(found, 0.2)[1], torch.ones(1, 2))
+    with pytest.raises(ValueError, match="2 word penalties for a prompt of 3 words"):
+        word_map(attention, positions, [torch.ones(2), torch.zeros(2)])

@@ -295,7 +295,7 @@ def test_checkpoint_is_a_lora_folder_without_the_base(make_trainer):
     trainer.train()
     files = sorted(os.listdir(f"{trainer.args.output_dir}/checkpoint-1"))
     assert files == [
-        "complete.json", "optimizer.pt", LORA_WEIGHTS, "rng_state.pth", "scheduler", "scheduler.pt",
+        "complete.json", "optimizer.pt", LORA_WEIGHTS, "rng_state.pth", "run_state.json", "scheduler", "scheduler.pt",
         "trainer_state.json",
     ]  # fmt: skip
 

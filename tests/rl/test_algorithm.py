@@ -1,0 +1,266 @@
+"""The choices of the algorithm, each through the trainer: which steps, what is compared, where it counts."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from reward.feedback import Reward
+from rl.policy import LORA_WEIGHTS
+from rl.run_state import RunState
+from tests.rl.toy_rewards import Redness
+
+
+def lora(folder):
+    return load_file(f"{folder}/{LORA_WEIGHTS}")
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def assert_resumes_to_the_bit(make_trainer, tmp_path, **settings):
+    """Four rollouts at once, and two and two, end alike; returns the trainer that was not interrupted."""
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), num_train_epochs=4, **settings)
+    whole.train()
+    make_trainer(output_dir=str(tmp_path / "part"), num_train_epochs=2, **settings).train()
+    rest = make_trainer(output_dir=str(tmp_path / "part"), num_train_epochs=4, **settings)
+    rest.train(resume_from_checkpoint="latest")
+    left, right = lora(tmp_path / "whole/checkpoint-4"), lora(tmp_path / "part/checkpoint-4")
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+    states = [RunState.read(tmp_path / run / "checkpoint-4") for run in ("whole", "part")]
+    assert states[0].facts == states[1].facts
+    for name, tensor in states[0].tensors.items():
+        assert torch.equal(tensor, states[1].tensors[name]), name
+    return whole
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"credit": "words"},
+        {"credit": "mask"},
+        {"credit": "paid", "importance_sampling_level": "location"},
+        {"credit": "paid", "importance_sampling_level": "location", "paid_scale": "unit"},
+    ],
+    ids=str,
+)
+def test_a_map_that_is_the_same_everywhere_makes_every_credit_image(make_trainer, tmp_path, changes, monkeypatch):
+    """Without word penalties for `words`; `unit` pays for differences within the group, and there are none."""
+
+    class Constant(Redness):
+        def __call__(self, images, prompts):
+            reward = super().__call__(images, prompts)
+            silent = [torch.zeros_like(words) for words in reward.word_penalties]
+            return Reward(reward.total, reward.penalties, silent, reward.terms)
+
+    folders = []
+    for name, settings in (("image", {"importance_sampling_level": "location"}), ("other", changes)):
+        settings = {"importance_sampling_level": "location", **settings}
+        trainer = make_trainer(
+            Constant(constant_map=True), output_dir=str(tmp_path / name), num_train_epochs=1, optim="sgd",
+            learning_rate=1.0, **settings,
+        )  # fmt: skip
+        trainer.train()
+        folders.append(lora(tmp_path / name / "checkpoint-1"))
+    for name in folders[0]:
+        torch.testing.assert_close(folders[0][name], folders[1][name], rtol=1e-4, atol=1e-7)
+
+
+def test_words_credit_acts_where_the_wrong_words_attention_was(make_trainer):
+    trainer = make_trainer(credit="words", num_train_epochs=1)
+    trainer.train()
+    weights = trainer.experience.weights
+    torch.testing.assert_close(weights.mean(dim=(1, 2)), torch.ones(8))
+    assert weights.std() > 0
+    assert logged(trainer, "ratio_deviation")[0] == 0
+
+
+def test_words_credit_needs_words(make_trainer):
+    class Wordless(Redness):
+        def __call__(self, images, prompts):
+            return Reward(super().__call__(images, prompts).total)
+
+    with pytest.raises(ValueError, match="credit words needs a reward that says what each word costs"):
+        make_trainer(Wordless(), credit="words").train()
+
+
+def test_paid_credit_is_what_each_places_log_prob_is_multiplied_by(make_trainer):
+    trainer = make_trainer(
+        credit="paid", paid_reach=7, importance_sampling_level="location", num_train_epochs=1, optim="sgd"
+    )
+    image = make_trainer(importance_sampling_level="location", num_train_epochs=1, optim="sgd")
+    experiences = [next_experience(one) for one in (trainer, image)]
+    paid, plain = (one.advantages[:, None, None] * one.weights for one in experiences)
+    torch.testing.assert_close(paid, plain, rtol=1e-4, atol=1e-4)  # 7 places away is everywhere in 8 x 8
+
+
+def next_experience(trainer):
+    next(trainer.rollout(0))
+    return trainer.experience
+
+
+def test_a_fraction_of_the_steps_is_drawn_anew_for_each_rollout(make_trainer):
+    settings = {"num_inference_steps": 6, "train_steps": ["all"], "timestep_fraction": 0.3}
+    trainer = make_trainer(**settings)
+    drawn = [trainer._steps_of(number) for number in range(8)]
+    assert {len(steps) for steps in drawn} == {2}  # a third of five, rounded up
+    assert len(set(drawn)) > 2
+    assert drawn == [make_trainer(**settings)._steps_of(number) for number in range(8)]
+    trainer.train()
+    assert tuple(trainer.experience.trajectory.steps.tolist()) == drawn[1]
+
+
+def test_outside_the_window_steps_are_deterministic(make_trainer):
+    settings = {"num_inference_steps": 4, "sde_window": "1:3", "train_steps": ["all"]}
+    trainer = make_trainer(**settings)
+    assert trainer.train_steps == (1, 2)
+    assert (trainer.schedule.stds > 0).tolist() == [False, True, True, False]
+    trainer.train()
+    assert logged(trainer, "ratio_deviation")[0] == 0
+    with pytest.raises(ValueError, match="names step 0, which is deterministic"):
+        make_trainer(**{**settings, "train_steps": ["0"]})
+    with pytest.raises(ValueError, match="sde_window is '3:1'"):
+        make_trainer(**{**settings, "sde_window": "3:1"})
+
+
+def test_weights_of_the_steps_go_into_the_loss(make_trainer):
+    """One update by SGD: the weighted loss' gradient is the sum of the steps' own, weighted."""
+    moves = {}
+    common = {"num_train_epochs": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
+    for name, changes in {
+        "both": {"timestep_weighting": "std"},
+        "0": {"train_steps": ["0"], "gradient_accumulation_steps": 2},
+        "1": {"train_steps": ["1"], "gradient_accumulation_steps": 2},
+    }.items():
+        trainer = make_trainer(**{**common, "lr_scheduler_type": "constant", **changes})
+        before = [weight.detach().clone() for weight in trainer.trained_weights()]
+        trainer.train()
+        moves[name] = [after - old for after, old in zip(trainer.trained_weights(), before, strict=True)]
+    stds = trainer.schedule.stds[:2] / trainer.schedule.stds[:2].mean()
+    for both, first, second in zip(moves["both"], moves["0"], moves["1"], strict=True):
+        torch.testing.assert_close(both, (stds[0] * first + stds[1] * second) / 2, rtol=1e-3, atol=1e-7)
+
+
+def test_without_guidance_in_training_an_update_costs_half(make_trainer):
+    rows = {}
+    for guided in (True, False):
+        trainer = make_trainer(guidance_scale=3.0, train_guidance=guided, num_train_epochs=1)
+        counted = []
+        trainer.policy.network.register_forward_pre_hook(
+            lambda _, inputs, counted=counted: counted.append(len(inputs[0]))
+        )
+        next(trainer.rollout(0))
+        counted.clear()
+        trainer.train()
+        rows[guided] = counted
+        assert logged(trainer, "ratio_deviation")[0] == 0
+        assert logged(trainer, "kl")[0] == 0
+    assert (
+        rows[True].count(8) - rows[False].count(8) == rows[False].count(4) - 2 * 2
+    )  # two steps of two batches sampled
+
+
+def test_statistics_of_a_prompt_replace_its_group(make_trainer, tmp_path):
+    settings = {
+        "advantage_baseline": "prompt", "num_generations": 1, "prompt_buffer_size": 4, "prompt_min_count": 2,
+        "learning_rate": 0.05,
+    }  # fmt: skip
+    trainer = assert_resumes_to_the_bit(make_trainer, tmp_path, **settings)
+    seen = trainer.statistics.state()
+    assert sum(map(len, seen.values())) > 8
+    assert all(len(rewards) <= 4 for rewards in seen.values())
+
+
+def test_the_whole_rollout_may_be_compared(make_trainer):
+    trainer = make_trainer(advantage_baseline="batch", num_train_epochs=1)
+    experience = next_experience(trainer)
+    assert experience.advantages.mean().abs() < 1e-5
+    assert experience.advantages.view(-1, 4).mean(dim=1).abs().max() > 1e-3  # the groups' means are not 0
+
+
+def test_groups_that_are_alike_are_counted(make_trainer):
+    trainer = make_trainer(min_group_std=10.0, num_train_epochs=1)
+    trainer.train()
+    assert logged(trainer, "groups_skipped") == [1.0]
+    assert logged(trainer, "grad_norm")[0] == 0
+
+
+def test_what_a_run_leaves_behind_is_the_average_of_its_weights(make_trainer, tmp_path):
+    trainer = make_trainer(
+        num_train_epochs=3, ema_decay=0.5, save_total_limit=None, learning_rate=0.05, output_dir=str(tmp_path / "run")
+    )
+    average = [weight.detach().clone() for weight in trainer.trained_weights()]
+    trainer.train()
+    trainer.save_model()
+    names = [name for name, weight in trainer.policy.network.named_parameters() if weight.requires_grad]
+    for step in (1, 2, 3):
+        weights = lora(tmp_path / f"run/checkpoint-{step}")
+        decay = min(0.5, step / (9 + step))  # diffusers' EMAModel begins with short averages
+        for place, name in enumerate(names):
+            key = name.removeprefix("base_model.model.").replace(".default", "")
+            average[place] = decay * average[place] + (1 - decay) * weights[f"unet.{key}"]
+    final = lora(tmp_path / "run")
+    for place, name in enumerate(names):
+        key = name.removeprefix("base_model.model.").replace(".default", "")
+        torch.testing.assert_close(final[f"unet.{key}"], average[place])
+
+
+def test_averages_resume_to_the_bit(make_trainer, tmp_path):
+    assert_resumes_to_the_bit(make_trainer, tmp_path, ema_decay=0.5, learning_rate=0.05)
+
+
+AUTO = {
+    "train_steps": ["auto:2"], "num_inference_steps": 5, "generation_batch_size": 16, "gradient_accumulation_steps": 8,
+    "probe_rollouts": 1, "probe_every": 3,
+}  # fmt: skip
+
+
+def test_auto_measures_the_steps_and_trains_the_best(make_trainer, tmp_path):
+    trainer = assert_resumes_to_the_bit(make_trainer, tmp_path, **AUTO)
+    assert len(trainer.train_steps) == 2
+    probed = [set(entry) & {f"probe/snr_step_{step}" for step in range(4)} for entry in trainer.state.log_history]
+    assert [len(names) for names in probed if names] == [4, 4]  # rollouts 0 and 3
+    assert tuple(trainer.experience.trajectory.steps.tolist()) == trainer.train_steps
+    assert logged(trainer, "ratio_deviation")[0] == 0
+
+
+def test_the_probes_gradients_are_the_updates(make_trainer):
+    """The chunks' gradients at the trained steps, averaged, are what one update by SGD moves against."""
+    trainer = make_trainer(
+        **{**AUTO, "probe_rollouts": 5}, num_train_epochs=1, optim="sgd", learning_rate=1.0, max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    seen = []
+    sketch = trainer.probe.sketch
+    trainer.probe.sketch = lambda gradients: seen.append(gradients) or sketch(gradients)
+    before = torch.cat([weight.detach().clone().flatten() for weight in trainer.trained_weights()])
+    trainer.train()
+    after = torch.cat([weight.detach().flatten() for weight in trainer.trained_weights()])
+    assert len(seen) == 4
+    expected = -torch.stack(seen)[:, list(trainer.train_steps)].mean(dim=(0, 1))
+    torch.testing.assert_close(after - before, expected, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_steps": ["auto:x"]}, "train_steps 'auto:x' is not understood"),
+        ({"train_steps": ["auto", "1"]}, "train_steps 'auto 1' is not understood"),
+        ({"train_steps": ["auto:3"]}, "only 2 steps have noise"),
+        ({"train_steps": ["auto:1"]}, "chunks of 4 pictures.*a rollout of 8 has not.*multiple of 4 from 12 on"),
+        ({"train_steps": ["auto:1"], "timestep_fraction": 0.5}, "timestep_fraction does not go with"),
+        ({"train_steps": ["auto:1"], "probe_rollouts": 0}, "probe_rollouts is 0"),
+        ({"timestep_fraction": 0}, "timestep_fraction is 0"),
+        ({"credit": "paid"}, "set importance_sampling_level to location"),
+        ({"credit": "paid", "importance_sampling_level": "location", "scale_rewards": "none"}, "must be group"),
+        ({"advantage_baseline": "prompt", "prompt_buffer_size": 4}, r"prompt_buffer_size \(4\) is below"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"epsilon_high": 0.0}, "epsilon_high is 0.0"),
+        ({"min_group_std": -1.0}, "min_group_std is -1.0"),
+        ({"advantage_baseline": "sometimes"}, "advantage_baseline is 'sometimes'"),
+    ],
+)
+def test_wrong_settings_are_named(make_trainer, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**changes)
