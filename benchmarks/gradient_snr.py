@@ -1,19 +1,28 @@
-"""Which sampling steps are worth training: the signal and the noise of each step's policy gradient.
+"""Which sampling steps are worth training, and which kind of credit: signal and noise of each policy gradient.
 
-    python benchmarks/gradient_snr.py [--config configs/ddpo_tinyworld.yaml] [--chunks 16] [--quick] [--json FILE]
+    python benchmarks/gradient_snr.py [--config configs/ddpo_tinyworld.yaml] [--chunks 48] [--steps 1 2 3]
+                                      [--credits image paid] [--quick] [--json FILE]
 
-The policy is the config's, untrained. Chunks of 64 pictures of disjoint prompts are drawn, and for each step k and each
-value (the reward's objective, and its terms) the gradient g of -mean(A log p) is taken. Gradients of two chunks share
-their expectation and nothing else, so |E g|^2 is estimated without bias by the mean of their inner products, and the
-noise of one chunk by mean |g|^2 - |E g|^2. Printed is their quotient, the signal-to-noise ratio of 64 pictures; it may
-come out negative where there is no signal. Intervals: jackknife over chunks. A step's forward and backward pass costs
-the same for all, so the ratio is also what a step pays per second. Every picture has noise of its own, whatever
+The policy is the config's, untrained. Chunks of 64 pictures of disjoint prompts are drawn, and for each sampling step
+and each kind of credit (`rl/credit.py`) the gradient g of the first pass' loss is taken, from the same pictures.
+Gradients of two chunks share their expectation and nothing else, so that without bias
+
+- |E g|^2 is the mean of their inner products, the noise of one chunk the mean of |g|^2 less that. Printed is the root
+  of their quotient, the signal-to-noise ratio of 64 pictures; it may come out negative where there is no signal;
+- the *gain*, what an update of length 1 along g adds to the objective to first order, is the mean inner product of g
+  with `image`'s gradient of other chunks at that step, which is the objective's own, over the root of the mean of
+  |g|^2. It is in units of 1e-3 reward; "less image's" is from the same chunks.
+
+Intervals: 95%, jackknife over chunks. All steps and kinds cost the same. Every picture has noise of its own, whatever
 `share_noise` says.
 """
 
+import copy
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,54 +30,77 @@ import torch
 from report import Row, flags, publish
 
 from reward.arguments import parse_arguments, read_prompt_file
-from rl.advantages import group_advantages
+from rl.attention import WordAttention
 from rl.ddpo import DDPOConfig
-from rl.experience import rollout_noise, sample_and_score
+from rl.experience import credit_map, gather_experience, rollout_noise, sample_and_score
 from rl.inputs import make_reward
 from rl.rollout import draw_prompts
-from rl.sde import ddim_scheduler, log_prob_map, make_schedule, resolve_train_steps, step_mean
+from rl.scoring import score
+from rl.sde import resolve_train_steps
+from rl.step_gradients import step_gradients
 from rl.timing import PhaseClock
 from run_ddpo import RunArguments, load_policy
 
 PICTURES = 64
+CREDITS = {
+    "image": {},
+    "scalar": {"credit": "scalar"},
+    "focus on maps": {"credit": "focus"},
+    "focus on content": {"credit": "focus", "focus_on": "content"},
+    "words": {"credit": "words"},
+    "paid, own place": {"credit": "paid", "paid_reach": 0},
+    "paid": {"credit": "paid"},
+    "paid, unit": {"credit": "paid", "paid_scale": "unit"},
+    "mask": {"credit": "mask"},
+}
 
 
-def chunk_gradients(options: Namespace, chunks: int) -> dict[tuple[str, int], np.ndarray]:
-    """(value, step) -> (chunks, parameters) float32, gradients of the LoRA's weights."""
+def with_credit(args: DDPOConfig, **changes) -> DDPOConfig:
+    """The same settings but for the kind of credit."""
+    kind = copy.copy(args)
+    for setting, value in {"credit": "image", **changes}.items():
+        setattr(kind, setting, value)
+    return kind
+
+
+def collect(options: Namespace, chunks: int) -> tuple[list[int], dict[str, np.ndarray]]:
+    """The steps, and for each kind of credit (chunks, steps, parameters) float32: gradients of the LoRA's weights."""
     with tempfile.TemporaryDirectory() as folder:
         run, args = parse_arguments(
             [RunArguments, DDPOConfig], ["--config", str(options.config), "--output_dir", folder]
         )
     policy, reward = load_policy(run, args), make_reward(run.reward, run.reward_kwargs)
-    schedule = make_schedule(ddim_scheduler(policy.scheduler, args.start_timestep), args.num_inference_steps, args.eta)
-    steps = resolve_train_steps("all", schedule)
+    args.per_device_train_batch_size = PICTURES
+    _, schedule = args.make_schedule(policy.scheduler)
+    steps = [
+        step for step in resolve_train_steps("all", schedule) if options.steps in (None, []) or step in options.steps
+    ]
     prompts, groups = read_prompt_file(run.prompts), PICTURES // args.num_generations
-    network = policy.network.train()
-    weights = [weight for weight in network.parameters() if weight.requires_grad]
-    found: dict[tuple[str, int], list[np.ndarray]] = {}
+    kinds = {name: with_credit(args, **CREDITS[name]) for name in options.credits}
+    network, moves = policy.network.train(), None
+    found: dict[str, list[np.ndarray]] = {name: [] for name in kinds}
     for chunk in range(chunks):
-        drawn = [
-            prompt for prompt in draw_prompts(prompts, groups, chunk, options.seed) for _ in range(args.num_generations)
-        ]
+        drawn = draw_prompts(prompts, groups, chunk, options.seed)
+        drawn = [prompt for prompt in drawn for _ in range(args.num_generations)]
         noise = rollout_noise(policy, schedule, options.seed, chunk, range(PICTURES))
-        batch = sample_and_score(policy, network, reward, drawn, noise, schedule, steps, args, PhaseClock(), chunk)
-        values = {name.removeprefix("term/"): value for name, value in batch.values.items()}
-        advantages = {
-            name: group_advantages(values[name], args.num_generations, args.advantage_std_floor, args.advantage_clip)
-            for name in options.values
-        }
-        embeds = policy.encode(drawn)
-        for k, step in enumerate(steps):
-            index = torch.full((PICTURES,), step)
-            latents, after = batch.trajectory.latents[k], batch.trajectory.next_latents[k]
-            output = policy.predict(network, latents, schedule.timesteps[index], embeds, args.guidance_scale)
-            log_probs = log_prob_map(after, *step_mean(output, latents, index, schedule)).mean(dim=(-2, -1))
-            for name, advantage in advantages.items():
-                gradient = torch.autograd.grad(-(advantage * log_probs).mean(), weights, retain_graph=True)
-                flat = torch.cat([part.flatten() for part in gradient]).numpy()
-                found.setdefault((name, step), []).append(flat)
+        with WordAttention(policy.pipeline.unet, policy.latent_shape[1:], PICTURES) as attention:
+            batch = sample_and_score(policy, network, reward, drawn, noise, schedule, steps, args, PhaseClock(), chunk)
+        images = policy.decode(batch.trajectory.final_latents)
+        said = score(reward, images, drawn)
+        credits = []
+        for kind in kinds.values():
+            maps = credit_map(policy, kind, said, images, drawn, attention.maps)
+            compared = gather_experience([replace(batch, maps=maps)], drawn, kind, lambda tensor: tensor, rank=0)
+            credits.append(compared.advantages[:, None, None] * compared.weights)
+        gradients = step_gradients(
+            policy, batch.trajectory, drawn, torch.stack(credits), schedule, args, range(PICTURES)
+        )
+        if moves is None:
+            moves = (gradients != 0).flatten(0, 1).any(dim=0)  # of a new LoRA, only B has a gradient
+        for name, of in zip(kinds, gradients, strict=True):
+            found[name].append(of[:, moves].numpy())
         print(f"{chunk + 1} of {chunks} chunks", flush=True)
-    return {key: np.stack(gradients) for key, gradients in found.items()}
+    return steps, {name: np.stack(gradients) for name, gradients in found.items()}
 
 
 def signal_to_noise(gram: np.ndarray) -> float:
@@ -79,29 +111,59 @@ def signal_to_noise(gram: np.ndarray) -> float:
     return float(np.sign(signal) * np.sqrt(abs(signal) / noise))
 
 
-def jackknife(gram: np.ndarray) -> tuple[float, float, float]:
-    """The ratio, and its 95% interval by leaving one chunk out."""
-    count = len(gram)
-    value = signal_to_noise(gram)
-    less = [signal_to_noise(np.delete(np.delete(gram, chunk, 0), chunk, 1)) for chunk in range(count)]
+def gain(products: np.ndarray, squares: np.ndarray) -> float:
+    """<E g, E f> / sqrt(E |g|^2), in thousandths.
+
+    Args:
+        products: (n, n), inner products of g of one chunk (rows) with f of another (columns); the diagonal is not used.
+        squares: (n,), |g|^2.
+    """
+    count = len(products)
+    return float((products.sum() - np.trace(products)) / (count * (count - 1)) / np.sqrt(squares.mean()) * 1e3)
+
+
+def jackknife(of: Callable[[np.ndarray], float], count: int) -> tuple[float, float, float]:
+    """What `of` says of all `count` chunks (an index array), and its 95% interval by leaving one out."""
+    everything = np.arange(count)
+    value, less = of(everything), [of(np.delete(everything, chunk)) for chunk in range(count)]
     error = np.sqrt((count - 1) * np.var(less))
     return value, value - 1.96 * error, value + 1.96 * error
+
+
+def table(steps: list[int], gradients: dict[str, np.ndarray]) -> list[Row]:
+    """The rows, step by step."""
+    rows, count = [], len(next(iter(gradients.values())))
+    for k, step in enumerate(steps):
+        objective, gains = gradients["image"][:, k], {}
+        for name, of in gradients.items():
+            own, across = of[:, k] @ of[:, k].T, of[:, k] @ objective.T
+            ratio = jackknife(lambda who, own=own: signal_to_noise(own[np.ix_(who, who)]), count)
+            rows.append(Row(f"step {step}, {name}: signal to noise", *ratio, n=count * PICTURES))
+
+            def gained(who: np.ndarray, own=own, across=across) -> float:
+                return gain(across[np.ix_(who, who)], own.diagonal()[who])
+
+            gains[name] = gained
+            rows.append(Row(f"step {step}, {name}: gain", *jackknife(gained, count), n=count * PICTURES))
+            if name != "image":
+                plain = gains["image"]
+                less = jackknife(lambda who, one=gained, plain=plain: one(who) - plain(who), count)
+                rows.append(Row(f"step {step}, {name}: gain less image's", *less, n=count * PICTURES))
+    return rows
 
 
 def main() -> None:
     parser = flags(__doc__.splitlines()[0], seeds=None)
     parser.add_argument("--config", type=Path, default=Path("configs/ddpo_tinyworld.yaml"))
-    parser.add_argument("--chunks", type=int, default=16, help=f"of {PICTURES} pictures")
+    parser.add_argument("--chunks", type=int, default=48, help=f"of {PICTURES} pictures")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--values", nargs="+", default=["objective", "plausibility", "alignment"])
+    parser.add_argument("--steps", nargs="*", type=int, help="which sampling steps (default: all with noise)")
+    parser.add_argument("--credits", nargs="+", default=list(CREDITS), choices=list(CREDITS), help="besides image")
     options = parser.parse_args()
+    options.credits = list(dict.fromkeys(["image", *options.credits]))
     began = time.perf_counter()
-    gradients = chunk_gradients(options, 3 if options.quick else options.chunks)
-    rows = [
-        Row(f"{name}, step {step}", *jackknife(chunks @ chunks.T), n=len(chunks) * PICTURES)
-        for (name, step), chunks in sorted(gradients.items())
-    ]
-    publish(rows, began, options.json, options.quick)
+    steps, gradients = collect(options, 3 if options.quick else options.chunks)
+    publish(table(steps, gradients), began, options.json, options.quick)
 
 
 if __name__ == "__main__":

@@ -140,11 +140,7 @@ def sample_and_score(
     check_pictures(trajectory.final_latents, images, prompts, f"rollout {rollout}")
     with clock("reward"):
         reward = score(reward_fn, images, prompts, args.reward_batch_size)
-    if looking is not None and reward.word_penalties is not None:
-        maps = word_map(looking.maps, word_positions(policy.pipeline.tokenizer, prompts), reward.word_penalties)
-        maps = to_latent_grid(maps, grid)
-    else:
-        maps = _credit_map(args, reward, images, grid)
+    maps = credit_map(policy, args, reward, images, prompts, looking.maps if looking else None)
     values = {"objective": reward.objective, "total": reward.total, "edge_energy": edge_energy(images)}
     values |= {f"term/{name}": value for name, value in reward.terms.items()}
     values |= {f"penalty/{name}": value.mean(dim=(-2, -1)) for name, value in reward.penalties.items()}
@@ -157,17 +153,32 @@ def sample_and_score(
     )
 
 
-def _credit_map(args: DDPOConfig, reward: Reward, images: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor | None:
+def credit_map(
+    policy: StableDiffusionPolicy,
+    args: DDPOConfig,
+    reward: Reward,
+    images: torch.Tensor,
+    prompts: Sequence[str],
+    attention: torch.Tensor | None,
+) -> torch.Tensor | None:
     """The map (B, h, w) that the kind of credit goes by; None where it needs none.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        attention: (B, L, h', w') of `rl.attention.WordAttention`, for credit `words`.
 
     Raises:
         ValueError: the reward does not say what the kind of credit needs.
     """
+    grid = policy.latent_shape[1:]
     if args.credit == "words":
-        raise ValueError(
-            "credit words needs a reward that says what each word costs (word_penalties); this one does not: "
-            "give it a word_weight, or choose another credit"
-        )
+        if reward.word_penalties is None:
+            raise ValueError(
+                "credit words needs a reward that says what each word costs (word_penalties); this one does not: "
+                "give it a word_weight, or choose another credit"
+            )
+        positions = word_positions(policy.pipeline.tokenizer, prompts)
+        return to_latent_grid(word_map(attention, positions, reward.word_penalties), grid)
     if args.credit == "focus" and args.focus_on == "content":
         return to_latent_grid(content_map(images), grid)
     if args.credit not in ("focus", "paid", "mask"):

@@ -1,55 +1,72 @@
 """The policy gradient of each sampling step, chunk by chunk of a rollout, for `rl.step_probe`.
 
-Shapes: S steps, P trained weights, B pictures of a micro-batch.
+Shapes: N pictures, S steps, P trained weights, M kinds of credit, h x w the latent grid.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from rl.ddpo_config import DDPOConfig
 from rl.experience import Experience
 from rl.policy import StableDiffusionPolicy
+from rl.rollout import Trajectory
 from rl.sde import Schedule, log_prob_map, step_mean
 
 
 def chunk_gradients(
     policy: StableDiffusionPolicy, experience: Experience, schedule: Schedule, args: DDPOConfig
 ) -> Iterator[torch.Tensor]:
-    """For each chunk of this rank's pictures (S, P) float32: at each step the gradient of -mean(credit * l).
+    """For each chunk of this rank's pictures (S, P) float32: `step_gradients` of its credit."""
+    credit = experience.advantages[:, None, None] * experience.weights
+    for first in range(0, len(experience.prompts), args.chunk_size):
+        pictures = range(first, first + args.chunk_size)
+        yield step_gradients(policy, experience.trajectory, experience.prompts, credit[None], schedule, args, pictures)[
+            0
+        ]
+
+
+def step_gradients(
+    policy: StableDiffusionPolicy,
+    trajectory: Trajectory,
+    prompts: Sequence[str],
+    credits: torch.Tensor,
+    schedule: Schedule,
+    args: DDPOConfig,
+    pictures: range,
+) -> torch.Tensor:
+    """At each step of `trajectory` the gradient of -mean(credit * l) over `pictures`, for each of M credits.
 
     That is the gradient of the loss on the first pass (`rl.losses.ppo_loss`). The network is the policy's own, not an
     engine's wrapping, for nothing is to be averaged over ranks here.
+
+    Args:
+        prompts: of the N pictures of `trajectory`.
+        credits: (M, N, h, w), what the log-prob at each place is multiplied by.
+
+    Returns:
+        (M, S, P) float32.
     """
-    for first in range(0, len(experience.prompts), args.chunk_size):
-        yield torch.stack(
-            [
-                _gradient(policy, experience, schedule, args, k, range(first, first + args.chunk_size))
-                for k in range(len(experience.trajectory.steps))
-            ]
-        )
-
-
-def _gradient(
-    policy: StableDiffusionPolicy, experience: Experience, schedule: Schedule, args: DDPOConfig, k: int, chunk: range
-) -> torch.Tensor:
     weights = [weight for weight in policy.network.parameters() if weight.requires_grad]
-    total = torch.zeros(sum(weight.numel() for weight in weights), device=weights[0].device)
+    count = sum(weight.numel() for weight in weights)
+    found = torch.zeros(len(credits), len(trajectory.steps), count, device=weights[0].device)
     batch = args.per_device_train_batch_size
-    for first in range(chunk.start, chunk.stop, batch):
-        rows = slice(first, first + batch)
-        latents = experience.trajectory.latents[k, rows]
-        index = torch.full((len(latents),), int(experience.trajectory.steps[k]), device=latents.device)
-        output = policy.predict(
-            policy.network,
-            latents,
-            schedule.timesteps.to(latents.device)[index],
-            policy.encode(experience.prompts[rows]),
-            args.guidance_scale if args.train_guidance else 1.0,
-        )
-        mean, std = step_mean(output, latents, index, schedule)
-        log_probs = log_prob_map(experience.trajectory.next_latents[k, rows], mean, std)
-        credit = experience.advantages[rows, None, None] * experience.weights[rows]
-        gradients = torch.autograd.grad(-(credit * log_probs).mean() * batch / len(chunk), weights)
-        total += torch.cat([gradient.flatten().float() for gradient in gradients])
-    return total
+    for k, step in enumerate(trajectory.steps.tolist()):
+        for first in range(pictures.start, pictures.stop, batch):
+            rows = slice(first, first + batch)
+            latents = trajectory.latents[k, rows]
+            index = torch.full((len(latents),), step, device=latents.device)
+            output = policy.predict(
+                policy.network,
+                latents,
+                schedule.timesteps.to(latents.device)[index],
+                policy.encode(prompts[rows]),
+                args.guidance_scale if args.train_guidance else 1.0,
+            )
+            log_probs = log_prob_map(trajectory.next_latents[k, rows], *step_mean(output, latents, index, schedule))
+            share = len(latents) / len(pictures)
+            for kind, credit in enumerate(credits):
+                loss = -(credit[rows] * log_probs).mean() * share
+                gradients = torch.autograd.grad(loss, weights, retain_graph=kind < len(credits) - 1)
+                found[kind, k] += torch.cat([gradient.flatten().float() for gradient in gradients])
+    return found
