@@ -338,6 +338,10 @@ class DDPOTrainer(Trainer):
         for name, value in metrics.items():
             self._metrics[name].append(torch.tensor(value, device=self.args.device))
 
+    def forget_metrics(self) -> None:
+        """Drop what has been noted since the last log."""
+        self._metrics.clear()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             for name, values in self._metrics.items():
@@ -345,7 +349,7 @@ class DDPOTrainer(Trainer):
                 stacked = torch.stack(values)
                 value = self.accelerator.gather((stacked.max() if largest else stacked.mean()).reshape(1))
                 logs[name] = float(value.max() if largest else value.mean())
-            self._metrics.clear()
+            self.forget_metrics()
             logs |= {f"seconds/{phase}": seconds for phase, seconds in self.clock.seconds.items()}
         super().log(logs, start_time)
 

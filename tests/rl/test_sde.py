@@ -2,7 +2,17 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
-from rl.sde import ddim_scheduler, kl_map, log_prob_map, make_schedule, resolve_train_steps, step_mean
+from rl.rollout import keyed_generator
+from rl.sde import (
+    ddim_scheduler,
+    draw_steps,
+    kl_map,
+    log_prob_map,
+    make_schedule,
+    resolve_train_steps,
+    step_mean,
+    step_weights,
+)
 
 
 def configured(**changes):
@@ -116,3 +126,39 @@ def test_without_noise_there_is_nothing_to_train():
         make_schedule(configured(), 2000, 1)
     with pytest.raises(ValueError, match="start_timestep is 1000"):
         ddim_scheduler(configured(), start_timestep=1000)
+
+
+def test_outside_the_window_a_step_is_deterministic_ddim():
+    scheduler = configured(timestep_spacing="trailing")
+    schedule, plain, still = (
+        make_schedule(scheduler, 5, eta, window) for eta, window in ((1, "1:3"), (1, None), (0, None))
+    )
+    assert torch.equal(schedule.stds[1:3], plain.stds[1:3])
+    latents, output = torch.randn(2, 1, 4, 2, 2)
+    for step in (0, 3, 4):
+        mean, std = step_mean(output, latents, torch.tensor([step]), schedule)
+        assert std == 0
+        torch.testing.assert_close(mean, step_mean(output, latents, torch.tensor([step]), still)[0])
+
+
+@pytest.mark.parametrize("window", ["3:1", "1", "0:9", "-1:2", "a:b", "2:2"])
+def test_a_window_that_is_none_is_named(window):
+    with pytest.raises(ValueError, match=f"sde_window is '{window}'; write a window of the 5 steps such as `1:3`"):
+        make_schedule(configured(), 5, 1.0, window)
+
+
+def test_loss_weights_have_mean_one():
+    schedule = make_schedule(configured(), 6, 1.0)
+    assert step_weights("uniform", schedule, [1, 3]).tolist() == [1.0, 1.0]
+    weights = step_weights("std", schedule, [1, 3])
+    assert float(weights.mean()) == pytest.approx(1)
+    torch.testing.assert_close(weights[0] / weights[1], schedule.stds[1] / schedule.stds[3])
+
+
+def test_a_fraction_of_the_steps_comes_up_evenly():
+    drawn = [draw_steps((2, 3, 5, 7), 0.5, keyed_generator("steps", number)) for number in range(400)]
+    assert {len(steps) for steps in drawn} == {2}
+    counts = [sum(step in steps for steps in drawn) for step in (2, 3, 5, 7)]
+    assert all(150 < count < 250 for count in counts)
+    assert draw_steps((2, 3, 5), 0.01, keyed_generator("steps", 0)) in {(2,), (3,), (5,)}
+    assert draw_steps((2, 3, 5), 1.0, keyed_generator("steps", 0)) == (2, 3, 5)

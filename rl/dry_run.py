@@ -1,0 +1,120 @@
+"""What a run would cost, from one batch of it: weights, memory, rows, pictures, time.
+
+Shapes: B pictures of a batch.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rl.experience import rollout_noise, sample_and_score
+from rl.timing import PhaseClock
+
+if TYPE_CHECKING:
+    from rl.ddpo import DDPOTrainer
+
+MIB = 2**20
+
+
+def measure(trainer: "DDPOTrainer") -> dict[str, float]:
+    """Run one batch of the first rollout and one micro-batch of its update, on this process, and extrapolate.
+
+    Nothing is written, no weight is changed. Each is run twice, the second time counts. The network is the policy's
+    own: what an engine of several processes adds (waiting, gathering) is not in it, and what it shards not taken off.
+
+    Returns:
+        name -> number; names that end in `_mib` are memory, in `seconds` time.
+    """
+    args, policy, plan = trainer.args, trainer.policy, trainer.plan
+    size = args.per_device_rollout_batch_size or args.per_device_train_batch_size
+    steps, micro_batches = len(trainer.schedule), plan.micro_batches * args.num_iterations
+    prompts = [trainer.prompts[place % len(trainer.prompts)] for place in range(size)]
+    noise = rollout_noise(policy, trainer.schedule, args.seed, "dry run", range(size))
+    kept = trainer.train_steps[: plan.train_steps]
+    policy.network.train()
+    for _ in range(2):
+        clock = PhaseClock()
+        with trainer.compute_loss_context_manager():
+            batch = sample_and_score(
+                policy, policy.network, trainer.reward_fn, prompts, noise, trainer.schedule, kept, args, clock, 0
+            )
+        update, activations = _update(trainer, batch.trajectory, prompts)
+    batches = plan.pictures_per_rank / size
+    phases = {name: seconds * batches for name, seconds in clock.seconds.items()} | {"update": update * micro_batches}
+    trained = sum(weight.numel() for weight in trainer.trained_weights())
+    everything = {
+        name: sum(weight.numel() * weight.element_size() for weight in part.parameters()) / MIB
+        for name, part in policy.pipeline.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
+    row = noise[0, 0].numel() * 4 * 2 + noise[0, 0, 0].numel() * 4  # two latents and a map of log-probs
+    return {
+        "trained_weights": trained,
+        **{f"weights_{name}_mib": size for name, size in everything.items()},
+        "gradients_and_optimizer_mib": trained * 4 * 3 / MIB,
+        "activations_mib": activations,
+        "buffer_mib": plan.pictures_per_rank * plan.train_steps * row / MIB,
+        "sampling_steps": steps,
+        "trained_steps": plan.train_steps,
+        "pictures_per_rollout": plan.pictures,
+        "rows_per_rollout": plan.pictures * plan.train_steps,
+        "updates_per_rollout": plan.updates,
+        "rollouts": trainer.total_rollouts,
+        "pictures": plan.pictures * trainer.total_rollouts,
+        **{f"rollout_{name}_seconds": seconds for name, seconds in phases.items()},
+        "seconds": sum(phases.values()) * trainer.total_rollouts,
+    }
+
+
+def _update(trainer: "DDPOTrainer", trajectory, prompts: list[str]) -> tuple[float, float]:
+    """Seconds of one micro-batch forward and backward, and MiB of what autograd keeps for it."""
+    count = min(len(prompts), trainer.args.per_device_train_batch_size)
+    rows = slice(0, count)
+    inputs = {
+        "latents": trajectory.latents[0, rows],
+        "next_latents": trajectory.next_latents[0, rows],
+        "old_log_probs": trajectory.log_probs[0, rows],
+        "step": int(trajectory.steps[0]),
+        "loss_weight": 1.0,
+        "advantages": torch.linspace(-1, 1, count, device=trajectory.latents.device),
+        "weights": torch.ones_like(trajectory.log_probs[0, rows]),
+        "prompts": prompts[rows],
+        "measure_kl": trainer.args.beta > 0,
+    }
+    weights = {weight.data_ptr() for weight in trainer.policy.network.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    start = time.perf_counter()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), trainer.compute_loss_context_manager():
+        loss = trainer.compute_loss(trainer.policy.network, inputs)
+    torch.autograd.grad(loss, trainer.trained_weights())
+    if loss.is_cuda:
+        torch.cuda.synchronize()
+    trainer.forget_metrics()
+    return time.perf_counter() - start, sum(saved.values()) / MIB
+
+
+def print_costs(console: Console, costs: Mapping[str, float]) -> None:
+    """The table of a dry run."""
+    table = Table(title="a dry run: one batch was measured, nothing was written")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name, value in costs.items():
+        shown = f"{value:,.1f}" if name.endswith(("_mib", "seconds")) else f"{value:,.0f}"
+        unit = " MiB" if name.endswith("_mib") else " s" if name.endswith("seconds") else ""
+        table.add_row(
+            name.removesuffix("_mib").removesuffix("seconds").replace("_", " ").strip() or "all", shown + unit
+        )
+    console.print(table)
+    hours, seconds = divmod(costs["seconds"], 3600)
+    console.print(f"the whole run: about {hours:.0f} h {seconds / 60:.0f} min on each process")

@@ -1,0 +1,97 @@
+"""The model card of a run, `README.md` in its folder, and the curves that it shows."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+from huggingface_hub import ModelCard, ModelCardData
+
+from rl.checkpoints import written_beside
+from rl.evaluate import Evaluation
+from rl.report import paired_change
+
+CURVES = {
+    "reward": "reward of the rollouts",
+    "kl": "KL divergence to the base, nats a latent value",
+    "grad_norm": "norm of the gradient",
+    "drawn": "edges drawn, against the start",
+}
+
+
+def licence_of(folder: str | Path) -> str:
+    """What the model card in `folder` says of its licence; where there is none, where to look for it.
+
+    The front matter of `README.md` is read, as the hub writes it; nothing is asked of the hub.
+    """
+    card = Path(folder) / "README.md"
+    if card.is_file():
+        try:
+            licence = ModelCard.load(card).data.get("license")
+        except ValueError:  # front matter that is no YAML
+            licence = None
+        if licence:
+            return str(licence)
+    return f"unknown here; see {folder}"
+
+
+def write_model_card(
+    folder: str | Path,
+    settings: Mapping[str, Any],
+    history: Sequence[Mapping[str, float]],
+    figures: tuple[Evaluation, Evaluation] | None = None,
+) -> dict[str, Path]:
+    """Write `README.md` and `curves.png`, or, after an error, neither.
+
+    Args:
+        settings: of the run, as its folder keeps them; `policy` and `reward` name base and reward.
+        history: what was logged, the Trainer's `log_history`.
+        figures: before and after, on the same prompts and noise.
+
+    Returns:
+        What each file is -> its path.
+    """
+    base, reward = settings["policy"], settings.get("reward")
+    model = settings.get("reward_kwargs", {}).get("model")
+    tags = ["text-to-image", "diffusers", "lora", "ddpo", "reinforcement-learning"]
+    data = ModelCardData(base_model=str(base), library_name="diffusers", pipeline_tag="text-to-image", tags=tags)
+    lines = [
+        "---", data.to_yaml(), "---", "",
+        f"# {Path(folder).name}", "",
+        f"`{base}`, fine-tuned by DDPO (Black et al. 2023, arXiv 2305.13301) with the reward "
+        f"`{reward or 'a sum of rewards, see below'}`.", "",
+        "```python", "from diffusers import DiffusionPipeline", "",
+        f'pipe = DiffusionPipeline.from_pretrained("{base}")', f'pipe.load_lora_weights("{folder}")', "```", "",
+        f"Licences: base: {licence_of(base)}; reward: {licence_of(model) if model else 'see its code'}.", "",
+    ]  # fmt: skip
+    if figures is not None:
+        lines += _figures(*figures)
+    lines += ["## Curves", "", "![Curves of the run](curves.png)", "", "## Settings", "", "```json"]
+    lines += [json.dumps(settings, indent=1, sort_keys=True, default=str), "```", ""]
+    with written_beside(Path(folder)) as beside:
+        (beside / "README.md").write_text("\n".join(lines), encoding="utf-8")
+        _draw_curves(history, beside / "curves.png")
+    return {"model card": Path(folder) / "README.md"}
+
+
+def _figures(before: Evaluation, after: Evaluation) -> list[str]:
+    lines = [
+        f"## Before and after, on {len(before.prompts)} held-out prompts", "",
+        "![The same prompts and noise before and after](before_after.png)", "",
+        "| | before | after | change (95% interval over prompts) |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for name, old in sorted(before.values.items()):
+        change, half = paired_change(old, after.values[name])
+        lines.append(f"| {name} | {old.mean():.4f} | {after.values[name].mean():.4f} | {change:+.4f} +- {half:.4f} |")
+    return [*lines, ""]
+
+
+def _draw_curves(history: Sequence[Mapping[str, float]], file: Path) -> None:
+    figure = matplotlib.figure.Figure(figsize=(9, 5), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        axes.plot(*zip(*points, strict=True) if points else ([], []))
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("updates", fontsize=8)
+    figure.savefig(file, dpi=100, metadata={"Software": None})
