@@ -9,12 +9,13 @@ checkpoint (optimizer, learning rate schedule, random states, the log's lines), 
 evaluation. Prints where the kills fell and ends with exit code 1 where anything differs.
 
 With one rank a process is forked from this one, which has imported everything and computed nothing: that saves the
-seconds of importing. Half of the kills wait for a phase, so that short ones are hit as well, and then a little; the
-others fall at any time. A run's processes count the phases they enter in a file that is mapped into memory, which
+seconds of importing. Most kills wait for a phase, so that short ones are hit as well, and then a little; the others
+fall at any time. A run's processes count the phases they enter in a file that is mapped into memory, which
 outlives them.
 """
 
 import argparse
+import importlib
 import json
 import mmap
 import os
@@ -27,7 +28,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a process with threads must not be forked
@@ -35,6 +36,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 
+import deepspeed  # noqa: E402, F401 - accelerate imports it in the midst of a run
 import psutil  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -45,13 +47,14 @@ import rl.ddpo  # noqa: E402
 import run_ddpo  # noqa: E402
 from reward.arguments import main_guard  # noqa: E402
 from rl.checkpoints import FINISHED, complete_checkpoints, read_marker  # noqa: E402
-from rl.policy import LORA_WEIGHTS  # noqa: E402
+from rl.policy import LORA_WEIGHTS, StableDiffusionPolicy  # noqa: E402
 from tests.rl.conftest import PROMPTS, make_pipeline  # noqa: E402
 
 PHASES = ("start", "evaluation", "claim", "rollout", "update", "checkpoint", "publish", "finish")
 LONGEST = {"start": 0.5, "evaluation": 0.1, "claim": 0.03, "rollout": 0.1, "update": 0.05, "checkpoint": 0.1,
            "publish": 0.1, "finish": 0.2}  # fmt: skip
 """Seconds that a kill waits at most behind the beginning of a phase."""
+ONCE = ("start", "evaluation", "claim", "finish")
 
 
 # ---- The run ----
@@ -190,10 +193,8 @@ class Launched:
         """All at once: torchrun's workers have sessions of their own, and would go on without it."""
         family = psutil.Process(self._process.pid)
         for process in (family, *family.children(recursive=True)):
-            try:
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                pass
         self._process.wait()
 
 
@@ -216,6 +217,14 @@ def in_child(function: Callable, *args):
     if os.waitpid(pid, 0)[1] != 0:
         raise RuntimeError(f"{function.__name__} failed")
     return json.loads(text)
+
+
+def make_and_load(folder: Path) -> tuple[str, list[str]]:
+    """A tiny pipeline in `folder`, and the modules that are imported only when one is loaded."""
+    already = set(sys.modules)
+    pipeline = make_pipeline(folder)
+    StableDiffusionPolicy.load(pipeline)
+    return pipeline, sorted(set(sys.modules) - already)
 
 
 # ---- What must be the same ----
@@ -285,7 +294,7 @@ def same(left: object, right: object) -> bool:
         return left.tobytes() == right.tobytes()
     if hasattr(left, "__dict__") and left.__dict__:
         return same(vars(left), vars(right))
-    return left == right or left != left and right != right
+    return left == right or (left != left and right != right)
 
 
 def differences(reference: Path, folder: Path) -> list[str]:
@@ -307,8 +316,9 @@ def kill_at_random(child: Forked | Launched, phases: PhaseFile, chance: random.R
     Args:
         importing: seconds before `main` begins, in which a kill may fall too.
     """
-    if chance.random() < 0.5:
-        phase, times = chance.choice(PHASES), chance.randint(1, 4)
+    if chance.random() < 0.8:
+        phase = chance.choice((*PHASES, "checkpoint", "publish"))
+        times = 1 if phase in ONCE else chance.randint(1, 4)
         delay = chance.uniform(0, LONGEST[phase] + (importing if phase == "start" else 0))
         reached = lambda: phase == "start" or phases.entered(phase) >= times  # noqa: E731
     else:
@@ -331,7 +341,11 @@ def fail(what: str, log: Path) -> None:
 
 def main(options: argparse.Namespace, folder: Path) -> None:
     chance, start = random.Random(options.seed), time.perf_counter()
-    pipeline, prompts = in_child(make_pipeline, folder), folder / "prompts.txt"
+    pipeline, modules = in_child(make_and_load, folder)
+    for name in modules:
+        with suppress(Exception):  # what the libraries try to import and do without
+            importlib.import_module(name)
+    prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
     phases, log = PhaseFile(folder / "phases"), folder / "log"
 
