@@ -52,6 +52,10 @@ class RunCurves(TensorBoardCallback):
             with explained(f"logs to {self.logging_dir}", args.output_dir):
                 super().on_log(args, state, control, logs=logs, **kwargs)
 
+    def on_train_end(self, args, state, control, **kwargs):
+        with explained(f"logs to {self.logging_dir}", args.output_dir):
+            super().on_train_end(args, state, control, **kwargs)
+
 
 def _wait_until_newest(folder: Path) -> None:
     """Readers take a folder's event files in the order of the seconds in their names: make the next one the last."""

@@ -322,7 +322,7 @@ def kill_at_random(child: Forked | Launched, phases: PhaseFile, chance: random.R
         delay = chance.uniform(0, LONGEST[phase] + (importing if phase == "start" else 0))
         reached = lambda: phase == "start" or phases.entered(phase) >= times  # noqa: E731
     else:
-        delay, reached = chance.uniform(0, importing + 3), lambda: True
+        delay, reached = chance.uniform(0, importing + 4), lambda: True
     moment = None
     while child.poll() is None:
         if moment is None and reached():

@@ -12,7 +12,7 @@ METADATA = {"format": "pt", "lora": json.dumps({"grün": 'a "quoted" word', "ran
 
 def saved(file, names):
     """The weights, with the metadata in the order of `names`."""
-    save_file(WEIGHTS, file, metadata={})
+    save_file(WEIGHTS, file)
     data = file.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = {"__metadata__": {name: METADATA[name] for name in names}, **json.loads(data[8:start])}

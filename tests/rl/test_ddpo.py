@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -598,9 +599,19 @@ def test_resuming_under_another_engine_is_refused(make_trainer, tmp_path):
         make_trainer().train(resume_from_checkpoint="latest")
 
 
-def test_full_disk_under_the_logs_is_one_message(make_trainer):
-    trainer = make_trainer(report_to=["tensorboard"], num_train_epochs=2)
-    with full_disk(1), pytest.raises(OSError, match=r"cannot write logs to .*runs: .*holds no whole checkpoint"):
+class FullDisk(TrainerCallback):
+    """The disk is full from the rollout behind the first update on."""
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread dies of it
+def test_full_disk_under_the_logs_is_one_message(make_trainer, capsys):  # in memory, where there is room for it
+    trainer = make_trainer(report_to=["tensorboard"], num_train_epochs=3)
+    trainer.add_callback(FullDisk())
+    with full_disk(10**9), pytest.raises(OSError, match=r"cannot write logs to .*runs: .*whole .* is .*checkpoint-1"):
         trainer.train()
 
 

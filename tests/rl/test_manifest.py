@@ -98,7 +98,7 @@ def test_resolving_sees_missing_and_short_files_without_reading_all(tmp_path, wh
     flip(place / "optimizer.pt")
     assert resolve_checkpoint(str(place) if which == "folder" else which, tmp_path) == place
     os.truncate(place / "optimizer.pt", 5)
-    with pytest.raises(ValueError, match="optimizer.pt has 5 bytes, 2048 were written"):
+    with pytest.raises(ValueError, match="has 5 bytes, 2048 were written"):
         resolve_checkpoint(str(place) if which == "folder" else which, tmp_path)
 
 
