@@ -5,6 +5,7 @@
 A YAML names code (`reward: package.module:Attribute`): run only those you trust.
 """
 
+import hashlib
 import json
 import logging
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from accelerate import PartialState
 from rich.console import Console
 from tqdm.auto import tqdm
 
@@ -24,7 +26,7 @@ transformers.logging.disable_progress_bar()
 diffusers.logging.disable_progress_bar()
 
 from reward.arguments import main_guard, parse_arguments, read_prompt_file  # noqa: E402
-from rl.checkpoints import check_output_dir, claim_output_dir, explained, resolve_checkpoint  # noqa: E402
+from rl.checkpoints import claim_output_dir, explained, mark_finished, plan_start  # noqa: E402
 from rl.ddpo import DDPOConfig, DDPOTrainer  # noqa: E402
 from rl.ddpo_config import warn_of_ignored  # noqa: E402
 from rl.evaluate import TRAINING_REWARD, Evaluation, evaluate, look  # noqa: E402
@@ -78,9 +80,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = read_prompt_file(run.prompts)
     eval_prompts = read_prompt_file(run.eval_prompts) if run.eval_prompts else []
     check_schedule(run.policy, args)
-    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    settings, resume = asdict(run) | args.to_dict(), checkpoint is not None
-    check_output_dir(args.output_dir, settings, overwrite=args.overwrite_output_dir, resume=resume)
+    settings = asdict(run) | args.to_dict() | {"processes": args.world_size} | contents_of_files(run, args)
+    begin = plan_start(
+        args.resume_from_checkpoint, args.output_dir, settings, args.overwrite_output_dir, thorough=args.should_save
+    )
+    if begin.finished:
+        console.print(f"nothing to do: the run in {args.output_dir} has finished", soft_wrap=True, markup=False)
+        PartialState().destroy_process_group()
+        return
+    checkpoint = begin.checkpoint
 
     console.print("[bold]loading[/] policy and rewards")
     rewards = {TRAINING_REWARD: make_reward(run.reward, run.reward_kwargs)}
@@ -114,9 +122,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             samples = look(policy, trainer.schedule, eval_prompts, reward, count=run.num_before_after, **noise)
         return figures, samples
 
-    before = judge("before", policy.reference()) if eval_prompts else None
+    def judge_before() -> tuple[Evaluation, Samples]:
+        return judge("before", policy.reference())
+
+    # A run that goes on judges its base at the end: the same figures, and no start that is cut short pays for them.
+    before = judge_before() if eval_prompts and not checkpoint else None
     if args.should_save:  # only now that nothing else can be wrong: this deletes what is there, if it may
-        claim_output_dir(args.output_dir, settings, resume=resume)
+        claim_output_dir(args.output_dir, settings, resume=begin.keep)
     console.print(f"[bold]training[/] for {trainer.total_rollouts} rollouts of {trainer.plan.pictures} pictures")
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -125,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise
     trainer.save_model()  # on all ranks: an engine may have to gather the weights
     after = judge("after", nullcontext()) if eval_prompts else None
+    before = before or (judge_before() if eval_prompts else None)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # a rank that exits with its process group open may abort
 
@@ -145,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with explained(f"the report to {args.output_dir}", args.output_dir):
             paths |= write_report(args.output_dir, *figures, samples=(before[1], after[1]), facts=facts)
         print_table(console, *figures)
+    mark_finished(args.output_dir, trainer.state.global_step)
     console.print("seconds of training: " + json.dumps({name: round(value, 1) for name, value in seconds.items()}))
     for what, path in paths.items():
         console.print(f"{what}: {path}", soft_wrap=True, markup=False)
@@ -165,6 +179,16 @@ def load_policy(run: RunArguments, args: DDPOConfig) -> StableDiffusionPolicy:
         dtype=getattr(torch, args.model_dtype),
         resolution=args.resolution,
     )
+
+
+def contents_of_files(run: RunArguments, args: DDPOConfig) -> dict[str, str]:
+    """SHA-256 of the files that settings name: with other contents it is another run."""
+    files = {"prompts": run.prompts, "eval_prompts": run.eval_prompts, "deepspeed": args.deepspeed}
+    return {
+        f"{setting} (SHA-256)": hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        for setting, file in files.items()
+        if isinstance(file, str) and Path(file).is_file()
+    }
 
 
 def check_schedule(policy: str, args: DDPOConfig) -> None:

@@ -1,11 +1,14 @@
-"""What happens beside a run's updates: a progress bar with the reward, pictures in TensorBoard, averaged weights."""
+"""What happens beside a run's updates: a progress bar with the reward, curves and pictures, averaged weights."""
 
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from reward.draw import to_array
+from rl.checkpoints import LOGS, explained
 from rl.pictures import sample_sheet
 
 if TYPE_CHECKING:
@@ -24,13 +27,60 @@ class RewardProgress(ProgressCallback):
             super().on_train_end(args, state, control, **kwargs)
 
 
+class RunCurves(TensorBoardCallback):
+    """The Trainer's curves, in one folder for the whole run: `output_dir/runs`, or what TENSORBOARD_LOGGING_DIR says.
+
+    A run that goes on from update k disowns whatever was logged of later updates before it was killed, so that every
+    reader shows each update once. What the Trainer logs at its end (`train_runtime`, ...) is of one process, not of
+    the run, and no curve.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        if self.logging_dir is None:
+            self.logging_dir = str(Path(args.output_dir) / LOGS)
+        with explained(f"logs to {self.logging_dir}", args.output_dir):
+            _wait_until_newest(Path(self.logging_dir))
+            resumed = state.global_step > 0
+            self.tb_writer = self._SummaryWriter(self.logging_dir, purge_step=state.global_step + 1 if resumed else 0)
+            if not resumed:
+                self.tb_writer.add_text("args", args.to_json_string())
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "train_runtime" not in logs:
+            with explained(f"logs to {self.logging_dir}", args.output_dir):
+                super().on_log(args, state, control, logs=logs, **kwargs)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        with explained(f"logs to {self.logging_dir}", args.output_dir):
+            super().on_train_end(args, state, control, **kwargs)
+
+
+def _wait_until_newest(folder: Path) -> None:
+    """Readers take a folder's event files in the order of the seconds in their names: make the next one the last."""
+    seconds = [int(file.name.split(".")[3]) for file in folder.glob("events.out.tfevents.[0-9]*")]
+    if seconds:
+        time.sleep(min(1.0, max(0.0, max(seconds) + 1 - time.time())))
+
+
+class ResumedLogs(TrainerCallback):
+    """Gives a run that goes on what its checkpoint had summed up for the next line of the log."""
+
+    def __init__(self, trainer: "DDPOTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.take_up_logs()
+
+
 class SampleGrids(TrainerCallback):
     """The first pictures of each rollout, with overlays of their penalties, in TensorBoard."""
 
     def __init__(self, trainer: "DDPOTrainer"):
         self.trainer = trainer
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(self, args, state, control, logs=None, **kwargs):
         experience = self.trainer.experience
         writers = [
             callback.tb_writer
@@ -39,8 +89,12 @@ class SampleGrids(TrainerCallback):
         ]
         if not writers or writers[0] is None or experience is None or experience.samples is None:
             return
+        if "loss" not in logs:  # the line at the end, which is of no update
+            return
         sheet = to_array(sample_sheet(experience.samples))
-        writers[0].add_image("samples", sheet, state.global_step, dataformats="HWC")
+        with explained(f"logs to {writers[0].log_dir}", args.output_dir):
+            writers[0].add_image("samples", sheet, state.global_step, dataformats="HWC")
+            writers[0].flush()  # on the disk before the checkpoint that follows
 
 
 class AverageWeights(TrainerCallback):

@@ -1,7 +1,8 @@
 """The output folder of a run: whose it is, which checkpoints in it are whole, and how one is written.
 
 A checkpoint is written beside its place, gets its completion marker last, and is then renamed: whatever happens on the
-way, the previous one stays whole, and a folder without the marker is never resumed from.
+way, the previous one stays whole, and a folder without the marker is never resumed from. The marker says what every
+file must be (`rl.manifest`), so that damage is found before anything goes on from it.
 """
 
 import json
@@ -9,24 +10,33 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+from rl.manifest import damage
 
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
 RUN_CONFIG = "run_config.json"
 BESIDE = ".incomplete"
+LOGS = "runs"
 REPLACED, ABANDONED = ".replaced", ".abandoned"  # behind the name of a checkpoint that is one no more
-RESULTS = ("summary.json", "evaluation.json", "before_after.png", "pytorch_lora_weights.safetensors")
-FOLDERS = ("runs", "scheduler", BESIDE)
+FINISHED = "finished.json"
+RESULTS = ("summary.json", "evaluation.json", "before_after.png", "pytorch_lora_weights.safetensors", FINISHED)
+FOLDERS = (LOGS, "scheduler", BESIDE)
 
-_LATEST = ("latest", "true", "yes", "1")
-_FREE_TO_CHANGE = ("resume_from_checkpoint", "overwrite_output_dir", "output_dir", "disable_tqdm", "log_level")
+_LATEST, _AUTO = ("latest", "true", "yes", "1"), "auto"
+_BOTH = "overwrite_output_dir would delete the run that resume_from_checkpoint goes on with; give one of them"
+_FREE_TO_CHANGE = (
+    "resume_from_checkpoint", "overwrite_output_dir", "output_dir", "disable_tqdm", "log_level", "local_rank",
+)  # fmt: skip
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -49,25 +59,55 @@ def _number(folder: Path) -> int:
 
 
 def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -> Path | None:
-    """The checkpoint that is meant: a folder, or `latest` for the newest whole one of `output_dir`; None for none.
+    """The checkpoint that is meant, None for none: a folder; `latest`, the newest whole one of `output_dir`; or `auto`,
+    that one if there is any.
 
     Raises:
-        ValueError: there is no such folder, or it was not completely written.
+        ValueError: there is no such folder, it was not completely written, or a file of it is missing or cut short.
     """
     if resume_from_checkpoint is None or resume_from_checkpoint is False:
         return None
-    available = complete_checkpoints(output_dir)
     offer = newest_whole(output_dir)
-    if str(resume_from_checkpoint).lower() in _LATEST:
-        if not available:
+    if str(resume_from_checkpoint).lower() in (*_LATEST, _AUTO):
+        available = complete_checkpoints(output_dir)
+        if not available and not _is_auto(resume_from_checkpoint):
             raise ValueError(f"resume_from_checkpoint {resume_from_checkpoint}: {offer}")
-        return available[-1]
-    checkpoint = Path(resume_from_checkpoint)
-    if not checkpoint.is_dir():
-        raise ValueError(f"resume_from_checkpoint: there is no folder {checkpoint}; {offer}")
-    if not is_complete(checkpoint):
-        raise ValueError(f"the checkpoint {checkpoint} was not completely written (it lacks {MARKER}); {offer}")
+        checkpoint = available[-1] if available else None
+    else:
+        checkpoint = Path(resume_from_checkpoint)
+        if not checkpoint.is_dir():
+            raise ValueError(f"resume_from_checkpoint: there is no folder {checkpoint}; {offer}")
+        if not is_complete(checkpoint):
+            raise ValueError(f"the checkpoint {checkpoint} was not completely written (it lacks {MARKER}); {offer}")
+    if checkpoint is not None:
+        check_intact(checkpoint, contents=False)
     return checkpoint
+
+
+def _is_auto(resume_from_checkpoint: str | bool | None) -> bool:
+    return str(resume_from_checkpoint).lower() == _AUTO
+
+
+def check_intact(checkpoint: Path, contents: bool = True) -> None:
+    """Look whether the files of a whole checkpoint are what was written; one without a manifest passes.
+
+    Args:
+        contents: read every byte; else only look whether all files are there, in their sizes.
+
+    Raises:
+        ValueError: they are not; the message names the file, and the newest good checkpoint beside this one.
+    """
+    if (harm := _harm(checkpoint, contents)) is None:
+        return
+    others = [other for other in reversed(complete_checkpoints(checkpoint.parent)) if other != checkpoint]
+    good = next((other for other in others if _harm(other, contents=True) is None), None)
+    offer = f"the newest good checkpoint is {good}, go on with --resume_from_checkpoint {good}"
+    none = f"{checkpoint.parent} holds no other good checkpoint"
+    raise ValueError(f"the checkpoint {checkpoint} is damaged: {harm}; {offer if good else none}")
+
+
+def _harm(checkpoint: Path, contents: bool) -> str | None:
+    return damage(checkpoint, checkpoint / MARKER, contents)
 
 
 def read_marker(checkpoint: Path) -> dict[str, Any]:
@@ -174,13 +214,76 @@ def _sync(path: Path) -> None:
 # ---- Whose folder it is ----
 
 
-def check_output_dir(output_dir: str | Path, config: Mapping[str, Any], overwrite: bool, resume: bool) -> None:
+@dataclass(frozen=True)
+class Start:
+    """How a run starts.
+
+    Attributes:
+        checkpoint: what it goes on from; None: it begins.
+        keep: what is in the output folder stays there; else it is deleted first.
+        finished: the very same run is there and has ended: there is nothing to do.
+    """
+
+    checkpoint: Path | None
+    keep: bool
+    finished: bool = False
+
+
+def plan_start(
+    resume_from_checkpoint: str | bool | None,
+    output_dir: str | Path,
+    config: Mapping[str, Any],
+    overwrite: bool,
+    thorough: bool = True,
+) -> Start:
+    """How a run of the settings `config` starts in `output_dir`; touches nothing, and says the same on every rank.
+
+    With `auto` one command both starts a run and goes on with it, so it takes up a run of the same settings only.
+
+    Args:
+        thorough: read every byte of the checkpoint, and try whether the folder can be written to; one rank suffices.
+
+    Raises:
+        ValueError: see `resolve_checkpoint`, `check_output_dir`, `check_intact` and `check_writable`.
+    """
+    start = _plan_start(resume_from_checkpoint, Path(output_dir), config, overwrite)
+    if thorough and not start.finished:
+        check_writable(output_dir)
+        if start.checkpoint is not None:
+            check_intact(start.checkpoint)
+    return start
+
+
+def _plan_start(
+    resume_from_checkpoint: str | bool | None, folder: Path, config: Mapping[str, Any], overwrite: bool
+) -> Start:
+    if _is_auto(resume_from_checkpoint):
+        if overwrite:
+            raise ValueError(_BOTH)
+        check_output_dir(folder, config, overwrite=False, resume=False, again=True)
+        if (folder / FINISHED).is_file():
+            return Start(None, keep=True, finished=True)
+        checkpoint = resolve_checkpoint(_AUTO, folder)
+        return Start(checkpoint, keep=checkpoint is not None)
+    checkpoint = resolve_checkpoint(resume_from_checkpoint, folder)
+    own = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
+    elsewhere = checkpoint is not None and not own
+    check_output_dir(folder, config, overwrite, resume=own, again=elsewhere)
+    if elsewhere and (changed := _changed(checkpoint.parent, config)):
+        logger.warning("resuming %s with other settings than it was made with: %s", checkpoint, "; ".join(changed))
+    return Start(checkpoint, keep=own or (elsewhere and not overwrite))
+
+
+def check_output_dir(
+    output_dir: str | Path, config: Mapping[str, Any], overwrite: bool, resume: bool, again: bool = False
+) -> None:
     """Complain if a run of the settings `config` may not start in `output_dir`; touches nothing.
 
     Args:
         config: the settings, as JSON can hold them.
         overwrite: what another run left there may be deleted.
         resume: the run that is there goes on.
+        again: what a run of the same settings left there is no obstacle.
 
     Raises:
         ValueError: the folder holds a run of other settings (they are listed), or results of the same ones, and neither
@@ -190,24 +293,41 @@ def check_output_dir(output_dir: str | Path, config: Mapping[str, Any], overwrit
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file; name a folder")
     if overwrite and resume:
-        raise ValueError(
-            "overwrite_output_dir would delete the run that resume_from_checkpoint goes on with; give one of them"
-        )
+        raise ValueError(_BOTH)
     remedy = "give another --output_dir, --resume_from_checkpoint latest to go on, or --overwrite_output_dir"
     if not (folder / RUN_CONFIG).is_file():
         if complete_checkpoints(folder) and not (overwrite or resume):
             raise ValueError(f"output_dir {folder} holds checkpoints of another run; {remedy}")
         return
-    changed = differing_keys(json.loads((folder / RUN_CONFIG).read_text(encoding="utf-8")), _as_json(config))
+    changed = _changed(folder, config)
     if resume:
         if changed:
             logger.warning("resuming with other settings than before: %s", "; ".join(changed))
     elif changed and not overwrite:
         raise ValueError(f"output_dir {folder} holds a run of other settings ({'; '.join(changed)}); {remedy}")
-    elif not overwrite and any((folder / name).exists() for name in RESULTS):
+    elif overwrite or again:
+        return
+    elif any((folder / name).exists() for name in RESULTS):
         raise ValueError(f"output_dir {folder} holds a finished run of the same settings; {remedy}")
-    elif not overwrite and complete_checkpoints(folder):
+    elif complete_checkpoints(folder):
         raise ValueError(f"output_dir {folder} holds an unfinished run of the same settings; {remedy}")
+
+
+def check_writable(output_dir: str | Path) -> None:
+    """Complain if nothing can be written to `output_dir`, or to where it would be made; leaves nothing there.
+
+    Raises:
+        ValueError: it is read-only, or not this user's.
+    """
+    folder = Path(output_dir).absolute()
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to output_dir {output_dir} ({place}: {error.strerror}); give another --output_dir"
+        ) from error
 
 
 def claim_output_dir(output_dir: str | Path, config: Mapping[str, Any], resume: bool) -> None:
@@ -220,7 +340,21 @@ def claim_output_dir(output_dir: str | Path, config: Mapping[str, Any], resume: 
     if not resume and ((folder / RUN_CONFIG).is_file() or complete_checkpoints(folder)):
         _clear(folder)
     with explained(f"to the output folder {folder}", folder), written_beside(folder) as beside:
+        (folder / FINISHED).unlink(missing_ok=True)
         (beside / RUN_CONFIG).write_text(json.dumps(_as_json(config), indent=2, sort_keys=True), encoding="utf-8")
+
+
+def mark_finished(output_dir: str | Path, updates: int) -> None:
+    """Note that the run in `output_dir` has ended after so many updates, with all that it writes."""
+    with explained(f"to the output folder {output_dir}", output_dir), written_beside(Path(output_dir)) as beside:
+        (beside / FINISHED).write_text(json.dumps({"updates": updates}), encoding="utf-8")
+
+
+def _changed(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """The settings of the run in `folder` that `config` has other values of; none where it left no run_config.json."""
+    if not (folder / RUN_CONFIG).is_file():
+        return []
+    return differing_keys(json.loads((folder / RUN_CONFIG).read_text(encoding="utf-8")), _as_json(config))
 
 
 def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

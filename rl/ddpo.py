@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 from diffusers.training_utils import EMAModel
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from reward.feedback import RewardFn
+from rl.adapter_file import sort_metadata
 from rl.advantages import PromptStatistics
-from rl.callbacks import AverageWeights, RewardProgress, SampleGrids
+from rl.callbacks import AverageWeights, ResumedLogs, RewardProgress, RunCurves, SampleGrids
 from rl.checkpoints import (
     BESIDE,
     abandon_later,
+    check_intact,
     explained,
     newest_whole,
     publish,
@@ -39,7 +41,8 @@ from rl.ddpo_config import DDPOConfig, RolloutPlan
 from rl.experience import Experience, gather_experience, rollout_noise, sample_and_score
 from rl.interrupt import RunInterrupted, StopSignal
 from rl.losses import ppo_loss
-from rl.policy import StableDiffusionPolicy
+from rl.manifest import sealed
+from rl.policy import LORA_WEIGHTS, StableDiffusionPolicy
 from rl.rollout import DivergedError, draw_prompts, keyed_generator, shared_places
 from rl.run_state import RunState
 from rl.sde import draw_steps, kl_map, log_prob_map, step_mean, step_weights
@@ -94,7 +97,7 @@ class DDPOTrainer(Trainer):
     Attributes:
         schedule, plan, total_rollouts: what the settings come to.
         train_steps: the steps trained, or those a rollout draws its own from; with `auto`, those chosen last.
-        clock, train_seconds: seconds of each phase so far, and of the last `train`.
+        clock, train_seconds: seconds of each phase so far, and of `train`; of the whole run, also where it goes on.
         experience: of the rollout in use; None before the first.
     """
 
@@ -121,13 +124,18 @@ class DDPOTrainer(Trainer):
         self.experience: Experience | None = None
         self.edge_energy_at_start: float | None = None
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._noted = True
+        self._resumed: dict[str, Any] = {}
+        self._start = 0.0
         self._stop = StopSignal()
         self._run_dir: str | None = None
         self._saved_step: int | None = None
         self._begun: tuple[int, RunState] | None = None  # the rollout in use, and what was remembered before it
         super().__init__(model=policy.network, args=args, callbacks=callbacks)
         policy.to(args.device)
-        if any(isinstance(callback, TensorBoardCallback) for callback in self.callback_handler.callbacks):
+        self.add_callback(ResumedLogs(self))
+        if self.pop_callback(TensorBoardCallback):
+            self.add_callback(RunCurves)
             self.add_callback(SampleGrids(self))
         if self.pop_callback(ProgressCallback):
             self.add_callback(RewardProgress)
@@ -150,7 +158,7 @@ class DDPOTrainer(Trainer):
         self._begun = (number, self._memory())
         self.experience = None  # frees the last one's memory first
         self.experience = experience = self.collect(number)
-        self._note(experience)
+        self._noted = False
         loss_weights = step_weights(self.args.timestep_weighting, self.schedule, experience.trajectory.steps.tolist())
         for iteration in range(self.args.num_iterations):
             for position, (k, pictures) in enumerate(experience.micro_batches(self.args.per_device_train_batch_size)):
@@ -282,6 +290,8 @@ class DDPOTrainer(Trainer):
         return inputs
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
+        if not self._noted:  # not before: a stop may still undo the rollout
+            self._note(self.experience)
         with self.clock("update"):
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._check_update("loss", float(loss))
@@ -337,6 +347,7 @@ class DDPOTrainer(Trainer):
             )
         for name, value in metrics.items():
             self._metrics[name].append(torch.tensor(value, device=self.args.device))
+        self._noted = True
 
     def forget_metrics(self) -> None:
         """Drop what has been noted since the last log."""
@@ -353,22 +364,43 @@ class DDPOTrainer(Trainer):
             logs |= {f"seconds/{phase}": seconds for phase, seconds in self.clock.seconds.items()}
         super().log(logs, start_time)
 
+    def _unlogged(self) -> dict[str, Any]:
+        """What this rank has summed up for the next line of the log, as JSON can hold it."""
+        metrics = {name: torch.stack(values).tolist() for name, values in self._metrics.items()}
+        return {"since": self._globalstep_last_logged, "loss": float(self._tr_loss), "metrics": metrics}
+
+    def take_up_logs(self) -> None:
+        """Go on with the lines of the log and the clock where the checkpoint that is resumed left them."""
+        resumed, self._resumed = self._resumed, {}
+        self.clock.seconds.update(resumed.get("seconds", {}))
+        unlogged = resumed.get("unlogged", [])
+        if len(unlogged) == self.args.world_size:  # each rank has its own
+            mine = unlogged[self.args.process_index]
+            self._globalstep_last_logged = mine["since"]
+            self._tr_loss += mine["loss"]
+            for name, values in mine["metrics"].items():
+                self._metrics[name] = list(torch.tensor(values, device=self.args.device))
+
     # ---- Stopping, checkpoints, resuming ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As the Trainer's, from a checkpoint that is whole (a folder, or `latest`).
+        """As the Trainer's, from a checkpoint that is whole (a folder, `latest`, or `auto`: `latest` if there is one).
 
         Raises:
             RunInterrupted: Ctrl-C or SIGTERM; a checkpoint was written, the message says where and how to go on.
             RewardError: the reward is not finite; the last checkpoint is kept.
             DivergedError: the policy is not finite any more; the last checkpoint is kept.
-            ValueError: no such checkpoint, or one of another LoRA or with other rollouts.
+            ValueError: no such checkpoint, a damaged one, or one of another LoRA, engine or with other rollouts.
         """
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
             self._check_place(checkpoint)
-        self._saved_step = None
-        start = time.perf_counter()
+            if self.args.should_save:
+                check_intact(checkpoint)
+            self._resumed = read_marker(checkpoint)
+        own = checkpoint is not None and checkpoint.resolve().parent == Path(self.args.output_dir).resolve()
+        self._saved_step = self._resumed["global_step"] if own else None
+        self._start = time.perf_counter() - self._resumed.get("train_seconds", 0.0)
         with StopSignal() as self._stop:
             try:
                 result = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
@@ -385,7 +417,7 @@ class DDPOTrainer(Trainer):
                     f"go on with --resume_from_checkpoint {self._checkpoint_place()}"
                 ) from None
             finally:
-                self.train_seconds = time.perf_counter() - start
+                self.train_seconds = time.perf_counter() - self._start
                 if self.is_in_train:  # an exception: the Trainer closes bar and writer at a normal end only
                     self.callback_handler.on_train_end(self.args, self.state, self.control)
 
@@ -411,6 +443,18 @@ class DDPOTrainer(Trainer):
                 f"these settings a rollout has {self.plan.updates} updates; give gradient_accumulation_steps, "
                 "num_iterations, train_steps, the batch sizes and the number of processes the values they had"
             )
+        if (engine := marker.get("engine", self._engine())) != self._engine():
+            raise ValueError(
+                f"{checkpoint} holds the optimizer's state as {engine} leaves it, but this run has {self._engine()}; "
+                "give deepspeed and the number of processes the values they had"
+            )
+
+    def _engine(self) -> str:
+        """Who holds the optimizer's state. The Trainer would go on without it where another one does."""
+        if not self.is_deepspeed_enabled:
+            return "torch"
+        stage = self.accelerator.state.deepspeed_plugin.zero_stage
+        return f"DeepSpeed's ZeRO-{stage} on {self.args.world_size} processes"
 
     def _checkpoint_place(self) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -431,6 +475,10 @@ class DDPOTrainer(Trainer):
             "global_step": self.state.global_step,
             "rollouts": self.state.global_step // self.plan.updates,
             "edge_energy_at_start": self.edge_energy_at_start,
+            "engine": self._engine(),
+            "unlogged": gather_object([self._unlogged()]),
+            "seconds": dict(self.clock.seconds),
+            "train_seconds": time.perf_counter() - self._start,
         }
         try:
             with explained(f"the checkpoint {place}", self.args.output_dir):
@@ -440,8 +488,9 @@ class DDPOTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    self._boundary_state().write(Path(self._run_dir) / place.name)
-                    publish(Path(self._run_dir) / place.name, place, marker)
+                    beside = Path(self._run_dir) / place.name
+                    self._boundary_state().write(beside)
+                    publish(beside, place, sealed(marker, beside))
                     rotate(self.args.output_dir, self.args.save_total_limit)
             self._saved_step = self.state.global_step
         finally:
@@ -493,6 +542,7 @@ class DDPOTrainer(Trainer):
         if self.args.should_save:
             with written_beside(Path(output_dir or self.args.output_dir)) as beside:
                 self.policy.save_adapter(beside, state_dict)
+                sort_metadata(beside / LORA_WEIGHTS)
                 self.scheduler.save_pretrained(beside / "scheduler")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

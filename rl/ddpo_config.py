@@ -285,6 +285,13 @@ class DDPOConfig(TrainingArguments):
     )
 
     # Run
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "What to go on from: a checkpoint's folder; `latest`, the newest whole one in output_dir; or "
+            "`auto`, that one if there is any, else start anew, so that one command does both."
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew in an output folder that holds another run, deleting that run."}
     )

@@ -1,4 +1,6 @@
+import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -490,6 +492,127 @@ def test_tensorboard_gets_figures_and_pictures(make_trainer):
     wanted = {"reward", "term/red", "penalty/implausibility", "ratio", "clip_fraction", "kl", "grad_norm", "diversity"}
     assert {f"train/{name}" for name in wanted} <= set(tags["scalars"])
     assert tags["images"] == ["samples"]
+
+
+def events_of(trainer):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(f"{trainer.args.output_dir}/runs").Reload()
+
+
+def curves_of(trainer):
+    """TensorBoard's own view: tag -> [(step, value)]; without times."""
+    events = events_of(trainer)
+    tags = [tag for tag in events.Tags()["scalars"] if "seconds/" not in tag]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def test_resumed_run_shows_every_update_once_in_tensorboard(make_trainer, tmp_path):
+    """Logs of updates behind the checkpoint that a run goes on from are disowned, in the same folder."""
+    settings = {"report_to": ["tensorboard"], "num_log_images": 1, "save_total_limit": None}
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), num_train_epochs=4, **settings)
+    whole.train()
+    killed = make_trainer(num_train_epochs=3, **settings)
+    killed.train()
+    for step in (2, 3):
+        os.remove(tmp_path / f"run/checkpoint-{step}/complete.json")  # as if it had died in the second rollout
+    rest = make_trainer(num_train_epochs=4, **settings)
+    rest.train(resume_from_checkpoint="auto")
+    assert [step for step, _ in curves_of(rest)["train/reward"]] == [1, 2, 3, 4]
+    assert curves_of(rest) == curves_of(whole)
+    assert [image.step for image in events_of(rest).Images("samples")] == [1, 2, 3, 4]
+    assert all(path.is_file() for path in (tmp_path / "run/runs").iterdir())
+
+
+def test_a_new_run_in_an_old_folder_shows_nothing_of_the_old_one(make_trainer):
+    settings = {"report_to": ["tensorboard"], "save_strategy": "no"}
+    make_trainer(num_train_epochs=3, **settings).train()
+    anew = make_trainer(num_train_epochs=2, **settings)
+    anew.train(resume_from_checkpoint="auto")
+    assert [step for step, _ in curves_of(anew)["train/reward"]] == [1, 2]
+
+
+def test_lines_of_the_log_that_a_checkpoint_falls_into_are_taken_up(make_trainer, tmp_path):
+    """Two updates a rollout, a line every three: the checkpoint after update 4 holds a third of the second line."""
+    settings = {"gradient_accumulation_steps": 2, "logging_steps": 3, "learning_rate": 0.05}
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), num_train_epochs=3, **settings)
+    whole.train()
+    make_trainer(num_train_epochs=2, **settings).train()
+    rest = make_trainer(num_train_epochs=3, **settings)
+    rest.train(resume_from_checkpoint="latest")
+
+    def lines(trainer):
+        return [
+            {name: value for name, value in entry.items() if not name.startswith("seconds/")}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ]
+
+    assert [line["step"] for line in lines(whole)] == [3, 6]
+    assert lines(rest) == lines(whole)
+
+
+def test_seconds_of_a_run_are_those_of_all_its_processes(make_trainer):
+    first = make_trainer(num_train_epochs=1)
+    first.train()
+    rest = make_trainer(num_train_epochs=1)
+    rest.train(resume_from_checkpoint="latest")
+    assert rest.clock.seconds["rollout"] == first.clock.seconds["rollout"]
+    assert rest.train_seconds > sum(first.clock.seconds.values())
+
+
+def test_ctrl_c_leaves_no_line_of_the_rollout_it_undoes(make_trainer):
+    """A stop between sampling and the first update: the rollout is sampled again, and must be noted once."""
+    trainer = make_trainer(num_train_epochs=2, logging_steps=2, save_strategy="no")
+    rollout = trainer.rollout
+
+    def stopping(number):
+        for position, batch in enumerate(rollout(number)):
+            if number == 1 and position == 1:
+                trainer._stop.requested = True
+            yield batch
+
+    trainer.rollout = stopping
+    with pytest.raises(RunInterrupted, match="checkpoint-1"):
+        trainer.train()
+    marker = json.loads(Path(trainer.args.output_dir, "checkpoint-1/complete.json").read_text())
+    assert len(marker["unlogged"][0]["metrics"]["reward"]) == 1
+
+
+def test_damaged_checkpoint_is_not_resumed(make_trainer, tmp_path):
+    trainer = make_trainer(num_train_epochs=2)
+    trainer.train()
+    file = tmp_path / "run/checkpoint-2/optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"checkpoint-2 is damaged: optimizer.pt .*newest good .*checkpoint-1"):
+        make_trainer(num_train_epochs=2).train(resume_from_checkpoint="latest")
+
+
+def test_resuming_under_another_engine_is_refused(make_trainer, tmp_path):
+    """The Trainer would take up no optimizer, and say nothing."""
+    make_trainer(num_train_epochs=1).train()
+    file = tmp_path / "run/checkpoint-1/complete.json"
+    marker = json.loads(file.read_text())
+    del marker["files"], marker["seal"]
+    file.write_text(json.dumps(marker | {"engine": "DeepSpeed's ZeRO-2 on 2 processes"}))
+    with pytest.raises(ValueError, match="as DeepSpeed's ZeRO-2 on 2 processes leaves it, but this run has torch"):
+        make_trainer().train(resume_from_checkpoint="latest")
+
+
+class FullDisk(TrainerCallback):
+    """The disk is full from the rollout behind the first update on."""
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread dies of it
+def test_full_disk_under_the_logs_is_one_message(make_trainer, capsys):  # in memory, where there is room for it
+    trainer = make_trainer(report_to=["tensorboard"], num_train_epochs=3)
+    trainer.add_callback(FullDisk())
+    with full_disk(10**9), pytest.raises(OSError, match=r"cannot write logs to .*runs: .*whole .* is .*checkpoint-1"):
+        trainer.train()
 
 
 @pytest.mark.timeout(900)

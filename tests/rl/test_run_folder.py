@@ -6,14 +6,19 @@ import pytest
 
 from rl.checkpoints import (
     BESIDE,
+    FINISHED,
     MARKER,
     RUN_CONFIG,
+    Start,
     abandon_later,
     check_output_dir,
+    check_writable,
     claim_output_dir,
     complete_checkpoints,
     discard,
     is_complete,
+    mark_finished,
+    plan_start,
     publish,
     resolve_checkpoint,
     rotate,
@@ -195,3 +200,69 @@ def test_output_dir_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         claim(tmp_path / "file", {})
+
+
+def test_auto_starts_goes_on_and_stops_with_the_same_command(tmp_path):
+    folder = tmp_path / "run"
+    assert plan_start("auto", folder, {"seed": 1}, False) == Start(None, keep=False)
+    assert not folder.exists()
+    claim_output_dir(folder, {"seed": 1}, resume=False)  # killed here, and again while its first checkpoint is written
+    checkpoint(folder / BESIDE, 1)
+    checkpoint(folder, 2, complete=False)
+    (folder / "pytorch_lora_weights.safetensors").write_text("")
+    assert plan_start("auto", folder, {"seed": 1}, False) == Start(None, keep=False)
+    claim_output_dir(folder, {"seed": 1}, resume=False)
+    assert {path.name for path in folder.iterdir()} == {RUN_CONFIG}
+    for step in (3, 4):
+        checkpoint(folder, step)
+    assert plan_start("AUTO", folder, {"seed": 1}, False) == Start(folder / "checkpoint-4", keep=True)
+    mark_finished(folder, 4)
+    assert plan_start("auto", folder, {"seed": 1}, False).finished
+    claim_output_dir(folder, {"seed": 1, "num_train_epochs": 9}, resume=True)  # goes on to more rollouts
+    assert not (folder / FINISHED).exists()
+
+
+def test_auto_takes_up_no_run_of_other_settings(tmp_path):
+    claim(tmp_path, {"seed": 1})
+    for overwrite, message in ((False, "seed: 1 -> 2.*--resume_from_checkpoint latest"), (True, "give one of them")):
+        with pytest.raises(ValueError, match=message):
+            plan_start("auto", tmp_path, {"seed": 2}, overwrite)
+    (tmp_path / RUN_CONFIG).unlink()
+    checkpoint(tmp_path, 3)
+    with pytest.raises(ValueError, match="checkpoints of another run"):
+        plan_start("auto", tmp_path, {"seed": 2}, False)
+
+
+def test_a_checkpoint_elsewhere_is_compared_with_its_own_settings_and_never_mixed_with_others(tmp_path, caplog):
+    there, here = tmp_path / "there", tmp_path / "here"
+    claim(there, {"seed": 1, "epsilon": 0.1})
+    origin = checkpoint(there, 3)
+    now = {"seed": 2, "epsilon": 0.1}
+    assert plan_start(str(origin), here, now, False) == Start(origin, keep=True)
+    assert "seed: 1 -> 2" in caplog.text
+    claim_output_dir(here, now, resume=True)
+    checkpoint(here, 5)
+    assert plan_start(str(origin), here, now, False) == Start(origin, keep=True)  # killed, and started again
+    with pytest.raises(ValueError, match="seed: 2 -> 3"):
+        plan_start(str(origin), here, {"seed": 3, "epsilon": 0.1}, False)
+    assert plan_start(str(origin), here, {"seed": 3, "epsilon": 0.1}, True) == Start(origin, keep=False)
+    with pytest.raises(ValueError, match="give one of them"):
+        plan_start(str(origin), there, now, True)
+    assert is_complete(origin)
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_at_the_start(tmp_path):
+    kept = checkpoint(tmp_path, 3)
+    check_writable(tmp_path / "not/yet/there")
+    assert list(tmp_path.iterdir()) == [kept]
+    with pytest.raises(ValueError, match=r"cannot write to output_dir /proc/run \(/proc: .*give another --output_dir"):
+        plan_start(None, "/proc/run", {}, False)  # there not even root can
+    assert plan_start(None, "/proc/run", {}, False, thorough=False) == Start(None, keep=False)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_read_only_folder_is_found_at_the_start(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="Permission denied"):
+        check_writable(tmp_path)
+    tmp_path.chmod(0o700)
