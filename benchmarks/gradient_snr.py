@@ -57,11 +57,11 @@ def chunk_gradients(options: Namespace, chunks: int) -> dict[tuple[str, int], np
             name: group_advantages(values[name], args.num_generations, args.advantage_std_floor, args.advantage_clip)
             for name in options.values
         }
-        embeds = policy.encode(drawn)
+        conditioning = policy.encode(drawn)
         for k, step in enumerate(steps):
             index = torch.full((PICTURES,), step)
             latents, after = batch.trajectory.latents[k], batch.trajectory.next_latents[k]
-            output = policy.predict(network, latents, schedule.timesteps[index], embeds, args.guidance_scale)
+            output = policy.predict(network, latents, schedule.timesteps[index], conditioning, args.guidance_scale)
             log_probs = log_prob_map(after, *step_mean(output, latents, index, schedule)).mean(dim=(-2, -1))
             for name, advantage in advantages.items():
                 gradient = torch.autograd.grad(-(advantage * log_probs).mean(), weights, retain_graph=True)

@@ -23,7 +23,7 @@ RUN_CONFIG = "run_config.json"
 BESIDE = ".incomplete"
 REPLACED, ABANDONED = ".replaced", ".abandoned"  # behind the name of a checkpoint that is one no more
 RESULTS = ("summary.json", "evaluation.json", "before_after.png", "pytorch_lora_weights.safetensors")
-FOLDERS = ("runs", "scheduler", BESIDE)
+FOLDERS = ("runs", "scheduler", "unet", BESIDE)
 
 _LATEST = ("latest", "true", "yes", "1")
 _FREE_TO_CHANGE = ("resume_from_checkpoint", "overwrite_output_dir", "output_dir", "disable_tqdm", "log_level")
@@ -204,7 +204,7 @@ def check_output_dir(output_dir: str | Path, config: Mapping[str, Any], overwrit
             logger.warning("resuming with other settings than before: %s", "; ".join(changed))
     elif changed and not overwrite:
         raise ValueError(f"output_dir {folder} holds a run of other settings ({'; '.join(changed)}); {remedy}")
-    elif not overwrite and any((folder / name).exists() for name in RESULTS):
+    elif not overwrite and any((folder / name).exists() for name in (*RESULTS, "unet")):
         raise ValueError(f"output_dir {folder} holds a finished run of the same settings; {remedy}")
     elif not overwrite and complete_checkpoints(folder):
         raise ValueError(f"output_dir {folder} holds an unfinished run of the same settings; {remedy}")

@@ -89,13 +89,13 @@ def sample(
         train_steps: indices of the steps to keep; every one must have a std above 0.
         on_step: called after every step.
     """
-    embeds = policy.encode(prompts)
+    conditioning = policy.encode(prompts)
     latents = noise[:, 0]
     kept: list[tuple[torch.Tensor, ...]] = []
     for step, timestep in enumerate(schedule.timesteps.tolist()):
         index = torch.full((len(prompts),), step, device=latents.device)
         timesteps = torch.full_like(index, timestep)
-        output = policy.predict(network, latents, timesteps, embeds, guidance_scale)
+        output = policy.predict(network, latents, timesteps, conditioning, guidance_scale)
         mean, std = step_mean(output, latents, index, schedule)
         next_latents = mean + std * noise[:, step + 1]
         if step in train_steps:

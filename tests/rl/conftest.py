@@ -3,6 +3,7 @@
 import json
 import resource
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -81,6 +82,7 @@ def make_args(tmp_path):
 
 @pytest.fixture
 def make_trainer(pipeline_folder, make_args):
+    from rl.adapter import AdapterSettings
     from rl.ddpo import DDPOTrainer
     from rl.policy import StableDiffusionPolicy
     from tests.rl.toy_rewards import Redness
@@ -89,10 +91,9 @@ def make_trainer(pipeline_folder, make_args):
         args = make_args(**changes)
         policy = StableDiffusionPolicy.load(
             pipeline_folder,
-            lora_rank=args.lora_rank,
-            lora_alpha=args.lora_alpha,
-            lora_target_modules=args.lora_target_modules,
             seed=args.seed,
+            keep_reference=args.beta > 0,
+            **asdict(args.part(AdapterSettings)),
         )
         return DDPOTrainer(policy, reward or Redness(), args, PROMPTS)
 
