@@ -1,4 +1,4 @@
-"""What of the U-Net is trained, a LoRA on it or all of its weights: the settings, and what is checked before loading."""
+"""What of the U-Net is trained, a LoRA on it or all of it: the settings, and what is checked before loading."""
 
 import re
 from collections.abc import Sequence

@@ -129,9 +129,8 @@ class StableDiffusionPolicy:
         check_pipeline_folder(path)
         check_adapter_files(settings)
         pipeline = load_pipeline(path, dtype, torch.float32 if settings.tune == "full" else None)
-        return cls(
-            pipeline, settings, seed, size or PictureSize(resolution), memory or MemorySettings(), keep_reference
-        )
+        size, memory = size or PictureSize(resolution), memory or MemorySettings()
+        return cls(pipeline, settings, seed, size, memory, keep_reference)
 
     def _latent_shape(self, resolution: int | None) -> tuple[int, int, int]:
         unet, factor = self.pipeline.unet, self.pipeline.vae_scale_factor

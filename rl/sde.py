@@ -112,7 +112,8 @@ def make_schedule(scheduler: DDIMScheduler, num_inference_steps: int, eta: float
     They are exactly the steps of `DDIMScheduler.step`, its rule for where a step ends included.
 
     Raises:
-        ValueError: `eta` outside [0, 1], or more steps than the noise schedule has.
+        ValueError: `eta` outside [0, 1], more steps than the noise schedule has, or a prediction of noise where there
+            is nothing else.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; it must lie in [0, 1]: 0 is deterministic DDIM, 1 is DDPM's noise")
@@ -123,6 +124,12 @@ def make_schedule(scheduler: DDIMScheduler, num_inference_steps: int, eta: float
     timesteps = scheduler.timesteps.long()
     ends = timesteps - total // num_inference_steps
     alphas = scheduler.alphas_cumprod[timesteps].float()
+    if scheduler.config.prediction_type == "epsilon" and alphas[0] == 0:
+        raise ValueError(
+            f"sampling starts at timestep {int(timesteps[0])} in pure noise (zero terminal SNR), where a network of "
+            "prediction_type epsilon says nothing about the picture; set start_timestep below it, or use a pipeline "
+            "of prediction_type v_prediction"
+        )
     next_alphas = torch.where(ends >= 0, scheduler.alphas_cumprod[ends.clamp(min=0)], scheduler.final_alpha_cumprod)
     variances = (1 - next_alphas) / (1 - alphas) * (1 - alphas / next_alphas)
     return Schedule(
