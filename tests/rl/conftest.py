@@ -114,7 +114,7 @@ def sd2_folder(tmp_path_factory):
     """v-prediction with a noise schedule that ends in pure noise, and linear projections."""
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear", clip_sample=False, prediction_type="v_prediction", rescale_betas_zero_snr=True,
-        timestep_spacing="trailing", set_alpha_to_one=False,
+        timestep_spacing="trailing", set_alpha_to_one=False, steps_offset=1,
     )  # fmt: skip
     unet = {"use_linear_projection": True, "attention_head_dim": (2, 4)}
     return make_pipeline(tmp_path_factory.mktemp("sd2"), scheduler, **unet)
