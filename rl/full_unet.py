@@ -29,7 +29,7 @@ class FullUnet:
         Args:
             keep_reference: whether a copy of the base model is kept, for `reference`; it is as large as the U-Net.
         """
-        unet = pipeline.unet.to(torch.float32)
+        unet = pipeline.unet.float()
         self.base = copy.deepcopy(unet) if keep_reference else None
         self.network = _WholeUnet(unet.requires_grad_(True))
         prepare_for_trainer(self.network, unet)
@@ -42,7 +42,9 @@ class FullUnet:
     def reference(self) -> Iterator[nn.Module]:
         """The network to use instead, which is the base model."""
         assert self.base is not None, "no reference is kept"
-        yield self.base.to(self.network.unet.dtype)  # an engine may have cast the network
+        if self.base.dtype != self.network.unet.dtype:  # an engine has cast the network
+            self.base.to(self.network.unet.dtype)
+        yield self.base
 
     def to(self, device: torch.device) -> None:
         for module in filter(None, (self.network, self.base)):

@@ -261,11 +261,11 @@ def _load_with_diffusers(pipeline: DiffusionPipeline, folder: str) -> None:
 def _in_float32(unet: nn.Module) -> Iterator[None]:
     """LoRAs take on their network's dtype, so what is read or added within it is not rounded."""
     dtype = unet.dtype
-    unet.to(torch.float32)
+    nn.Module.to(unet, torch.float32)  # diffusers' own warns of modules to be kept in float32; here are none
     try:
         yield
     finally:
-        unet.to(dtype)
+        nn.Module.to(unet, dtype)
 
 
 def _joined(name: str, trained: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
