@@ -10,7 +10,6 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,6 +25,8 @@ transformers.logging.disable_progress_bar()
 diffusers.logging.disable_progress_bar()
 
 from reward.arguments import main_guard, parse_arguments, read_prompt_file  # noqa: E402
+from reward.feedback import RewardFn  # noqa: E402
+from rl.adapter import AdapterSettings, check_adapter_files  # noqa: E402
 from rl.checkpoints import claim_output_dir, explained, mark_finished, plan_start  # noqa: E402
 from rl.ddpo import DDPOConfig, DDPOTrainer  # noqa: E402
 from rl.ddpo_config import warn_of_ignored  # noqa: E402
@@ -33,7 +34,9 @@ from rl.evaluate import TRAINING_REWARD, Evaluation, evaluate, look  # noqa: E40
 from rl.experience import Samples  # noqa: E402
 from rl.inputs import make_reward  # noqa: E402
 from rl.interrupt import RunInterrupted  # noqa: E402
-from rl.policy import StableDiffusionPolicy, load_scheduler  # noqa: E402
+from rl.memory import MemorySettings, OffloadedReward  # noqa: E402
+from rl.pipelines import load_scheduler  # noqa: E402
+from rl.policy import PictureSize, StableDiffusionPolicy  # noqa: E402
 from rl.report import print_table, write_report  # noqa: E402
 
 
@@ -41,7 +44,11 @@ from rl.report import print_table, write_report  # noqa: E402
 class RunArguments:
     """What is trained, on what, and how it is judged. All else is in DDPOConfig."""
 
-    policy: str = field(metadata={"help": "Folder of a StableDiffusionPipeline, or the hub's name of one."})
+    policy: str = field(
+        metadata={
+            "help": "Folder of a Stable Diffusion pipeline (1.x, 2.x or XL) of diffusers, or the hub's name of one."
+        }
+    )
     reward: str = field(metadata={"help": "The reward to train on, `package.module:Attribute`; a class is called."})
     prompts: str = field(metadata={"help": "Training prompts: a UTF-8 text file, one a line."})
     reward_kwargs: dict = field(default_factory=dict, metadata={"help": "Arguments of the reward's class."})
@@ -80,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = read_prompt_file(run.prompts)
     eval_prompts = read_prompt_file(run.eval_prompts) if run.eval_prompts else []
     check_schedule(run.policy, args)
+    check_adapter_files(args.part(AdapterSettings))
     settings = asdict(run) | args.to_dict() | {"processes": args.world_size} | contents_of_files(run, args)
     begin = plan_start(
         args.resume_from_checkpoint, args.output_dir, settings, args.overwrite_output_dir, thorough=args.should_save
@@ -93,18 +101,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print("[bold]loading[/] policy and rewards")
     rewards = {TRAINING_REWARD: make_reward(run.reward, run.reward_kwargs)}
     rewards |= {name: make_reward(attribute) for name, attribute in run.eval_rewards.items()}
-    for reward in rewards.values():
-        if hasattr(reward, "to"):
-            reward.to(args.device)
+    rewards = {name: place_reward(reward, args) for name, reward in rewards.items()}
     policy = load_policy(run, args)
     trainer = DDPOTrainer(policy, rewards[TRAINING_REWARD], args, prompts)
 
-    def judge(phase: str, adapter: AbstractContextManager) -> tuple[Evaluation, Samples]:
+    def judge(phase: str) -> tuple[Evaluation, Samples]:
         console.print(f"[bold]evaluating[/] {phase} training on {len(eval_prompts)} held-out prompts")
         noise = {"generations": run.eval_generations, "seed": run.eval_seed, "guidance_scale": args.guidance_scale}
         pictures = len(eval_prompts) * run.eval_generations
         bar = tqdm(total=pictures, disable=args.disable_tqdm or not args.should_save, dynamic_ncols=True)
-        with adapter, trainer.accelerator.autocast(), bar:
+        with trainer.accelerator.autocast(), bar:
             figures = evaluate(
                 policy,
                 trainer.schedule,
@@ -122,11 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             samples = look(policy, trainer.schedule, eval_prompts, reward, count=run.num_before_after, **noise)
         return figures, samples
 
-    def judge_before() -> tuple[Evaluation, Samples]:
-        return judge("before", policy.reference())
-
-    # A run that goes on judges its base at the end: the same figures, and no start that is cut short pays for them.
-    before = judge_before() if eval_prompts and not checkpoint else None
+    before = judge("before") if eval_prompts else None
     if args.should_save:  # only now that nothing else can be wrong: this deletes what is there, if it may
         claim_output_dir(args.output_dir, settings, resume=begin.keep)
     console.print(f"[bold]training[/] for {trainer.total_rollouts} rollouts of {trainer.plan.pictures} pictures")
@@ -136,15 +138,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(str(interruption), soft_wrap=True, markup=False)
         raise
     trainer.save_model()  # on all ranks: an engine may have to gather the weights
-    after = judge("after", nullcontext()) if eval_prompts else None
-    before = before or (judge_before() if eval_prompts else None)
+    after = judge("after") if eval_prompts else None
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # a rank that exits with its process group open may abort
 
     if not args.should_save:
         return
     seconds = trainer.clock.summary(trainer.train_seconds)
-    paths = {"LoRA": Path(args.output_dir), "TensorBoard logs": Path(args.output_dir) / "runs"}
+    paths = {policy.trained.what: Path(args.output_dir), "TensorBoard logs": Path(args.output_dir) / "runs"}
     if before and after:
         facts = {
             "seconds": seconds,
@@ -163,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for what, path in paths.items():
         console.print(f"{what}: {path}", soft_wrap=True, markup=False)
     console.print(
-        f'To use it: pipe.load_lora_weights("{args.output_dir}"); to watch: tensorboard --logdir {args.output_dir}',
+        f"To use it: {policy.trained.usage(args.output_dir)}; to watch: tensorboard --logdir {args.output_dir}",
         soft_wrap=True,
         markup=False,
     )
@@ -172,12 +173,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def load_policy(run: RunArguments, args: DDPOConfig) -> StableDiffusionPolicy:
     return StableDiffusionPolicy.load(
         run.policy,
-        lora_rank=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        lora_target_modules=args.lora_target_modules,
         seed=args.seed,
         dtype=getattr(torch, args.model_dtype),
-        resolution=args.resolution,
+        size=args.part(PictureSize),
+        memory=args.part(MemorySettings),
+        keep_reference=args.beta > 0,
+        **asdict(args.part(AdapterSettings)),
     )
 
 
@@ -189,6 +190,16 @@ def contents_of_files(run: RunArguments, args: DDPOConfig) -> dict[str, str]:
         for setting, file in files.items()
         if isinstance(file, str) and Path(file).is_file()
     }
+
+
+def place_reward(reward: RewardFn, args: DDPOConfig) -> RewardFn:
+    """The reward with its model, if it has one, where `args` want it."""
+    if not hasattr(reward, "to"):
+        return reward
+    if args.offload and args.device.type != "cpu":
+        return OffloadedReward(reward, args.device)
+    reward.to(args.device)
+    return reward
 
 
 def check_schedule(policy: str, args: DDPOConfig) -> None:

@@ -30,7 +30,7 @@ LOGS = "runs"
 REPLACED, ABANDONED = ".replaced", ".abandoned"  # behind the name of a checkpoint that is one no more
 FINISHED = "finished.json"
 RESULTS = ("summary.json", "evaluation.json", "before_after.png", "pytorch_lora_weights.safetensors", FINISHED)
-FOLDERS = (LOGS, "scheduler", BESIDE)
+FOLDERS = (LOGS, "scheduler", "unet", BESIDE)
 
 _LATEST, _AUTO = ("latest", "true", "yes", "1"), "auto"
 _BOTH = "overwrite_output_dir would delete the run that resume_from_checkpoint goes on with; give one of them"
@@ -307,7 +307,7 @@ def check_output_dir(
         raise ValueError(f"output_dir {folder} holds a run of other settings ({'; '.join(changed)}); {remedy}")
     elif overwrite or again:
         return
-    elif any((folder / name).exists() for name in RESULTS):
+    elif any((folder / name).exists() for name in (*RESULTS, "unet")):
         raise ValueError(f"output_dir {folder} holds a finished run of the same settings; {remedy}")
     elif complete_checkpoints(folder):
         raise ValueError(f"output_dir {folder} holds an unfinished run of the same settings; {remedy}")

@@ -131,6 +131,8 @@ class DDPOTrainer(Trainer):
         self._run_dir: str | None = None
         self._saved_step: int | None = None
         self._begun: tuple[int, RunState] | None = None  # the rollout in use, and what was remembered before it
+        if args.beta > 0 and not policy.has_reference:
+            raise ValueError(f"beta is {args.beta}, but the policy keeps no base model; load it with keep_reference")
         super().__init__(model=policy.network, args=args, callbacks=callbacks)
         policy.to(args.device)
         self.add_callback(ResumedLogs(self))
@@ -173,7 +175,8 @@ class DDPOTrainer(Trainer):
                     "advantages": experience.advantages[pictures],
                     "weights": experience.weights[pictures],
                     "prompts": experience.prompts[pictures],
-                    "measure_kl": self.args.beta > 0 or (iteration == 0 and position == 0),
+                    "measure_kl": self.policy.has_reference
+                    and (self.args.beta > 0 or (iteration == 0 and position == 0)),
                 }
 
     def collect(self, number: int) -> Experience:
@@ -253,15 +256,15 @@ class DDPOTrainer(Trainer):
         args, latents = self.args, inputs["latents"]
         steps = torch.full((len(latents),), inputs["step"], device=latents.device)
         timesteps = self.schedule.timesteps.to(latents.device)[steps]
-        embeds = self.policy.encode(inputs["prompts"])
+        conditioning = self.policy.encode(inputs["prompts"])
         guidance_scale = args.guidance_scale if args.train_guidance else 1.0
 
         def mean_and_std() -> tuple[torch.Tensor, torch.Tensor]:
-            output = self.policy.predict(model, latents, timesteps, embeds, guidance_scale)
+            output = self.policy.predict(model, latents, timesteps, conditioning, guidance_scale)
             return step_mean(output, latents, steps, self.schedule)
 
         if inputs["measure_kl"]:
-            with torch.no_grad(), self.policy.reference():
+            with torch.no_grad(), self.policy.reference(), self.accelerator.autocast():
                 reference_mean, _ = mean_and_std()
         mean, std = mean_and_std()
         loss, metrics = ppo_loss(
@@ -533,12 +536,12 @@ class DDPOTrainer(Trainer):
         if _internal_call:  # of a checkpoint, which explains what it cannot write
             return super().save_model(output_dir, _internal_call)
         folder = output_dir or self.args.output_dir
-        with explained(f"the LoRA to {folder}", self.args.output_dir):
+        with explained(f"the {self.policy.trained.what} to {folder}", self.args.output_dir):
             super().save_model(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Only the LoRA, as diffusers loads it, and the scheduler that samples as training did; the base is not
-        copied. So every checkpoint is also a LoRA folder."""
+        """Only what is trained, as diffusers loads it, and the scheduler that samples as training did; the base is not
+        copied. So every checkpoint is also a LoRA folder, or one with a U-Net."""
         if self.args.should_save:
             with written_beside(Path(output_dir or self.args.output_dir)) as beside:
                 self.policy.save_adapter(beside, state_dict)

@@ -5,18 +5,22 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from diffusers import DDIMScheduler
 from transformers import SchedulerType, TrainingArguments
 
+from rl.adapter import DEFAULT_LORA_TARGETS, AdapterSettings
 from rl.advantages import BASELINES
 from rl.credit import CREDITS, FOCUSES, PAID_SCALES
 from rl.engines import prepare_deepspeed_on_cpu
-from rl.policy import DEFAULT_LORA_TARGETS
+from rl.memory import MemorySettings
+from rl.policy import PictureSize
 from rl.sde import Schedule, ddim_scheduler, make_schedule, resolve_train_steps
 
 logger = logging.getLogger(__name__)
+
+Settings = TypeVar("Settings")
 
 SAVE_STRATEGIES = ("epoch", "steps", "no")
 LR_SCHEDULES = tuple(
@@ -121,6 +125,20 @@ class DDPOConfig(TrainingArguments):
     )
     resolution: int | None = field(
         default=None, metadata={"help": "Height and width of the pictures; default: what the pipeline was trained at."}
+    )
+    original_size: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Stable Diffusion XL is told that its pictures were cut from ones of this height and width; "
+            "default: their own, as in diffusers."
+        },
+    )
+    crops_coords_top_left: list[int] = field(
+        default_factory=lambda: [0, 0],
+        metadata={"help": "XL is told that they were cut out from here on, pixels from top and left."},
+    )
+    target_size: list[int] | None = field(
+        default=None, metadata={"help": "XL is told that they are of this height and width; default: their own."}
     )
     sde_window: str | None = field(
         default=None,
@@ -274,14 +292,75 @@ class DDPOConfig(TrainingArguments):
     )
 
     # Adapter
+    tune: Literal["lora", "full"] = field(
+        default="lora",
+        metadata={
+            "help": "lora: a LoRA on the U-Net; full: all of the U-Net's weights, in float32, left in the folder "
+            "`unet`. A copy of the base is then kept if beta is above 0; else `kl` is not logged."
+        },
+    )
     lora_rank: int = field(default=8, metadata={"help": "Rank of the LoRA."})
     lora_alpha: float = field(default=8.0, metadata={"help": "The LoRA's output is scaled by lora_alpha / lora_rank."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: list(DEFAULT_LORA_TARGETS),
         metadata={"help": "Names of the U-Net's layers that get a LoRA: attention and convolutions."},
     )
+    lora_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Must be 0: what is dropped in the update was not in the rollout, and the ratio would not be 1."
+        },
+    )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Scale the LoRA's output by lora_alpha / sqrt(lora_rank) instead (rsLoRA)."}
+    )
+    use_dora: bool = field(
+        default=False, metadata={"help": "Train each weight's magnitude apart from its direction (DoRA); slower."}
+    )
+    init_lora_weights: str = field(
+        default="default",
+        metadata={
+            "help": "How the LoRA starts, by peft's names: default, gaussian; for linear layers also orthogonal, "
+            "olora, pissa, pissa_niter_N. What comes out of the last three has twice the rank, as a LoRA on the "
+            "unchanged base model has to."
+        },
+    )
+    init_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start from the LoRA in this folder, or .safetensors file, as diffusers loads it. Rank, alpha, "
+            "layers and kind come from there."
+        },
+    )
+    base_adapters: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Folders of LoRAs that are added to the base model's weights before training. To use the result "
+            "in diffusers, load and fuse the same ones first."
+        },
+    )
     model_dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Precision of the frozen weights; the LoRA is float32."}
+        default="float32", metadata={"help": "Precision of the frozen weights; what is trained is float32."}
+    )
+
+    # Memory
+    vae_slicing: bool = field(default=False, metadata={"help": "Decode pictures one by one; the same pictures."})
+    vae_tiling: bool = field(
+        default=False,
+        metadata={"help": "Decode large pictures in overlapping tiles; slightly other pictures where tiles meet."},
+    )
+    offload: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the VAE, the text encoders and the reward's model on the CPU while they are not needed."
+        },
+    )
+    torch_compile_unet: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the U-Net's transformer blocks; the first rollout and update take minutes longer, and "
+            "the ratio of the first pass is 1 up to rounding only."
+        },
     )
 
     # Run
@@ -312,7 +391,13 @@ class DDPOConfig(TrainingArguments):
         self._check_ranges()
         self._check_engine()
         self._check_rollout()
+        for kind in (AdapterSettings, PictureSize, MemorySettings):
+            self.part(kind)  # checks them
         self._warn_of_ignored()
+
+    def part(self, kind: type[Settings]) -> Settings:
+        """Those of the settings that the dataclass `kind` has; e.g. `args.part(AdapterSettings)`."""
+        return kind(**{setting.name: getattr(self, setting.name) for setting in fields(kind)})
 
     def _check_names(self) -> None:
         _require(
@@ -392,6 +477,10 @@ class DDPOConfig(TrainingArguments):
             f"train_steps {' '.join(self.train_steps)!r} is not understood; `auto:2` stands alone, 2 being a number",
         )
         _require(self.timestep_fraction == 1, "timestep_fraction does not go with train_steps auto; leave it out")
+        _require(
+            self.tune == "lora",
+            "train_steps auto keeps a gradient of all trained weights for each step, too much with tune full; name steps",
+        )
         _require(self.probe_rollouts >= 1, f"probe_rollouts is {self.probe_rollouts}; auto needs at least 1")
         _require(self.probe_every >= 0, f"probe_every is {self.probe_every}; it must not be negative")
 
@@ -424,6 +513,13 @@ class DDPOConfig(TrainingArguments):
         warn_of_ignored(self, (unused,), f"importance_sampling_level is {level}")
         if "tensorboard" not in self.report_to and self.num_log_images > 0:
             warn_of_ignored(self, ("num_log_images",), "report_to does not name tensorboard")
+        if self.tune == "full":
+            lora = [setting.name for setting in fields(self) if "lora" in setting.name]
+            warn_of_ignored(self, (*lora, "use_dora"), "tune is full, there is no LoRA")
+        if self.init_adapter is not None:
+            warn_of_ignored(self, ("init_lora_weights",), "the LoRA starts from init_adapter")
+        if self.device.type == "cpu":
+            warn_of_ignored(self, ("offload",), "the run is on the CPU")
 
     def _check_ranges(self) -> None:
         _require(
@@ -437,7 +533,7 @@ class DDPOConfig(TrainingArguments):
         _require(self.eta > 0, "eta is 0: steps without noise have no log-prob to train; set it above 0, e.g. 1")
         _require(self.num_inference_steps >= 1, f"num_inference_steps is {self.num_inference_steps}; at least 1")
         _require(self.guidance_scale >= 0, f"guidance_scale is {self.guidance_scale}; it must not be negative")
-        for name in ("epsilon", "epsilon_location", "advantage_std_floor", "advantage_clip", "lora_alpha"):
+        for name in ("epsilon", "epsilon_location", "advantage_std_floor", "advantage_clip"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
         _require(self.epsilon_high is None or self.epsilon_high > 0, f"epsilon_high is {self.epsilon_high}; above 0")
         _require(
@@ -446,7 +542,6 @@ class DDPOConfig(TrainingArguments):
         )
         for name in (
             "num_iterations",
-            "lora_rank",
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
@@ -465,7 +560,6 @@ class DDPOConfig(TrainingArguments):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
         _require(self.beta >= 0, f"beta is {self.beta}; it must not be negative")
-        _require(len(self.lora_target_modules) > 0, "lora_target_modules is empty; name at least one layer")
         _require(self.num_log_images >= 0, f"num_log_images is {self.num_log_images}; it must not be negative")
         _require(
             not self.auto_find_batch_size,

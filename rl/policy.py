@@ -1,108 +1,136 @@
-"""The policy: a frozen Stable Diffusion pipeline with a trainable LoRA on its U-Net. The one file that knows diffusers.
+"""The policy: a frozen Stable Diffusion pipeline of which a LoRA, or the U-Net, is trained.
 
+This file and those it is made of (`rl.pipelines`, `rl.lora`, `rl.full_unet`) are the ones that know diffusers.
 Shapes: B prompts or pictures, T tokens, D text width, C latent channels, h x w the latent grid, H x W pixels.
 """
 
-import json
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from diffusers import DiffusionPipeline
 from torch import nn
+
+from rl.adapter import AdapterSettings, check_adapter_files
+from rl.full_unet import FullUnet
+from rl.lora import Lora, fuse_base_adapters
+from rl.memory import MemorySettings, borrowed, compile_blocks
+from rl.pipelines import Conditioning, check_pipeline_folder, encode_prompt, family_of, load_pipeline, time_ids
 
 logger = logging.getLogger(__name__)
 
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-"""The file that diffusers' `load_lora_weights(folder)` looks for."""
+REMEMBERED_PROMPTS = 4096
+"""So many prompts' embeddings are kept: in float32, 1 GB of memory for Stable Diffusion 1.5, 2.6 GB for XL."""
 
-DEFAULT_LORA_TARGETS = (
-    *("to_q", "to_k", "to_v", "to_out.0"),  # attention
-    *("conv1", "conv2", "conv_shortcut", "proj_in", "proj_out"),  # convolutions
-)
 
-_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-_CONFIGS = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
-_PEFT_PREFIX = "base_model.model."
+@dataclass(frozen=True)
+class PictureSize:
+    """How large pictures are, and what Stable Diffusion XL is told about it; all in pixels, height before width.
+
+    Attributes:
+        resolution: height and width of the pictures; None: what the pipeline was trained at.
+        original_size, target_size: as diffusers' pipeline calls them; None: the pictures' own size.
+        crops_coords_top_left: likewise.
+    """
+
+    resolution: int | None = None
+    original_size: Sequence[int] | None = None
+    crops_coords_top_left: Sequence[int] = (0, 0)
+    target_size: Sequence[int] | None = None
+
+    def __post_init__(self):
+        for name in ("original_size", "crops_coords_top_left", "target_size"):
+            value = getattr(self, name)
+            if value is not None and (len(value) != 2 or min(value) < 0):
+                raise ValueError(f"{name} is {list(value)}; it is two numbers of pixels, e.g. 1024 1024")
 
 
 class StableDiffusionPolicy:
-    """A text-to-image pipeline of the Stable Diffusion 1.x type, as reinforcement learning sees it.
+    """A text-to-image pipeline of the Stable Diffusion families, as reinforcement learning sees it.
 
     Attributes:
-        network: the U-Net with its LoRA, a `PeftModel`; the only part with trainable parameters. Engines (DDP,
-            DeepSpeed) wrap it, so methods that run it take the wrapped one as an argument.
+        network: what the Trainer trains: the U-Net with its LoRA, or the U-Net. Engines (DDP, DeepSpeed) wrap it, so
+            methods that run it take the wrapped one as an argument.
+        trained: the `Lora` or `FullUnet` that made it, and saves it.
         scheduler: the pipeline's own scheduler; see `rl.sde.ddim_scheduler`.
         latent_shape: (C, h, w) of one picture.
     """
 
     def __init__(
         self,
-        pipeline: StableDiffusionPipeline,
-        lora_rank: int,
-        lora_alpha: float,
-        lora_target_modules: Sequence[str],
+        pipeline: DiffusionPipeline,
+        adapter: AdapterSettings,
         seed: int,
-        resolution: int | None = None,
+        size: PictureSize,
+        memory: MemorySettings,
+        keep_reference: bool = True,
     ):
-        """Take over `pipeline`, freeze it, and add a LoRA whose initial weights depend on `seed` only.
+        """Take over `pipeline` and freeze it but for what is trained, whose initial weights depend on `seed` only.
 
         Args:
-            lora_rank, lora_alpha, lora_target_modules: as peft's LoraConfig calls them (r, lora_alpha, target_modules).
-            resolution: height and width of the pictures in pixels; None: what the pipeline was trained at.
+            keep_reference: whether `reference` will be asked for. A LoRA can always be switched off; for full
+                fine-tuning a copy of the U-Net is kept.
 
         Raises:
             ValueError: no layer of the U-Net matches the targets, or the resolution does not fit the network.
         """
-        self.pipeline = pipeline
+        self.pipeline, self._memory = pipeline, memory
         self.scheduler = pipeline.scheduler
-        for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        self._text_encoders = [getattr(pipeline, part) for part in family_of(pipeline).text_encoders]
+        for part in (pipeline.unet, pipeline.vae, *self._text_encoders):
             part.requires_grad_(False).eval()
         for module in pipeline.unet.modules():
             if isinstance(module, nn.Dropout):  # a dropped unit in the update would make the ratio differ from 1
                 module.p = 0.0
-        self.latent_shape = self._latent_shape(resolution)
-        self.network = _with_lora(pipeline.unet, lora_rank, lora_alpha, lora_target_modules, seed)
-        self._prompt_embeds: dict[str, torch.Tensor] = {}
+        self.latent_shape = self._latent_shape(size.resolution)
+        self._time_ids = self._sizes(size)
+        if memory.vae_slicing:
+            pipeline.vae.enable_slicing()
+        if memory.vae_tiling:
+            pipeline.vae.enable_tiling()
+        fuse_base_adapters(pipeline, adapter.base_adapters)
+        self.trained = Lora(pipeline, adapter, seed) if adapter.tune == "lora" else FullUnet(pipeline, keep_reference)
+        self.network = self.trained.network
+        if memory.torch_compile_unet:
+            compile_blocks(pipeline.unet)
+        self._stand_in: nn.Module | None = None
+        self._embeddings: OrderedDict[str, tuple[torch.Tensor, torch.Tensor | None]] = OrderedDict()
 
     @classmethod
     def load(
         cls,
         path: str,
         *,
-        lora_rank: int = 8,
-        lora_alpha: float = 8,
-        lora_target_modules: Sequence[str] = DEFAULT_LORA_TARGETS,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         resolution: int | None = None,
+        size: PictureSize | None = None,
+        memory: MemorySettings | None = None,
+        keep_reference: bool = True,
+        **adapter: Any,
     ) -> "StableDiffusionPolicy":
         """Load a pipeline folder (or the hub's name of one, if the hub may be used).
 
         Args:
-            dtype: of the frozen weights; the LoRA is float32 in any case.
+            dtype: of the frozen weights; what is trained is float32 in any case.
+            resolution: height and width of the pictures in pixels, if nothing else of `size` is to be said.
+            adapter: what is trained, as `AdapterSettings` names it.
 
         Raises:
-            ValueError: the folder or a part of it is missing or unreadable; the message names the part.
+            ValueError: the folder or a part of it is missing or unreadable, and the message names the part; or it is
+                of another family than those that can be trained; or settings do not fit it.
         """
+        settings = AdapterSettings(**adapter)
         check_pipeline_folder(path)
-        try:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                path,
-                dtype=dtype,
-                safety_checker=None,
-                feature_extractor=None,
-                image_encoder=None,
-                requires_safety_checker=False,
-            )
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"cannot load the Stable Diffusion pipeline {path}: {error}") from error
-        return cls(pipeline, lora_rank, lora_alpha, lora_target_modules, seed, resolution)
+        check_adapter_files(settings)
+        pipeline = load_pipeline(path, dtype, torch.float32 if settings.tune == "full" else None)
+        size, memory = size or PictureSize(resolution), memory or MemorySettings()
+        return cls(pipeline, settings, seed, size, memory, keep_reference)
 
     def _latent_shape(self, resolution: int | None) -> tuple[int, int, int]:
         unet, factor = self.pipeline.unet, self.pipeline.vae_scale_factor
@@ -119,42 +147,68 @@ class StableDiffusionPolicy:
             height = width = resolution // factor
         return unet.config.in_channels, height, width
 
+    def _sizes(self, size: PictureSize) -> torch.Tensor | None:
+        if family_of(self.pipeline).is_xl:
+            pixels = [side * self.pipeline.vae_scale_factor for side in self.latent_shape[1:]]
+            return time_ids(pixels, size.original_size, size.crops_coords_top_left, size.target_size)
+        told = [size.original_size, size.target_size, any(size.crops_coords_top_left) or None]
+        if any(value is not None for value in told):
+            logger.warning(
+                "original_size, crops_coords_top_left, target_size are ignored: only Stable Diffusion XL is told them"
+            )
+        return None
+
     @property
     def device(self) -> torch.device:
         return self.pipeline.unet.device
 
     def to(self, device: torch.device) -> "StableDiffusionPolicy":
-        for part in (self.network, self.pipeline.vae, self.pipeline.text_encoder):
-            part.to(device)
-        self._prompt_embeds.clear()
+        """Move the network there, and, unless they are offloaded, all other parts."""
+        self.trained.to(device)
+        if not self._memory.offload:
+            for part in (self.pipeline.vae, *self._text_encoders):
+                part.to(device)
+        self._embeddings.clear()
         return self
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Text embeddings (B, T, D) of B prompts. Each prompt is encoded once, then remembered (on the CPU)."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompt_embeds]
-        tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
-        for first in range(0, len(new), 64):
-            chunk = new[first : first + 64]
-            tokens = tokenizer(
-                chunk,
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            )
-            uses_mask = getattr(encoder.config, "use_attention_mask", None)
-            mask = tokens.attention_mask.to(encoder.device) if uses_mask else None
-            embeds = encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0].cpu()
-            self._prompt_embeds.update(zip(chunk, embeds, strict=True))
-        return torch.stack([self._prompt_embeds[prompt] for prompt in prompts]).to(self.device)
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """What the network is told of B prompts.
+
+        Each prompt is encoded once, then remembered (on the CPU, the last `REMEMBERED_PROMPTS`); and by itself, so that
+        its embedding depends on nothing but the prompt.
+        """
+        found = {prompt: self._embeddings.get(prompt) for prompt in prompts}
+        new = [prompt for prompt, embedding in found.items() if embedding is None]
+        if new:
+            with borrowed(self._text_encoders, self.device), _exact(self.device):
+                for prompt in new:
+                    embeds, pooled = encode_prompt(self.pipeline, prompt)
+                    found[prompt] = embeds.cpu(), None if pooled is None else pooled.cpu()
+        for prompt, embedding in found.items():
+            self._embeddings[prompt] = embedding
+            self._embeddings.move_to_end(prompt)
+        while len(self._embeddings) > REMEMBERED_PROMPTS:
+            self._embeddings.popitem(last=False)
+        embeds, pooled = zip(*[found[prompt] for prompt in prompts], strict=True)
+        return self._conditioning(torch.stack(embeds), None if pooled[0] is None else torch.stack(pooled))
+
+    def _conditioning(self, embeds: torch.Tensor, pooled: torch.Tensor | None) -> Conditioning:
+        sizes = None if self._time_ids is None else self._time_ids.to(self.device).expand(len(embeds), -1)
+        return Conditioning(embeds.to(self.device), None if pooled is None else pooled.to(self.device), sizes)
+
+    def _without_prompt(self, like: Conditioning) -> Conditioning:
+        """What guidance leads away from: the empty prompt, or zeros if the pipeline says so."""
+        if self.pipeline.config.get("force_zeros_for_empty_prompt"):
+            return Conditioning(torch.zeros_like(like.embeds), torch.zeros_like(like.pooled), like.time_ids)
+        return self.encode([""] * len(like.embeds))
 
     def predict(
         self,
         network: nn.Module,
         latents: torch.Tensor,
         timesteps: torch.Tensor,
-        prompt_embeds: torch.Tensor,
+        conditioning: Conditioning,
         guidance_scale: float = 1.0,
     ) -> torch.Tensor:
         """The network's output, noise or v as its scheduler says, with classifier-free guidance.
@@ -163,7 +217,7 @@ class StableDiffusionPolicy:
             network: `self.network` or the engine's wrapping of it.
             latents: (B, C, h, w).
             timesteps: (B,) int64.
-            prompt_embeds: (B, T, D) of `encode`.
+            conditioning: of B prompts, by `encode`.
             guidance_scale: 1 costs one pass, anything else a second one for the empty prompt
                 ("Classifier-free diffusion guidance", Ho & Salimans 2022).
 
@@ -173,122 +227,58 @@ class StableDiffusionPolicy:
         dtype = self.pipeline.unet.dtype
         guided = guidance_scale != 1.0
         if guided:
-            nothing = self.encode([""]).expand_as(prompt_embeds)
+            conditioning = conditioning.after(self._without_prompt(conditioning))
             latents, timesteps = latents.repeat(2, 1, 1, 1), timesteps.repeat(2)
-            prompt_embeds = torch.cat([nothing, prompt_embeds])
-        output = network(latents.to(dtype), timesteps, encoder_hidden_states=prompt_embeds.to(dtype)).sample.float()
+        network = network if self._stand_in is None else self._stand_in
+        output = network(latents.to(dtype), timesteps, **conditioning.arguments(dtype)).sample.float()
         if guided:
             unconditional, conditional = output.chunk(2)
             output = unconditional + guidance_scale * (conditional - unconditional)
         return output
 
-    def reference(self) -> AbstractContextManager:
-        """Within it the LoRA is switched off and the network is the base model again."""
-        return self.network.disable_adapter()
+    @property
+    def has_reference(self) -> bool:
+        """Whether `reference` can be asked for."""
+        return self.trained.has_reference
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within it `predict` asks the base model (`base_adapters` included), whatever network it is given."""
+        with self.trained.reference() as self._stand_in:
+            try:
+                yield
+            finally:
+                self._stand_in = None
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) -> pictures (B, 3, H, W) float32 in [0, 1]."""
         vae = self.pipeline.vae
-        images = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample
+        latents = latents / vae.config.scaling_factor
+        mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
+        if mean is not None and std is not None:
+            latents = latents * latents.new_tensor(std).view(1, -1, 1, 1) + latents.new_tensor(mean).view(1, -1, 1, 1)
+        with borrowed([vae], self.device), _exact(self.device):
+            images = vae.decode(latents.to(vae.dtype)).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def save_adapter(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Write the LoRA so that plain diffusers makes the same pictures:
-        `StableDiffusionPipeline.from_pretrained(base).load_lora_weights(folder)`.
-
-        Rank, alpha and targets are saved with the weights: without them diffusers assumes alpha = rank, and pictures
-        are silently wrong where it is not.
+        """Write what is trained, so that plain diffusers makes the same pictures; see `Lora.save`, `FullUnet.save`.
 
         Args:
             state_dict: the network's, where an engine has gathered it; None: taken from the network.
         """
-        weights = get_peft_model_state_dict(self.network, state_dict=state_dict)
-        weights = {
-            name.removeprefix(_PEFT_PREFIX): weight.detach().cpu().contiguous() for name, weight in weights.items()
-        }
-        metadata = self.network.peft_config["default"].to_dict()
-        metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in metadata.items()}
-        StableDiffusionPipeline.save_lora_weights(
-            folder, unet_lora_layers=weights, unet_lora_adapter_metadata=json.loads(json.dumps(metadata, default=str))
-        )
+        self.trained.save(folder, state_dict)
 
     def load_adapter(self, folder: str | Path) -> None:
         """Read back what `save_adapter` wrote.
 
         Raises:
-            ValueError: no such file, or the LoRA has other layers or another rank.
+            ValueError: there is no such file, or one of other shapes.
         """
-        file = Path(folder) / LORA_WEIGHTS
-        if not file.is_file():
-            raise ValueError(f"{folder} holds no {LORA_WEIGHTS}")
-        weights = {_PEFT_PREFIX + name.removeprefix("unet."): weight for name, weight in load_file(file).items()}
-        expected = {name: weight.shape for name, weight in get_peft_model_state_dict(self.network).items()}
-        if expected != {name: weight.shape for name, weight in weights.items()}:
-            raise ValueError(
-                f"the LoRA in {file} has other layers or another rank than this run's; "
-                "give lora_rank and lora_target_modules the values it was trained with"
-            )
-        set_peft_model_state_dict(self.network, weights)
+        self.trained.load(folder)
 
 
-def check_pipeline_folder(path: str) -> None:
-    """Complain about a pipeline folder before anything is loaded from it.
-
-    Raises:
-        ValueError: the folder, its `model_index.json`, or a part of it is missing; the message names the part.
-    """
-    folder = Path(path)
-    if not folder.exists():
-        if path.count("/") == 1 and not path.startswith((".", "/", "~")):
-            return  # may be a name on the hub
-        raise ValueError(f"no pipeline folder {path}; `policy` is a diffusers folder or the hub's name of one")
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{path} is not a diffusers pipeline: it holds no model_index.json")
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}/model_index.json is not JSON: {error}") from error
-    if index.get("_class_name") != "StableDiffusionPipeline":
-        raise ValueError(
-            f"{path} is a {index.get('_class_name')}; this policy is a StableDiffusionPipeline (Stable Diffusion 1.x)"
-        )
-    for part in _PARTS:
-        if not (folder / part).is_dir():
-            raise ValueError(f"the pipeline {path} lacks its part `{part}`: no folder {folder / part}")
-        config = folder / part / _CONFIGS.get(part, "config.json")
-        if not config.is_file():
-            raise ValueError(f"the pipeline {path} lacks its part `{part}`: no file {config}")
-
-
-def load_scheduler(path: str):
-    """The scheduler of a pipeline folder, without loading the models; None if `path` is a name on the hub.
-
-    Raises:
-        ValueError: see `check_pipeline_folder`; or the scheduler is none of diffusers'.
-    """
-    check_pipeline_folder(path)
-    if not Path(path).exists():
-        return None
-    name = json.loads((Path(path) / "model_index.json").read_text(encoding="utf-8"))["scheduler"][1]
-    if not hasattr(diffusers, name):
-        raise ValueError(f"the pipeline {path} has the scheduler {name}, which diffusers does not know")
-    return getattr(diffusers, name).from_pretrained(path, subfolder="scheduler")
-
-
-def _with_lora(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int) -> PeftModel:
-    known = [name for name, _ in unet.named_modules()]
-    idle = [target for target in targets if not any(name == target or name.endswith(f".{target}") for name in known)]
-    if len(idle) == len(targets):
-        raise ValueError(f"no layer of the U-Net is named like any of lora_target_modules: {', '.join(targets)}")
-    if idle:
-        logger.warning("no layer of the U-Net is named like these lora_target_modules: %s", ", ".join(idle))
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(targets), lora_dropout=0.0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = get_peft_model(unet, config)
-    # Trainer's callbacks take a model's config for one of transformers and call methods that diffusers' lacks.
-    network.config = None
-    # What Trainer calls for `activation_checkpointing: true`; a PEFT model of diffusers' has no such method.
-    network.activation_checkpointing_enable = lambda **settings: unet.enable_gradient_checkpointing()
-    return network
+def _exact(device: torch.device) -> torch.autocast:
+    """Frozen parts run in their own dtype, whether or not the caller runs under autocast."""
+    return torch.autocast(device.type, enabled=False)

@@ -98,18 +98,18 @@ def sample(
         train_guidance: whether the log-probs kept are of the guided network, that drew, or of the one without guidance.
         on_step: called after every step.
     """
-    embeds = policy.encode(prompts)
+    conditioning = policy.encode(prompts)
     latents = noise[:, 0]
     kept: list[tuple[torch.Tensor, ...]] = []
     for step, timestep in enumerate(schedule.timesteps.tolist()):
         index = torch.full((len(prompts),), step, device=latents.device)
         timesteps = torch.full_like(index, timestep)
-        output = policy.predict(network, latents, timesteps, embeds, guidance_scale)
+        output = policy.predict(network, latents, timesteps, conditioning, guidance_scale)
         mean, std = step_mean(output, latents, index, schedule)
         next_latents = mean + std * noise[:, step + 1]
         if step in train_steps:
             if guidance_scale != 1.0 and not train_guidance:
-                output = policy.predict(network, latents, timesteps, embeds)
+                output = policy.predict(network, latents, timesteps, conditioning)
                 mean, std = step_mean(output, latents, index, schedule)
             kept.append((latents, next_latents, log_prob_map(next_latents, mean, std)))
         latents = next_latents

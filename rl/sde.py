@@ -118,7 +118,8 @@ def make_schedule(
             arXiv 2507.21802, for flow models). None: none are.
 
     Raises:
-        ValueError: `eta` outside [0, 1], more steps than the noise schedule has, or a window that holds no step.
+        ValueError: `eta` outside [0, 1], more steps than the noise schedule has, a window that holds no step, or a
+            prediction of noise where there is nothing else.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; it must lie in [0, 1]: 0 is deterministic DDIM, 1 is DDPM's noise")
@@ -129,6 +130,12 @@ def make_schedule(
     timesteps = scheduler.timesteps.long()
     ends = timesteps - total // num_inference_steps
     alphas = scheduler.alphas_cumprod[timesteps].float()
+    if scheduler.config.prediction_type == "epsilon" and alphas[0] == 0:
+        raise ValueError(
+            f"sampling starts at timestep {int(timesteps[0])} in pure noise (zero terminal SNR), where a network of "
+            "prediction_type epsilon says nothing about the picture; set start_timestep below it, or use a pipeline "
+            "of prediction_type v_prediction"
+        )
     next_alphas = torch.where(ends >= 0, scheduler.alphas_cumprod[ends.clamp(min=0)], scheduler.final_alpha_cumprod)
     variances = (1 - next_alphas) / (1 - alphas) * (1 - alphas / next_alphas)
     etas = torch.full((num_inference_steps,), float(eta))

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from reward.feedback import Reward
+from rl.adapter import LORA_WEIGHTS
 from rl.advantages import group_advantages
 from rl.ddpo import _StopAtBoundaryError
 from rl.interrupt import RunInterrupted
-from rl.policy import LORA_WEIGHTS
 from rl.rollout import DivergedError
 from rl.scoring import RewardError
 from tests.rl.conftest import full_disk
@@ -86,7 +86,7 @@ def test_gradient_is_that_of_the_log_prob_times_the_advantage(make_trainer):
             if name in before:
                 parameter.copy_(before[name])
     experience, policy, schedule = trainer.experience, trainer.policy, trainer.schedule
-    embeds = policy.encode(experience.prompts)
+    embeds = policy.encode(experience.prompts).embeds
     objective = 0
     for k, step in enumerate(experience.trajectory.steps.tolist()):
         latents = experience.trajectory.latents[k]

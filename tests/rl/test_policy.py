@@ -93,7 +93,7 @@ def test_reference_is_the_base_model(pipeline_folder):
     embeds = policy.encode(PROMPTS[:2])
     with torch.no_grad(), policy.reference():
         reference = policy.predict(policy.network, latents, timesteps, embeds)
-        expected = base.unet(latents, timesteps, encoder_hidden_states=embeds).sample
+        expected = base.unet(latents, timesteps, encoder_hidden_states=embeds.embeds).sample
         assert torch.equal(reference, expected)
     with torch.no_grad():
         assert not torch.equal(policy.predict(policy.network, latents, timesteps, embeds), expected)
@@ -101,7 +101,7 @@ def test_reference_is_the_base_model(pipeline_folder):
 
 def test_prompts_are_encoded_once_and_as_diffusers_does(pipeline_folder):
     policy = load(pipeline_folder)
-    ours = policy.encode([PROMPTS[0], PROMPTS[1], PROMPTS[0]])
+    ours = policy.encode([PROMPTS[0], PROMPTS[1], PROMPTS[0]]).embeds
     theirs, _ = policy.pipeline.encode_prompt(PROMPTS[:2], "cpu", 1, False)
     torch.testing.assert_close(ours[:2], theirs)
     assert torch.equal(ours[0], ours[2])

@@ -59,7 +59,7 @@ def test_trajectory_is_what_diffusers_samples(policy, pipeline_folder):
     schedule = make_schedule(scheduler, 4, 1.0)
     noise = keyed_noise(0, 0, range(2), (5, *policy.latent_shape))
     trajectory = sample(policy, policy.network, PROMPTS[:2], noise, schedule, (1,), guidance_scale=2.0)
-    embeds, nothing = policy.encode(PROMPTS[:2]), policy.encode(["", ""])
+    embeds, nothing = policy.encode(PROMPTS[:2]).embeds, policy.encode(["", ""]).embeds
     latents = noise[:, 0]
     with torch.no_grad():
         for step, timestep in enumerate(scheduler.timesteps):

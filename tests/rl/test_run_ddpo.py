@@ -178,7 +178,7 @@ def test_presets_rewards_can_be_built(path, monkeypatch):
     assert len(reward.score_weights) >= 2
     assert reward.penalty_weights
     assert reward.word_weight > 0
-    if "sd15" in path.name:
+    if "sd15" in path.name or "sdxl" in path.name:
         assert set(reward.score_weights) == set(SCORES)
         assert set(reward.penalty_weights) == set(HEATMAPS)
 

@@ -1,0 +1,228 @@
+"""The Stable Diffusion families: what their pipeline folders hold, how one is loaded, and what its network is told.
+
+Shapes: B pictures, T tokens, D text width, P width of the pooled embedding, H x W pixels.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the network is told about B pictures besides their latents and timesteps.
+
+    Attributes:
+        embeds: (B, T, D) text embeddings.
+        pooled: (B, P) embeddings of whole prompts, of Stable Diffusion XL; None for 1.x and 2.x.
+        time_ids: (B, 6) sizes in pixels that XL is told: original height and width, top and left of the crop, target
+            height and width ("SDXL", Podell et al. 2023, section 2.2); None for 1.x and 2.x.
+    """
+
+    embeds: torch.Tensor
+    pooled: torch.Tensor | None = None
+    time_ids: torch.Tensor | None = None
+
+    def after(self, other: "Conditioning") -> "Conditioning":
+        """Both behind one another, `other` first."""
+        pairs = [(getattr(other, name), getattr(self, name)) for name in ("embeds", "pooled", "time_ids")]
+        return Conditioning(*[None if mine is None else torch.cat([theirs, mine]) for theirs, mine in pairs])
+
+    def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The keyword arguments of a diffusers U-Net, in its dtype."""
+        arguments: dict[str, Any] = {"encoder_hidden_states": self.embeds.to(dtype)}
+        if self.pooled is not None:
+            arguments["added_cond_kwargs"] = {"text_embeds": self.pooled.to(dtype), "time_ids": self.time_ids.to(dtype)}
+        return arguments
+
+
+@dataclass(frozen=True)
+class Family:
+    """One pipeline class of diffusers.
+
+    Attributes:
+        name: for messages.
+        pipeline: the class.
+        text_encoders: the parts that turn a prompt into embeddings.
+        parts: all that its folder must hold.
+        left_out: arguments of `from_pretrained` that leave out what training does not need.
+    """
+
+    name: str
+    pipeline: type[DiffusionPipeline]
+    text_encoders: tuple[str, ...]
+    parts: tuple[str, ...]
+    left_out: Mapping[str, Any]
+
+    @property
+    def is_xl(self) -> bool:
+        return self.pipeline is StableDiffusionXLPipeline
+
+
+_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_XL_PARTS = (*_PARTS, "text_encoder_2", "tokenizer_2")
+_NO_IMAGES = {"feature_extractor": None, "image_encoder": None}
+
+FAMILIES = {
+    "StableDiffusionPipeline": Family(
+        "Stable Diffusion 1.x and 2.x",
+        StableDiffusionPipeline,
+        ("text_encoder",),
+        _PARTS,
+        {"safety_checker": None, "requires_safety_checker": False, **_NO_IMAGES},
+    ),
+    "StableDiffusionXLPipeline": Family(
+        "Stable Diffusion XL",
+        StableDiffusionXLPipeline,
+        ("text_encoder", "text_encoder_2"),
+        _XL_PARTS,
+        {"add_watermarker": False, **_NO_IMAGES},
+    ),
+}
+"""By the class that a folder's `model_index.json` names."""
+
+
+def check_pipeline_folder(path: str) -> None:
+    """Complain about a pipeline folder before anything is loaded from it.
+
+    Raises:
+        ValueError: the folder, its `model_index.json`, or a part of it is missing, and the message names the part; or
+            it is of another family, or has a network for another task, than those that can be trained.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        if path.count("/") == 1 and not path.startswith((".", "/", "~")):
+            return  # may be a name on the hub
+        raise ValueError(f"no pipeline folder {path}; `policy` is a diffusers folder or the hub's name of one")
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{path} is not a diffusers pipeline: it holds no model_index.json")
+    family = _family(_read_json(folder / "model_index.json"), path)
+    for part in family.parts:
+        if not (folder / part).is_dir():
+            raise ValueError(f"the pipeline {path} lacks its part `{part}`: no folder {folder / part}")
+        config = folder / part / _config_name(part)
+        if not config.is_file():
+            raise ValueError(f"the pipeline {path} lacks its part `{part}`: no file {config}")
+    check_network(_read_json(folder / "unet" / "config.json"), path)
+
+
+def check_network(config: Mapping[str, Any], path: str) -> None:
+    """Complain about a U-Net that is no plain text-to-image network, from its config.
+
+    Raises:
+        ValueError: it wants more than latents (inpainting, image editing) or the guidance scale (distilled networks).
+    """
+    channels, out_channels = config.get("in_channels", 4), config.get("out_channels", 4)
+    if channels != out_channels:
+        raise ValueError(
+            f"the U-Net of {path} takes {channels} channels and returns {out_channels}, so it is one for inpainting or "
+            "editing; `policy` must be a text-to-image pipeline, whose U-Net takes and returns a latent"
+        )
+    if config.get("time_cond_proj_dim") is not None:
+        raise ValueError(
+            f"the U-Net of {path} is told the guidance scale (time_cond_proj_dim is {config['time_cond_proj_dim']}), "
+            "as those distilled to few steps are; `policy` must be a pipeline that is not distilled"
+        )
+
+
+def load_pipeline(path: str, dtype: torch.dtype, unet_dtype: torch.dtype | None = None) -> DiffusionPipeline:
+    """Load a pipeline folder, or the hub's name of one, without what training does not need.
+
+    Args:
+        dtype: of the weights. Where the VAE of Stable Diffusion XL says that float16 overflows in it
+            (`force_upcast`), it is float32 instead.
+        unet_dtype: of the U-Net's weights; None: as the others.
+
+    Raises:
+        ValueError: the folder or a part of it is missing or unreadable, and the message names the part; or see
+            `check_pipeline_folder`.
+    """
+    check_pipeline_folder(path)
+    try:
+        index = DiffusionPipeline.load_config(path)
+    except OSError as error:
+        raise ValueError(f"cannot load the pipeline {path}: {error}") from error
+    family = _family(index, path)
+    try:
+        pipeline = family.pipeline.from_pretrained(
+            path, dtype={"default": dtype, "unet": unet_dtype or dtype}, **family.left_out
+        )
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"cannot load the Stable Diffusion pipeline {path}: {error}") from error
+    check_network(pipeline.unet.config, path)
+    if family.is_xl and pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
+        pipeline.vae.to(torch.float32)
+    return pipeline
+
+
+def load_scheduler(path: str):
+    """The scheduler of a pipeline folder, without loading the models; None if `path` is a name on the hub.
+
+    Raises:
+        ValueError: see `check_pipeline_folder`; or the scheduler is none of diffusers'.
+    """
+    check_pipeline_folder(path)
+    if not Path(path).exists():
+        return None
+    name = _read_json(Path(path) / "model_index.json")["scheduler"][1]
+    if not hasattr(diffusers, name):
+        raise ValueError(f"the pipeline {path} has the scheduler {name}, which diffusers does not know")
+    return getattr(diffusers, name).from_pretrained(path, subfolder="scheduler")
+
+
+def family_of(pipeline: DiffusionPipeline) -> Family:
+    return FAMILIES[type(pipeline).__name__]
+
+
+def encode_prompt(pipeline: DiffusionPipeline, prompt: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Embeddings of one prompt, as the pipeline itself makes them: text (T, D) and pooled (P,), or None in its place.
+
+    Only the text encoders are used, on the device they are on.
+    """
+    encoder = getattr(pipeline, family_of(pipeline).text_encoders[-1])
+    embeds, _, *pooled = pipeline.encode_prompt(
+        [prompt], device=encoder.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    return embeds[0], pooled[0][0] if pooled else None
+
+
+def time_ids(
+    size: Sequence[int],
+    original_size: Sequence[int] | None = None,
+    crop_top_left: Sequence[int] = (0, 0),
+    target_size: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """The six numbers that Stable Diffusion XL is told about a picture's size (see `Conditioning`) -> (6,) float32.
+
+    Args:
+        size: height and width of the pictures, which the original and the target size are if they are not given: as in
+            diffusers.
+    """
+    return torch.tensor([*(original_size or size), *crop_top_left, *(target_size or size)], dtype=torch.float32)
+
+
+def _family(index: Mapping[str, Any], path: str) -> Family:
+    name = index.get("_class_name")
+    if name not in FAMILIES:
+        known = " and ".join(f"{known} ({family.name})" for known, family in FAMILIES.items())
+        raise ValueError(f"{path} is a {name}; what can be trained is {known}")
+    return FAMILIES[name]
+
+
+def _config_name(part: str) -> str:
+    if part.startswith("tokenizer"):
+        return "tokenizer_config.json"
+    return "scheduler_config.json" if part == "scheduler" else "config.json"
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
