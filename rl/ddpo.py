@@ -22,7 +22,6 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from reward.feedback import RewardFn
-from rl.adapter_file import sort_metadata
 from rl.advantages import PromptStatistics
 from rl.callbacks import AverageWeights, ResumedLogs, RewardProgress, RunCurves, SampleGrids
 from rl.checkpoints import (
@@ -42,7 +41,7 @@ from rl.experience import Experience, gather_experience, rollout_noise, sample_a
 from rl.interrupt import RunInterrupted, StopSignal
 from rl.losses import ppo_loss
 from rl.manifest import sealed
-from rl.policy import LORA_WEIGHTS, StableDiffusionPolicy
+from rl.policy import StableDiffusionPolicy
 from rl.rollout import DivergedError, draw_prompts, keyed_generator, shared_places
 from rl.run_state import RunState
 from rl.sde import draw_steps, kl_map, log_prob_map, step_mean, step_weights
@@ -545,7 +544,6 @@ class DDPOTrainer(Trainer):
         if self.args.should_save:
             with written_beside(Path(output_dir or self.args.output_dir)) as beside:
                 self.policy.save_adapter(beside, state_dict)
-                sort_metadata(beside / LORA_WEIGHTS)
                 self.scheduler.save_pretrained(beside / "scheduler")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

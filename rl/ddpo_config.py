@@ -479,7 +479,7 @@ class DDPOConfig(TrainingArguments):
         _require(self.timestep_fraction == 1, "timestep_fraction does not go with train_steps auto; leave it out")
         _require(
             self.tune == "lora",
-            "train_steps auto keeps a gradient of all trained weights for each step, too much with tune full; name steps",
+            "train_steps auto keeps a gradient of all weights for each step, too much with tune full; name them",
         )
         _require(self.probe_rollouts >= 1, f"probe_rollouts is {self.probe_rollouts}; auto needs at least 1")
         _require(self.probe_every >= 0, f"probe_every is {self.probe_every}; it must not be negative")

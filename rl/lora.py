@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rl.adapter import DEFAULT_LORA_TARGETS, LORA_WEIGHTS, AdapterSettings, lora_file, require
+from rl.adapter_file import sort_metadata
 from rl.full_unet import prepare_for_trainer, shapes
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ class Lora:
             unet_lora_layers={name.removeprefix(_PEFT_PREFIX): weight.contiguous() for name, weight in weights.items()},
             unet_lora_adapter_metadata=json.loads(json.dumps(metadata, default=str)),
         )
+        sort_metadata(Path(folder) / LORA_WEIGHTS)
 
     def load(self, folder: str | Path) -> None:
         """Read back what `save` wrote.

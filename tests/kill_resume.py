@@ -46,8 +46,9 @@ from transformers.trainer_pt_utils import safe_globals  # noqa: E402
 import rl.ddpo  # noqa: E402
 import run_ddpo  # noqa: E402
 from reward.arguments import main_guard  # noqa: E402
+from rl.adapter import LORA_WEIGHTS  # noqa: E402
 from rl.checkpoints import FINISHED, complete_checkpoints, read_marker  # noqa: E402
-from rl.policy import LORA_WEIGHTS, StableDiffusionPolicy  # noqa: E402
+from rl.policy import StableDiffusionPolicy  # noqa: E402
 from tests.rl.conftest import PROMPTS, make_pipeline  # noqa: E402
 
 PHASES = ("start", "evaluation", "claim", "rollout", "update", "checkpoint", "publish", "finish")

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from reward.feedback import Reward
-from rl.policy import LORA_WEIGHTS
+from rl.adapter import LORA_WEIGHTS
 from rl.run_state import RunState
 from tests.rl.toy_rewards import Redness
 
