@@ -419,6 +419,11 @@ class DDPOConfig(TrainingArguments):
             "configs/accelerate/multi_gpu.yaml run_ddpo.py ..., or show it one: CUDA_VISIBLE_DEVICES=0",
         )
         _require(
+            not self.torch_compile,
+            "torch_compile would compile the whole network as one, and for the training only; use torch_compile_unet, "
+            "which compiles its transformer blocks, for the evaluation too, and in less time",
+        )
+        _require(
             not self.save_only_model,
             "save_only_model leaves checkpoints that cannot be resumed from; leave it out: "
             "every checkpoint is a folder with the LoRA too",

@@ -46,6 +46,9 @@ def test_steps_per_generation_says_the_same(make_args):
         ({"num_log_images": -1}, "num_log_images is -1"),
         ({"save_only_model": True}, "save_only_model"),
         ({"fsdp": "full_shard"}, "fsdp is not supported"),
+        ({"torch_compile": True}, "use torch_compile_unet"),
+        ({"lora_dropout": 0.1}, "lora_dropout is 0.1"),
+        ({"original_size": [64]}, r"original_size is \[64\]"),
     ],
 )
 def test_wrong_settings_are_named(make_args, changes, message):
@@ -106,6 +109,13 @@ def test_settings_that_are_ignored_are_warned_about(make_args, caplog, ignored, 
     make_args(**ignored)
     name, value = next(iter(ignored.items()))
     assert caplog.text.count(f"{name}={value!r} is ignored") == 1
+
+
+def test_offloading_means_nothing_on_the_cpu(make_args, caplog):
+    make_args()
+    assert "offload" not in caplog.text
+    make_args(offload=True)
+    assert "offload=True is ignored: the run is on the CPU" in caplog.text
 
 
 def test_train_steps_come_from_flags_and_yaml_alike(tmp_path):

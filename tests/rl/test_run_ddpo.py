@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
 import run_ddpo
 from reward.arguments import main_guard
@@ -70,6 +70,28 @@ def test_from_yaml_to_lora_figures_and_pictures(config, tmp_path, capsys, pipeli
     assert not (folder / "checkpoint-2").exists()
 
 
+def test_xl_from_yaml_to_lora(config, tmp_path, xl_folder):
+    flags = ["--policy", xl_folder, "--guidance_scale", "3", "--num_train_epochs", "1", "--target_size", "32", "32"]
+    assert command("--config", config, "--eval_prompts", "", *flags, "--eval_rewards", "{}") == 0
+    pipe = DiffusionPipeline.from_pretrained(xl_folder)
+    pipe.load_lora_weights(str(tmp_path / "run"))
+    assert pipe.get_active_adapters()
+
+
+def test_whole_unet_from_yaml_to_folder(config, tmp_path, capsys):
+    flags = ["--config", config, "--tune", "full", "--eval_prompts", "", "--eval_rewards", "{}"]
+    flags += ["--num_train_epochs", "1", "--learning_rate", "1e-4", "--save_strategy", "no"]
+    assert command(*flags) == 0
+    assert 'UNet2DConditionModel.from_pretrained("' in capsys.readouterr().out
+    unet = tmp_path / "run/unet"
+    assert UNet2DConditionModel.from_pretrained(unet)
+    assert command(*flags) == 2
+    assert "finished run of the same settings" in capsys.readouterr().err
+    (unet / "of_the_run_before").touch()
+    assert command(*flags, "--overwrite_output_dir") == 0
+    assert not (unet / "of_the_run_before").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
@@ -85,6 +107,9 @@ def test_from_yaml_to_lora_figures_and_pictures(config, tmp_path, capsys, pipeli
         (["--resume_from_checkpoint", "latest"], ["holds no whole checkpoint"]),
         (["--eval_rewards", '{"reward": "tests.rl.toy_rewards:Plain"}'], ["eval_rewards"]),
         (["--eval_rewards", '{"judge": 3}'], ["3 does not name a reward"]),
+        (["--init_adapter", "nowhere"], ["there is no LoRA folder nowhere"]),
+        (["--base_adapters", "nowhere"], ["there is no LoRA folder nowhere"]),
+        (["--init_lora_weights", "eva"], ["eva", "pissa"]),
         (["--num_before_after", "0"], ["num_before_after is 0"]),
         (["--save_strategy", "best"], ["save_strategy is 'best'", "epoch, steps, no"]),
         (["--reward_kwargs", '{"nan_after": 3}'], ["term `red` is nan for the prompt"]),
