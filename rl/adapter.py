@@ -80,7 +80,7 @@ class AdapterSettings:
     @property
     def starts_from_base(self) -> bool:
         """Whether the LoRA starts as a part of the base model's weights (PiSSA, OLoRA)."""
-        return re.fullmatch(r"olora|pissa(_niter_\d+)?", self.init_lora_weights) is not None
+        return re.fullmatch(r"olora|pissa(_niter_\d+)?", str(self.init_lora_weights)) is not None
 
     @property
     def peft_init(self) -> bool | str:

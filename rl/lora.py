@@ -29,10 +29,10 @@ class Lora:
     """A LoRA on a frozen U-Net.
 
     One that starts from the base model's own weights (PiSSA, "Principal singular values and singular vectors
-    adaptation", Meng et al. 2024; OLoRA, Büyükakyüz 2024) trains s * B A on W - s * B0 A0, where B0 A0 is how it
-    started. Here the frozen U-Net keeps W, and a second adapter holds -B0 A0: the same function, with a base model that
-    is never rounded again, can be had back by switching both off, and to which the LoRA [A; A0], [B, -B0] of twice the
-    rank can be saved.
+    adaptation", Meng et al. 2024; OLoRA, Büyükakyüz 2024) trains s B A on W - s B0 A0, where B0 A0 is how it started.
+    Here the frozen U-Net keeps W, and a second, frozen adapter holds -B0 A0. It is the same function, but the base
+    model is not rounded anew, comes back when both adapters are switched off, and is the one that plain diffusers adds
+    what is saved to: the LoRA [A; A0], [B, -B0] of twice the rank.
 
     Attributes:
         network: a `PeftModel` around the U-Net.

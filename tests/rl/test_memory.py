@@ -34,12 +34,12 @@ def test_decoding_in_pieces_gives_the_same_pictures(pipeline_folder, setting):
 
 
 def test_large_pictures_are_decoded_in_tiles(pipeline_folder):
-    whole, tiles = load(pipeline_folder, resolution=32), load(pipeline_folder, resolution=32, vae_tiling=True)
-    smooth = torch.nn.functional.interpolate(latents_of(whole)[..., :2, :2], size=(16, 16), mode="bilinear")
-    expected, pictures = whole.decode(smooth), tiles.decode(smooth)
-    assert pictures.shape == expected.shape == (3, 3, 32, 32)
-    assert not torch.equal(pictures, expected)
-    assert (pictures - expected).abs().mean() < 0.1 * expected.std()
+    """Of 16 pixels, the last 4 of which fade into the next tile."""
+    whole, tiles = load(pipeline_folder), load(pipeline_folder, resolution=32, vae_tiling=True)
+    latents = latents_of(tiles)
+    pictures, first = tiles.decode(latents), whole.decode(latents[..., :8, :8])
+    assert pictures.shape == (3, 3, 32, 32)
+    torch.testing.assert_close(pictures[..., :12, :12], first[..., :12, :12], rtol=0, atol=1e-6)
 
 
 class Part:
@@ -105,6 +105,7 @@ def test_where_a_reward_is_put():
     assert place_reward(plain, SimpleNamespace(offload=True, device=DEVICE)) is plain
 
 
+@pytest.mark.filterwarnings("ignore")  # of what torch's own compiler does
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_network_is_the_same(pipeline_folder):
     """Values, gradients, and the weights' names."""
