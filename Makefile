@@ -9,7 +9,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test kill lint setup clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
+
+kill: $(STAMP)
+	$(BIN)/python tests/kill_resume.py --kills 200
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

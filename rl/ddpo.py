@@ -399,7 +399,7 @@ class DDPOTrainer(Trainer):
             self._check_place(checkpoint)
             if self.args.should_save:
                 check_intact(checkpoint)
-            self._resumed = read_marker(checkpoint)
+        self._resumed = read_marker(checkpoint) if checkpoint is not None else {}
         own = checkpoint is not None and checkpoint.resolve().parent == Path(self.args.output_dir).resolve()
         self._saved_step = self._resumed["global_step"] if own else None
         self._start = time.perf_counter() - self._resumed.get("train_seconds", 0.0)

@@ -13,8 +13,7 @@ def prepare_deepspeed_on_cpu() -> None:
     """Make DeepSpeed start on CPU ranks: there it compiles a small C++ op for their communication.
 
     Where no compiler is found the op is switched off, and the log says so; torch's own communication does the work.
-    Compiling takes a minute, once: set TORCH_EXTENSIONS_DIR to a folder that stays. A process killed while compiling
-    leaves a `lock` file there, on which the next one waits for ever: delete it.
+    Compiling takes a minute, once: set TORCH_EXTENSIONS_DIR to a folder that stays.
     """
     if shutil.which("ninja") is None:  # installed beside this Python, whose folder may not be on the path
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -24,3 +23,30 @@ def prepare_deepspeed_on_cpu() -> None:
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logger.warning("no C++ compiler or no ninja: DeepSpeed's CPU communication op is switched off, torch's is used")
+    else:
+        _load_op()
+
+
+def _load_op() -> None:
+    """Compile the op if it is not, and load it, one process after another.
+
+    torch guards the op's folder by a file `lock`. A process that is killed leaves it behind, and the next one would
+    wait for ever. The kernel's own lock on our file `loading` dies with its process, and a process that dies while it
+    holds that one leaves a word in it: then `lock` is the dead one's, and goes.
+    """
+    import fcntl  # not on Windows
+
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory(ShareMemCommBuilder.NAME, verbose=False))
+    with (folder / "loading").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if file.read():
+            (folder / "lock").unlink(missing_ok=True)
+        file.truncate(0)
+        file.write("loading")
+        file.flush()
+        ShareMemCommBuilder().load(verbose=False)
+        file.truncate(0)

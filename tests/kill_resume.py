@@ -172,13 +172,11 @@ class Launched:
     """A run of several ranks, started by torchrun."""
 
     def __init__(self, argv: list[str], phases: Path, log: Path, ranks: int):
-        # DeepSpeed compiles a small op on first use, and takes a lock where it lies: killed runs have their own.
+        # DeepSpeed compiles a small op on first use, and loads it under a lock: killed runs have their own.
         extensions = phases.parent / "torch_extensions"
         built = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path(sys.prefix) / "torch_extensions"))
         if built.is_dir() and not extensions.exists():
             shutil.copytree(built, extensions)
-        for lock in extensions.rglob("lock"):
-            lock.unlink()
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
         command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", __file__, "--rank_of", str(phases), *argv]
         with log.open("a") as output:
@@ -391,6 +389,7 @@ def main(options: argparse.Namespace, folder: Path) -> None:
             unequal += ["a finished run was made again"] * ((output / FINISHED).stat().st_mtime_ns != before)
         shutil.rmtree(output)
         runs += 1
+        print(f"{runs} runs, {sum(fell.values())} kills, {time.perf_counter() - start:.0f} s", flush=True)
 
     print("\n".join(f"{phase:>12}  {fell[phase]:4} kills" for phase in PHASES))
     print(f"{sum(fell.values())} kills in {runs} runs of {options.rollouts} rollouts, {options.ranks} rank(s), "

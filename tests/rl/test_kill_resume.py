@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.timeout(900)
 def test_killed_runs_end_as_the_one_without_kills():
     command = [sys.executable, "tests/kill_resume.py", "--kills", "6", "--rollouts", "4"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)

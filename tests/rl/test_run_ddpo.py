@@ -105,6 +105,8 @@ def test_whole_unet_from_yaml_to_folder(config, tmp_path, capsys):
         (["--reward", "tests.rl.toy_rewards:Nothing"], ["no attribute Nothing"]),
         (["--reward_kwargs", '{"wait": 1}'], ["wait"]),
         (["--resume_from_checkpoint", "latest"], ["holds no whole checkpoint"]),
+        (["--resume_from_checkpoint", "auto", "--overwrite_output_dir"], ["give one of them"]),
+        (["--output_dir", "/proc/run"], ["cannot write to output_dir /proc/run"]),
         (["--eval_rewards", '{"reward": "tests.rl.toy_rewards:Plain"}'], ["eval_rewards"]),
         (["--eval_rewards", '{"judge": 3}'], ["3 does not name a reward"]),
         (["--init_adapter", "nowhere"], ["there is no LoRA folder nowhere"]),
@@ -120,6 +122,31 @@ def test_mistakes_end_in_one_line_and_exit_code_2(config, capsys, flags, names):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert all(name in lines[0] for name in names), lines[0]
+
+
+def test_one_command_starts_goes_on_and_finds_that_nothing_is_left(config, tmp_path, capsys):
+    folder, line = tmp_path / "run", ("--config", config, "--num_train_epochs", "1", "--resume_from_checkpoint", "auto")
+    assert command(*line) == 0
+    results = {path: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "summary.json"}
+    assert command(*line) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    (folder / "finished.json").unlink()  # as if killed just before the end: only the evaluation is made again
+    (folder / "evaluation.json").unlink()
+    assert command(*line) == 0
+    said = capsys.readouterr().out
+    assert said.index("evaluating after") < said.index("evaluating before")
+    assert {path: path.read_bytes() for path in results} == results
+
+    (folder / "finished.json").unlink()
+    file = folder / "checkpoint-1/optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert command(*line) == 2
+    said = capsys.readouterr()
+    assert "checkpoint-1 is damaged: optimizer.pt" in said.err
+    assert "loading" not in said.out
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[1:]))
+    assert command(*line) == 2
+    assert "prompts (SHA-256): '" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
