@@ -2,7 +2,8 @@
 
     python run_ddpo.py --config configs/ddpo_tinyworld.yaml [--any_setting value]
 
-A YAML names code (`reward: package.module:Attribute`): run only those you trust.
+A YAML names code (`reward: package.module:Attribute`): run only those you trust. Several rewards are weighed by
+`rewards`; see `reward/by_name.py`.
 """
 
 import json
@@ -24,12 +25,13 @@ transformers.logging.disable_progress_bar()
 diffusers.logging.disable_progress_bar()
 
 from reward.arguments import main_guard, parse_arguments, read_prompt_file  # noqa: E402
+from reward.by_name import check_reward_name, make_reward, make_weighted_reward, read_named_rewards  # noqa: E402
+from reward.feedback import RewardFn  # noqa: E402
 from rl.checkpoints import check_output_dir, claim_output_dir, explained, resolve_checkpoint  # noqa: E402
 from rl.ddpo import DDPOConfig, DDPOTrainer  # noqa: E402
 from rl.ddpo_config import warn_of_ignored  # noqa: E402
 from rl.evaluate import TRAINING_REWARD, Evaluation, evaluate, look  # noqa: E402
 from rl.experience import Samples  # noqa: E402
-from rl.inputs import make_reward  # noqa: E402
 from rl.interrupt import RunInterrupted  # noqa: E402
 from rl.policy import StableDiffusionPolicy, load_scheduler  # noqa: E402
 from rl.report import print_table, write_report  # noqa: E402
@@ -41,21 +43,44 @@ class RunArguments:
     """What is trained, on what, and how it is judged. All else is in DDPOConfig."""
 
     policy: str = field(metadata={"help": "Folder of a StableDiffusionPipeline, or the hub's name of one."})
-    reward: str = field(metadata={"help": "The reward to train on, `package.module:Attribute`; a class is called."})
     prompts: str = field(metadata={"help": "Training prompts: a UTF-8 text file, one a line."})
+    reward: str | None = field(
+        default=None, metadata={"help": "The reward to train on, `package.module:Attribute`; a class is called."}
+    )
     reward_kwargs: dict = field(default_factory=dict, metadata={"help": "Arguments of the reward's class."})
+    rewards: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "Instead of `reward`, a weighted sum: name -> {reward: `package.module:Attribute`, weight: 1.0, "
+            "kwargs: {}}."
+        },
+    )
     eval_prompts: str | None = field(
         default=None, metadata={"help": "Held-out prompts, a file like `prompts`; none: no evaluation."}
     )
     eval_rewards: dict = field(
         default_factory=dict,
-        metadata={"help": "More rewards to evaluate by, never trained on: name -> `package.module:Attribute`."},
+        metadata={
+            "help": "More rewards to evaluate by, never trained on: name -> `package.module:Attribute`, or {reward:, "
+            "kwargs:}."
+        },
     )
     eval_generations: int = field(default=2, metadata={"help": "Pictures of each held-out prompt."})
     eval_seed: int = field(default=0, metadata={"help": "Seed of the evaluation's noise, whatever `seed` is."})
     num_before_after: int = field(default=8, metadata={"help": "Pictures in before_after.png."})
 
     def __post_init__(self):
+        self.rewards, self.eval_rewards = self.rewards or {}, self.eval_rewards or {}
+        if bool(self.reward) == bool(self.rewards):
+            which = "both are given" if self.reward else "neither is given"
+            raise ValueError(
+                f"`reward` names the one to train on, `rewards` a weighted sum of several: {which}; give one of them "
+                "(on the command line, --reward '' or --rewards '{}' takes away what the YAML says)"
+            )
+        if self.rewards:
+            warn_of_ignored(self, ("reward_kwargs",), "each of the `rewards` has kwargs of its own")
+        read_named_rewards("rewards", self.rewards, weights=True)
+        read_named_rewards("eval_rewards", self.eval_rewards, weights=False)
         if self.eval_generations < 1:
             raise ValueError(f"eval_generations is {self.eval_generations}; it must be at least 1")
         if self.num_before_after < 1:
@@ -67,6 +92,28 @@ class RunArguments:
         if not self.eval_prompts:
             names = ("eval_rewards", "eval_generations", "eval_seed", "num_before_after")
             warn_of_ignored(self, names, "there are no eval_prompts")
+
+    def make_reward(self) -> RewardFn:
+        """The reward to train on.
+
+        Raises:
+            ValueError: see `reward.by_name`.
+        """
+        if self.rewards:
+            return make_weighted_reward(read_named_rewards("rewards", self.rewards, weights=True))
+        return make_reward(self.reward, self.reward_kwargs)
+
+    def make_rewards(self) -> dict[str, RewardFn]:
+        """The reward to train on, `TRAINING_REWARD`, and those to evaluate by; none is made before all are known to be.
+
+        Raises:
+            ValueError: see `reward.by_name`.
+        """
+        more = read_named_rewards("eval_rewards", self.eval_rewards, weights=False)
+        for entry in more.values():
+            check_reward_name(entry.reward, entry.kwargs)
+        rewards = {TRAINING_REWARD: self.make_reward()}
+        return rewards | {name: make_reward(entry.reward, entry.kwargs) for name, entry in more.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,8 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_output_dir(args.output_dir, settings, overwrite=args.overwrite_output_dir, resume=resume)
 
     console.print("[bold]loading[/] policy and rewards")
-    rewards = {TRAINING_REWARD: make_reward(run.reward, run.reward_kwargs)}
-    rewards |= {name: make_reward(attribute) for name, attribute in run.eval_rewards.items()}
+    rewards = run.make_rewards()
     for reward in rewards.values():
         if hasattr(reward, "to"):
             reward.to(args.device)

@@ -18,7 +18,6 @@ from transformers import TrainerCallback
 
 from reward.arguments import parse_arguments, read_prompt_file
 from rl.ddpo import DDPOConfig, DDPOTrainer
-from rl.inputs import make_reward
 from rl.sde import ddim_scheduler, make_schedule, resolve_train_steps
 from rl.timing import PhaseClock
 from run_ddpo import RunArguments, load_policy
@@ -73,7 +72,7 @@ def make_trainer(config: Path, rollouts: int, output_dir: str) -> DDPOTrainer:
     }  # fmt: skip
     argv = ["--config", str(config), *(text for name, value in changes.items() for text in (f"--{name}", str(value)))]
     run, args = parse_arguments([RunArguments, DDPOConfig], argv)
-    policy, reward = load_policy(run, args), make_reward(run.reward, run.reward_kwargs)
+    policy, reward = load_policy(run, args), run.make_reward()
     schedule = make_schedule(ddim_scheduler(policy.scheduler, args.start_timestep), args.num_inference_steps, args.eta)
     args.gradient_accumulation_steps = len(resolve_train_steps(args.train_steps, schedule))
     if hasattr(reward, "to"):

@@ -24,7 +24,6 @@ from reward.arguments import parse_arguments, read_prompt_file
 from rl.advantages import group_advantages
 from rl.ddpo import DDPOConfig
 from rl.experience import rollout_noise, sample_and_score
-from rl.inputs import make_reward
 from rl.rollout import draw_prompts
 from rl.sde import ddim_scheduler, log_prob_map, make_schedule, resolve_train_steps, step_mean
 from rl.timing import PhaseClock
@@ -39,7 +38,7 @@ def chunk_gradients(options: Namespace, chunks: int) -> dict[tuple[str, int], np
         run, args = parse_arguments(
             [RunArguments, DDPOConfig], ["--config", str(options.config), "--output_dir", folder]
         )
-    policy, reward = load_policy(run, args), make_reward(run.reward, run.reward_kwargs)
+    policy, reward = load_policy(run, args), run.make_reward()
     schedule = make_schedule(ddim_scheduler(policy.scheduler, args.start_timestep), args.num_inference_steps, args.eta)
     steps = resolve_train_steps("all", schedule)
     prompts, groups = read_prompt_file(run.prompts), PICTURES // args.num_generations

@@ -17,8 +17,9 @@ import run_ddpo
 from reward.arguments import main_guard
 from reward.feedback import HEATMAPS, SCORES
 from reward.predict import RichFeedbackPredictor
-from rl.inputs import make_reward
+from tests.reward.test_http import serving
 from tests.rl.conftest import PROMPTS
+from tests.rl.toy_rewards import Plain
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,6 +86,16 @@ def test_from_yaml_to_lora_figures_and_pictures(config, tmp_path, capsys, pipeli
         (["--resume_from_checkpoint", "latest"], ["holds no whole checkpoint"]),
         (["--eval_rewards", '{"reward": "tests.rl.toy_rewards:Plain"}'], ["eval_rewards"]),
         (["--eval_rewards", '{"judge": 3}'], ["3 does not name a reward"]),
+        (
+            ["--eval_rewards", '{"judge": {"reward": "tests.rl.toy_rewards:Redness", "kwargs": {"wait": 1}}}'],
+            ["'wait'"],
+        ),
+        (["--rewards", '{"red": "tests.rl.toy_rewards:Redness"}'], ["both are given; give one of them", "--reward ''"]),
+        (["--reward", ""], ["neither is given"]),
+        (["--reward", "", "--rewards", "{}"], ["neither is given"]),
+        (["--reward", "", "--rewards", "[]"], ["a JSON mapping is wanted"]),
+        (["--reward", "", "--rewards", '{"red": {"reward": "a:b", "weight": "much"}}'], ["its weight is 'much'"]),
+        (["--reward", "", "--rewards", '{"red": "a:b", "red": "a:c"}'], ["`red` is given twice"]),
         (["--num_before_after", "0"], ["num_before_after is 0"]),
         (["--save_strategy", "best"], ["save_strategy is 'best'", "epoch, steps, no"]),
         (["--reward_kwargs", '{"nan_after": 3}'], ["term `red` is nan for the prompt"]),
@@ -95,6 +106,38 @@ def test_mistakes_end_in_one_line_and_exit_code_2(config, capsys, flags, names):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert all(name in lines[0] for name in names), lines[0]
+
+
+def weighted(url):
+    """Flags of a weighted sum in place of the config's reward, one member of it at `url`."""
+    red = {"reward": "tests.rl.toy_rewards:Redness", "weight": 2.0}
+    far = {"reward": "reward.http:HttpReward", "weight": 0.5, "kwargs": {"url": url, "tries": 2, "backoff": 0.0}}
+    return ["--reward", "", "--rewards", json.dumps({"red": red, "far": far})]
+
+
+def test_rewards_are_weighed_and_may_be_elsewhere(config, tmp_path):
+    with serving(Plain()) as url:
+        assert command("--config", config, "--num_train_epochs", "1", *weighted(url)) == 0
+    figures = json.loads((tmp_path / "run/evaluation.json").read_text())["before"]
+    picture = {name: values[0][0] for name, values in figures.items()}
+    assert picture["reward"] == pytest.approx(2.0 * picture["reward.red"] + 0.5 * picture["reward.far"], abs=1e-5)
+    assert {"reward.red.red", "reward.far.satisfied"} <= picture.keys()
+
+
+def test_a_reward_that_falls_silent_ends_the_run_and_leaves_its_checkpoint(config, tmp_path, capsys):
+    calls = []
+
+    def dies_in_the_second_rollout(images, prompts):
+        calls.append(1)
+        if len(calls) > 2:  # micro-batches of a rollout
+            raise RuntimeError("out of memory")
+        return Plain()(images, prompts)
+
+    with serving(dies_in_the_second_rollout) as url:
+        assert command("--config", config, "--eval_prompts", "", *weighted(url)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert f"the reward at {url} gave no answer in 2 tries: HTTP 500: RuntimeError: out of memory" in line
+    assert (tmp_path / "run/checkpoint-1/complete.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -173,7 +216,7 @@ def test_presets_rewards_can_be_built(path, monkeypatch):
     """All of a preset but the predictor's weights, which may be the user's own."""
     monkeypatch.setattr(RichFeedbackPredictor, "from_pretrained", lambda folder: folder)
     run, _ = settings_of(path)
-    reward = make_reward(run.reward, run.reward_kwargs)
+    reward = run.make_reward()
     assert reward.predictor == run.reward_kwargs["model"]
     assert len(reward.score_weights) >= 2
     assert reward.penalty_weights
