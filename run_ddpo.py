@@ -6,6 +6,7 @@ A YAML names code (`reward: package.module:Attribute`): run only those you trust
 `rewards`; see `reward/by_name.py`.
 """
 
+import difflib
 import json
 import logging
 import time
@@ -65,6 +66,13 @@ class RunArguments:
             "kwargs:}."
         },
     )
+    watch_reward: str | None = field(
+        default=None,
+        metadata={
+            "help": "One of `eval_rewards`, by name, that also looks at every rollout: the held-out reward that tells "
+            "whether the trained one is gamed (rl/watch.py), and which checkpoint is the best."
+        },
+    )
     eval_generations: int = field(default=2, metadata={"help": "Pictures of each held-out prompt."})
     eval_seed: int = field(default=0, metadata={"help": "Seed of the evaluation's noise, whatever `seed` is."})
     num_before_after: int = field(default=8, metadata={"help": "Pictures in before_after.png."})
@@ -89,8 +97,15 @@ class RunArguments:
             raise ValueError(
                 f"eval_rewards must not use the name {TRAINING_REWARD!r}, the training reward's; rename it"
             )
+        if self.watch_reward and self.watch_reward not in self.eval_rewards:
+            near = difflib.get_close_matches(self.watch_reward, self.eval_rewards, n=1, cutoff=0.0)
+            raise ValueError(
+                f"watch_reward: there is no {self.watch_reward!r} among the eval_rewards"
+                + (f" (nearest name: {near[0]!r})" if near else "; name it there")
+            )
         if not self.eval_prompts:
-            names = ("eval_rewards", "eval_generations", "eval_seed", "num_before_after")
+            names = ("eval_generations", "eval_seed", "num_before_after")
+            names += () if self.watch_reward else ("eval_rewards",)
             warn_of_ignored(self, names, "there are no eval_prompts")
 
     def make_reward(self) -> RewardFn:
@@ -125,6 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Whatever can be wrong with the input is found out before the models are loaded.
     prompts = read_prompt_file(run.prompts)
     eval_prompts = read_prompt_file(run.eval_prompts) if run.eval_prompts else []
+    if "held_out" in args.stop_on and not run.watch_reward:
+        raise ValueError("stop_on names held_out, but there is no such reward: name one of eval_rewards, watch_reward")
     check_schedule(run.policy, args)
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     settings, resume = asdict(run) | args.to_dict(), checkpoint is not None
@@ -136,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if hasattr(reward, "to"):
             reward.to(args.device)
     policy = load_policy(run, args)
-    trainer = DDPOTrainer(policy, rewards[TRAINING_REWARD], args, prompts)
+    held_out = rewards[run.watch_reward] if run.watch_reward else None
+    trainer = DDPOTrainer(policy, rewards[TRAINING_REWARD], args, prompts, held_out=held_out)
 
     def judge(phase: str, adapter: AbstractContextManager) -> tuple[Evaluation, Samples]:
         console.print(f"[bold]evaluating[/] {phase} training on {len(eval_prompts)} held-out prompts")
@@ -177,8 +195,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if not args.should_save:
         return
+    stopped_by = trainer.watch.stopping if trainer.state.global_step < trainer.state.max_steps else []
+    best = trainer.watch.best and {"path": str(trainer.best_checkpoint), **trainer.watch.best}
     seconds = trainer.clock.summary(trainer.train_seconds)
     paths = {"LoRA": Path(args.output_dir), "TensorBoard logs": Path(args.output_dir) / "runs"}
+    if best:
+        paths[f"best checkpoint by {run.watch_reward}, {best['held_out']:.4f} in its rollout"] = best["path"]
     if before and after:
         facts = {
             "seconds": seconds,
@@ -187,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "updates": trainer.state.global_step,
             "pictures_per_rollout": trainer.plan.pictures,
             "seed": args.seed,
+            "watch": {"over": trainer.watch.over, "stopped_by": stopped_by, "best_checkpoint": best},
         }
         figures = (before[0], after[0])
         with explained(f"the report to {args.output_dir}", args.output_dir):

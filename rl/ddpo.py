@@ -39,13 +39,11 @@ from rl.policy import StableDiffusionPolicy
 from rl.rollout import DivergedError, draw_prompts, shared_places
 from rl.sde import ddim_scheduler, kl_map, log_prob_map, make_schedule, resolve_train_steps, step_mean
 from rl.timing import PhaseClock
+from rl.watch import StopWhenGamed, Watch
 
 __all__ = ["DDPOConfig", "DDPOTrainer", "RolloutPlan"]
 
 logger = logging.getLogger(__name__)
-
-EMPTYING = 0.6
-"""Below this share of the edge energy at the start, the log warns that the policy draws less."""
 
 
 class _StopAtBoundaryError(Exception):
@@ -83,11 +81,13 @@ class DDPOTrainer(Trainer):
         args: the settings.
         prompts: training prompts.
         callbacks: as the Trainer's.
+        held_out: a reward that is not trained on, to see whether the trained one is gamed; see `rl.watch`.
 
     Attributes:
         schedule, train_steps, plan, total_rollouts: what the settings come to.
         clock, train_seconds: seconds of each phase so far, and of the last `train`.
         experience: of the rollout in use; None before the first.
+        watch: what is known of the reward being gamed.
     """
 
     loss_is_scaled_for_ga = False
@@ -99,8 +99,9 @@ class DDPOTrainer(Trainer):
         args: DDPOConfig,
         prompts: Sequence[str],
         callbacks: list[TrainerCallback] | None = None,
+        held_out: RewardFn | None = None,
     ):
-        self.policy, self.reward_fn, self.prompts = policy, reward_fn, list(prompts)
+        self.policy, self.reward_fn, self.prompts, self.held_out = policy, reward_fn, list(prompts), held_out
         self.scheduler = ddim_scheduler(policy.scheduler, args.start_timestep)
         self.schedule = make_schedule(self.scheduler, args.num_inference_steps, args.eta)
         self.train_steps = resolve_train_steps(args.train_steps, self.schedule)
@@ -110,13 +111,15 @@ class DDPOTrainer(Trainer):
         self.clock = PhaseClock()
         self.train_seconds = 0.0
         self.experience: Experience | None = None
-        self.edge_energy_at_start: float | None = None
+        self.watch = Watch(args.watch_limits, args.stop_on, speaks=args.should_save)
+        self._kl_observed = False
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._stop = StopSignal()
         self._run_dir: str | None = None
         self._saved_step: int | None = None
         super().__init__(model=policy.network, args=args, callbacks=callbacks)
         policy.to(args.device)
+        self.add_callback(StopWhenGamed(self.watch))
         if any(isinstance(callback, TensorBoardCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(SampleGrids(self))
         if self.pop_callback(ProgressCallback):
@@ -174,6 +177,7 @@ class DDPOTrainer(Trainer):
                     number,
                     num_samples=args.num_log_images if first == 0 else 0,
                     on_step=self._stop_if_asked,
+                    held_out=self.held_out,
                 )
             )
         return gather_experience(batches, [prompts[picture] for picture in mine], args, self.accelerator.gather, rank)
@@ -207,6 +211,9 @@ class DDPOTrainer(Trainer):
         if inputs["measure_kl"]:
             kl = kl_map(mean, reference_mean, std).mean()
             metrics["kl"] = kl.detach()
+            if not self._kl_observed:  # the rollout's first: of the policy that drew it
+                self._kl_observed = True
+                self._observe({"kl": float(self.accelerator.gather(kl.detach().reshape(1)).mean())})
             if args.beta > 0:
                 loss = loss + args.beta * kl
         for name, value in metrics.items():
@@ -263,15 +270,17 @@ class DDPOTrainer(Trainer):
 
     def _note(self, experience: Experience) -> None:
         metrics = dict(experience.metrics)
-        if self.edge_energy_at_start is None:
-            self.edge_energy_at_start = metrics["edge_energy"]
-        metrics["drawn"] = metrics.pop("edge_energy") / max(self.edge_energy_at_start, 1e-8)
         metrics["reward"] = metrics.pop("objective")
-        if metrics["drawn"] < EMPTYING:
-            logger.warning(
-                "the pictures hold %.0f%% of the edges they had at the start: the policy may be learning to draw less",
-                100 * metrics["drawn"],
-            )
+        self._log_later(metrics)
+        self._kl_observed = False
+        self._observe(experience.measures)
+        if "held_out" in experience.measures and self._saved_step == self.state.global_step:
+            self.watch.note_checkpoint(self.state.global_step, experience.measures["held_out"])
+
+    def _observe(self, measured: dict[str, float]) -> None:
+        self._log_later({f"watch/{name}": value for name, value in self.watch.observe(measured).items()})
+
+    def _log_later(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._metrics[name].append(torch.tensor(value, device=self.args.device))
 
@@ -346,6 +355,14 @@ class DDPOTrainer(Trainer):
     def _checkpoint_place(self) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint with the best held-out reward, as far as rollouts were drawn from checkpoints; never rotated
+        away. None if no held-out reward is watched."""
+        if self.watch.best is None:
+            return None
+        return Path(self.args.output_dir) / f"checkpoint-{self.watch.best['global_step']}"
+
     def _get_output_dir(self, trial) -> str:
         return self._run_dir or super()._get_output_dir(trial)
 
@@ -361,7 +378,7 @@ class DDPOTrainer(Trainer):
         marker = {
             "global_step": self.state.global_step,
             "rollouts": self.state.global_step // self.plan.updates,
-            "edge_energy_at_start": self.edge_energy_at_start,
+            "watch": self.watch.state(),
         }
         try:
             with explained(f"the checkpoint {place}", self.args.output_dir):
@@ -372,7 +389,7 @@ class DDPOTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     publish(Path(self._run_dir) / place.name, place, marker)
-                    rotate(self.args.output_dir, self.args.save_total_limit)
+                    rotate(self.args.output_dir, self.args.save_total_limit, self.best_checkpoint)
             self._saved_step = self.state.global_step
         finally:
             if self.args.should_save:
@@ -402,7 +419,11 @@ class DDPOTrainer(Trainer):
         checkpoint = args[2]
         if checkpoint is not None:
             marker = read_marker(Path(checkpoint))
-            self.edge_energy_at_start = marker["edge_energy_at_start"]
+            self.watch.load_state(marker.get("watch", {}))
+            if Path(checkpoint).resolve().parent == Path(self.args.output_dir).resolve():
+                self._saved_step = marker["global_step"]
+            else:
+                self.watch.best = None  # it lies in another folder, which is not this run's to keep
             if self.args.should_save:
                 abandon_later(marker["global_step"], self.args.output_dir)
         place = super()._init_training_state(max_steps, *args)

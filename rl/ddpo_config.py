@@ -11,6 +11,7 @@ from transformers import SchedulerType, TrainingArguments
 from rl.advantages import CREDITS, FOCUSES
 from rl.engines import prepare_deepspeed_on_cpu
 from rl.policy import DEFAULT_LORA_TARGETS
+from rl.watch import check_watch
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,10 @@ class DDPOConfig(TrainingArguments):
             "multiple of the updates of a rollout; no."
         },
     )
-    save_total_limit: int | None = field(default=2, metadata={"help": "Keep so many checkpoints, the newest."})
+    save_total_limit: int | None = field(
+        default=2,
+        metadata={"help": "Keep so many checkpoints, the newest; besides, the one of the best held-out reward."},
+    )
     report_to: list[str] = field(
         default_factory=lambda: ["tensorboard"], metadata={"help": "Where to log to, as in transformers."}
     )
@@ -202,6 +206,19 @@ class DDPOConfig(TrainingArguments):
         default="float32", metadata={"help": "Precision of the frozen weights; the LoRA is float32."}
     )
 
+    # Watch
+    watch_limits: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "Limits of the monitors that see a reward being gamed, name -> number in place of the default, or "
+            "null for none; rl/watch.py lists them."
+        },
+    )
+    stop_on: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Monitors that end the run when they cross their limits, or all; by default they only warn."},
+    )
+
     # Run
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew in an output folder that holds another run, deleting that run."}
@@ -214,6 +231,10 @@ class DDPOConfig(TrainingArguments):
         if isinstance(self.train_steps, str | int):
             self.train_steps = [self.train_steps]
         self.train_steps = [str(step) for step in self.train_steps]
+        self.watch_limits, self.stop_on = self.watch_limits or {}, self.stop_on or []
+        if isinstance(self.stop_on, str):
+            self.stop_on = [self.stop_on]
+        check_watch(self.watch_limits, self.stop_on)
         if self.save_strategy is False:  # what YAML makes of a bare `no`
             self.save_strategy = "no"
         self._check_names()

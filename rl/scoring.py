@@ -9,7 +9,7 @@ import torch
 
 from reward.feedback import Reward, RewardError, RewardFn, check_reward
 
-__all__ = ["RewardError", "concatenate", "score"]
+__all__ = ["RewardError", "concatenate", "features", "score"]
 
 
 @torch.no_grad()
@@ -32,6 +32,26 @@ def score(reward_fn: RewardFn, images: torch.Tensor, prompts: Sequence[str], bat
         check_reward(part, chunk)
         parts.append(part)
     return concatenate(parts)
+
+
+@torch.no_grad()
+def features(reward_fn: RewardFn, images: torch.Tensor, batch_size: int | None = None) -> torch.Tensor | None:
+    """What the reward sees in N pictures (N, 3, H, W), (N, D) float32; None if it does not say.
+
+    Raises:
+        RewardError: its features are of another shape, or not finite.
+    """
+    if not hasattr(reward_fn, "features"):
+        return None
+    batch_size = batch_size or len(images)
+    parts = [reward_fn.features(images[first : first + batch_size]) for first in range(0, len(images), batch_size)]
+    found = torch.cat(parts).float().to(images.device)
+    if found.ndim != 2 or len(found) != len(images) or not found.isfinite().all():
+        raise RewardError(
+            f"the reward's features are to be finite, ({len(images)}, D), for {len(images)} pictures; "
+            f"these have the shape {tuple(found.shape)}"
+        )
+    return found
 
 
 def concatenate(rewards: Sequence[Reward]) -> Reward:

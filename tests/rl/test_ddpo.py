@@ -248,7 +248,7 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_bit(make_trainer, tmp_path)
     assert rest.state.global_step == 4
     assert_same(lora(tmp_path / "whole/checkpoint-4"), lora(tmp_path / "part/checkpoint-4"))
     assert logged(whole, "reward") == logged(rest, "reward")
-    assert logged(whole, "drawn") == logged(rest, "drawn")
+    assert logged(whole, "watch/drawn") == logged(rest, "watch/drawn") != []
 
 
 def test_resumed_run_with_two_passes_is_the_uninterrupted_one_to_the_bit(make_trainer, tmp_path):
@@ -474,7 +474,7 @@ def test_ctrl_c_on_one_rank_stops_all_at_the_next_sampling_step(make_trainer, mo
 
 def test_emptying_pictures_are_warned_about(make_trainer, caplog):
     trainer = make_trainer(num_train_epochs=2)
-    trainer.edge_energy_at_start = 100.0
+    trainer.watch.load_state({"start": {"drawn": 100.0}})
     trainer.train()
     assert "learning to draw less" in caplog.text
 
