@@ -43,7 +43,7 @@ def diversity(images: torch.Tensor, group_size: int) -> torch.Tensor:
 
 def file_size(images: torch.Tensor) -> torch.Tensor:
     """How much there is to say about a picture: (N, 3, H, W) in [0, 1] -> (N,), bytes of it as a JPEG, less those of an
-    empty one; 0 if it is of one colour. Noise weighs much, smooth shapes little."""
+    empty one; next to 0 if it is of one colour. Noise weighs much, smooth shapes little."""
     empty = _jpeg_bytes(Image.new("RGB", (images.shape[-1], images.shape[-2]), "grey"))
     return torch.tensor([float(max(_jpeg_bytes(to_image(image)) - empty, 0)) for image in images], device=images.device)
 
@@ -93,6 +93,6 @@ def dead_groups(values: torch.Tensor, group_size: int, std_floor: float) -> floa
 def standard_error(values: torch.Tensor, group_size: int) -> float:
     """Of the mean of (N,) values; what varies at random are the groups, so it is taken over their means."""
     means = values.float().view(-1, group_size).mean(dim=1)
-    if len(means) < 2:
+    if len(means) < 2:  # one group does not say how groups vary
         means = values.float()
     return float(means.std() / len(means) ** 0.5)

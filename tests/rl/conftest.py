@@ -85,7 +85,7 @@ def make_trainer(pipeline_folder, make_args):
     from rl.policy import StableDiffusionPolicy
     from tests.rl.toy_rewards import Redness
 
-    def make(reward=None, **changes):
+    def make(reward=None, held_out=None, **changes):
         args = make_args(**changes)
         policy = StableDiffusionPolicy.load(
             pipeline_folder,
@@ -94,6 +94,6 @@ def make_trainer(pipeline_folder, make_args):
             lora_target_modules=args.lora_target_modules,
             seed=args.seed,
         )
-        return DDPOTrainer(policy, reward or Redness(), args, PROMPTS)
+        return DDPOTrainer(policy, reward or Redness(), args, PROMPTS, held_out=held_out)
 
     return make

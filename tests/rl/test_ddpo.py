@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -496,7 +497,9 @@ def test_tensorboard_gets_figures_and_pictures(make_trainer):
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_two_ranks_are_one(engine, pipeline_folder, make_trainer, tmp_path):
     """Two CPU ranks draw the pictures of one, compare them over both, and end at the same weights up to rounding."""
-    trainer = make_trainer(num_train_epochs=2, optim="sgd", learning_rate=1.0, output_dir=str(tmp_path / "one"))
+    trainer = make_trainer(
+        held_out=Plain(), num_train_epochs=2, optim="sgd", learning_rate=1.0, output_dir=str(tmp_path / "one")
+    )
     trainer.train()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
     command += ["--rdzv_endpoint=localhost:0", "tests/rl/two_ranks.py", engine, pipeline_folder, str(tmp_path / "two")]
@@ -515,3 +518,7 @@ def test_two_ranks_are_one(engine, pipeline_folder, make_trainer, tmp_path):
     one, two = lora(tmp_path / "one/checkpoint-2"), lora(tmp_path / "two/checkpoint-2")
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+    first, second = (json.loads((tmp_path / f"two-watch-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert first["start"] == pytest.approx(trainer.watch.state()["start"], rel=1e-3, abs=1e-6)
+    assert first["best"]["global_step"] == 1

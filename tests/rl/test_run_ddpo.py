@@ -96,6 +96,10 @@ def test_from_yaml_to_lora_figures_and_pictures(config, tmp_path, capsys, pipeli
         (["--reward", "", "--rewards", "[]"], ["a JSON mapping is wanted"]),
         (["--reward", "", "--rewards", '{"red": {"reward": "a:b", "weight": "much"}}'], ["its weight is 'much'"]),
         (["--reward", "", "--rewards", '{"red": "a:b", "red": "a:c"}'], ["`red` is given twice"]),
+        (["--watch_reward", "jugde"], ["'jugde'", "nearest name: 'judge'"]),
+        (["--stop_on", "diversty"], ["'diversty'", "'diversity'"]),
+        (["--stop_on", "held_out"], ["watch_reward"]),
+        (["--watch_limits", '{"kl": "far"}'], ["limit of kl is 'far'"]),
         (["--num_before_after", "0"], ["num_before_after is 0"]),
         (["--save_strategy", "best"], ["save_strategy is 'best'", "epoch, steps, no"]),
         (["--reward_kwargs", '{"nan_after": 3}'], ["term `red` is nan for the prompt"]),
@@ -106,6 +110,21 @@ def test_mistakes_end_in_one_line_and_exit_code_2(config, capsys, flags, names):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert all(name in lines[0] for name in names), lines[0]
+
+
+def test_stop_on_ends_the_run_in_order_and_names_the_best_checkpoint(config, tmp_path, capsys):
+    """The policy has moved from the base when the second rollout is drawn."""
+    watch = ["--watch_reward", "judge", "--stop_on", "kl", "--watch_limits", '{"kl": 1e-12}']
+    assert command("--config", config, "--num_train_epochs", "4", *watch) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["updates"] == 2
+    assert "kl" in summary["watch"]["over"]
+    assert summary["watch"]["stopped_by"] == ["kl"]
+    best = summary["watch"]["best_checkpoint"]
+    assert best["path"] == str(tmp_path / "run/checkpoint-1")
+    assert (tmp_path / "run/checkpoint-1/complete.json").exists()
+    assert (tmp_path / "run/pytorch_lora_weights.safetensors").exists()
+    assert f"best checkpoint by judge, {best['held_out']:.4f} in its rollout: {best['path']}" in capsys.readouterr().out
 
 
 def weighted(url):
