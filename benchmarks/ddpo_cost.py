@@ -18,7 +18,6 @@ from transformers import TrainerCallback
 
 from reward.arguments import parse_arguments, read_prompt_file
 from rl.ddpo import DDPOConfig, DDPOTrainer
-from rl.inputs import make_reward
 from rl.timing import PhaseClock
 from run_ddpo import RunArguments, load_policy
 
@@ -72,7 +71,7 @@ def make_trainer(config: Path, rollouts: int, output_dir: str) -> DDPOTrainer:
     }  # fmt: skip
     argv = ["--config", str(config), *(text for name, value in changes.items() for text in (f"--{name}", str(value)))]
     run, args = parse_arguments([RunArguments, DDPOConfig], argv)
-    policy, reward = load_policy(run, args), make_reward(run.reward, run.reward_kwargs)
+    policy, reward = load_policy(run, args), run.make_reward()
     _, schedule = args.make_schedule(policy.scheduler)
     args.gradient_accumulation_steps = args.steps_per_rollout(schedule)
     if hasattr(reward, "to"):

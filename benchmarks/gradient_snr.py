@@ -33,7 +33,6 @@ from reward.arguments import parse_arguments, read_prompt_file
 from rl.attention import WordAttention
 from rl.ddpo import DDPOConfig
 from rl.experience import credit_map, gather_experience, rollout_noise, sample_and_score
-from rl.inputs import make_reward
 from rl.rollout import draw_prompts
 from rl.scoring import score
 from rl.sde import resolve_train_steps
@@ -69,7 +68,7 @@ def collect(options: Namespace, chunks: int) -> tuple[list[int], dict[str, np.nd
         run, args = parse_arguments(
             [RunArguments, DDPOConfig], ["--config", str(options.config), "--output_dir", folder]
         )
-    policy, reward = load_policy(run, args), make_reward(run.reward, run.reward_kwargs)
+    policy, reward = load_policy(run, args), run.make_reward()
     args.per_device_train_batch_size = PICTURES
     _, schedule = args.make_schedule(policy.scheduler)
     steps = [

@@ -126,6 +126,19 @@ def _split_off_config(argv: list[str]) -> tuple[list[str], str | None]:
     return rest, path
 
 
+class _NoTwins(yaml.SafeLoader):
+    """`yaml.SafeLoader`, to which a key that is given twice is an error instead of its last value."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys: list[object] = []
+        for key, _ in node.value:
+            if key.value in keys:
+                raise yaml.YAMLError(f"{key.start_mark}: the key `{key.value}` is given twice; give it once")
+            keys.append(key.value)
+        return node
+
+
 class _Parser(TrlParser):
     """`TrlParser` whose complaints are exceptions, and which reads mappings and checks YAML values."""
 
@@ -163,7 +176,7 @@ class _Parser(TrlParser):
         except UnicodeDecodeError as error:
             raise ArgumentsError(f"the config file {path} is not UTF-8 text: {error}") from error
         try:
-            config = yaml.safe_load(text)
+            config = yaml.load(text, _NoTwins)
         except yaml.YAMLError as error:
             raise ArgumentsError(f"the config file {path} is not valid YAML: {error}") from error
         if not isinstance(config, dict):
@@ -213,7 +226,7 @@ def _is_number(value: object, kind: type) -> bool:
 
 def _json_mapping(text: str) -> dict:
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_no_twins)
     except json.JSONDecodeError as error:
         raise ArgumentTypeError(
             f"a mapping is written as JSON on the command line, {text!r} is not: {error}"
@@ -221,3 +234,11 @@ def _json_mapping(text: str) -> dict:
     if not isinstance(value, dict):
         raise ArgumentTypeError(f"a JSON mapping is wanted, {text!r} is not one")
     return value
+
+
+def _no_twins(pairs: list[tuple[str, object]]) -> dict:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ArgumentTypeError(f"the key `{name}` is given twice; give it once")
+    return dict(pairs)

@@ -42,12 +42,13 @@ def heatmap_image(heatmap: torch.Tensor) -> Image.Image:
 def overlay(image: torch.Tensor, heatmap: torch.Tensor, name: str = "implausibility", height: int | None = None):
     """A heatmap (h, w) in [0, 1] over its picture (3, H, W): the higher, the less of the picture is seen.
 
-    `name` chooses the colours. Returns an RGB image of the picture's size, or of `height` pixels.
+    `name` chooses the colours (of `rich.misalignment`, its last part). Returns an RGB image of the picture's size, or
+    of `height` pixels.
     """
     base = to_image(image, height)
     strength = heatmap_image(heatmap).resize(base.size, Image.Resampling.BILINEAR)
     values = np.asarray(strength, dtype=np.float32)[..., None] / 255
-    colours = colormaps[_COLOURS.get(name, "inferno")](0.25 + 0.75 * values[..., 0])[..., :3] * 255
+    colours = colormaps[_COLOURS.get(name.rpartition(".")[2], "inferno")](0.25 + 0.75 * values[..., 0])[..., :3] * 255
     grey = np.asarray(base, dtype=np.float32)
     share = 0.85 * np.sqrt(values)  # the root keeps weak marks visible
     return Image.fromarray((grey * (1 - share) + colours * share).round().astype(np.uint8))

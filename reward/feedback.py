@@ -6,7 +6,7 @@ Shapes: B images, H x W their height and width in pixels, T the tokens of one pr
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 
@@ -82,6 +82,11 @@ class RewardFn(Protocol):
 
     Attributes:
         differentiable: whether gradients flow from the reward back into the images.
+
+    Two more are optional, and let a run see that its reward is being gamed (`rl/watch.py`):
+
+        ranges: name of a term -> (lowest, highest) value that it can have.
+        features(images (B, 3, H, W) in [0, 1]) -> (B, D): what the reward sees in images; diversity is measured there.
     """
 
     differentiable: bool
@@ -89,3 +94,71 @@ class RewardFn(Protocol):
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> Reward:
         """Reward `images` (B, 3, H, W) float in [0, 1] for their B `prompts`."""
         ...
+
+
+class RewardError(ValueError):
+    """A reward function returned something that cannot be trained on, or could not be asked."""
+
+
+def check_reward(reward: Reward, prompts: Sequence[str]) -> None:
+    """Look whether what a reward function returned for B prompts is a reward of B images.
+
+    Raises:
+        RewardError: it is no `Reward`; the total, a term or a penalty is no tensor, not finite (the prompt is named) or
+            of a wrong shape; a penalty is negative.
+    """
+    if not isinstance(reward, Reward):
+        raise RewardError(f"the reward function returned {_kind(reward)}, not a reward.feedback.Reward")
+    for name, value in reward.terms.items():
+        _check_values(f"term `{name}`", value, prompts)
+    for name, value in reward.penalties.items():
+        _check_values(f"penalty map `{name}`", value, prompts, dimensions=3)
+        if value.min() < 0:
+            _refuse_negative(f"penalty map `{name}`", value)
+    _check_values("total", reward.total, prompts)
+    if reward.word_penalties is not None:
+        _check_words(reward.word_penalties, prompts)
+
+
+def _check_values(name: str, value: torch.Tensor, prompts: Sequence[str], dimensions: int = 1) -> None:
+    """(B,), or maps (B, H, W) of at least one place; every number finite."""
+    count = len(prompts)
+    wanted = f"({count}, H, W)" if dimensions == 3 else f"({count},)"
+    if not isinstance(value, torch.Tensor):
+        raise RewardError(f"the reward's {name} is {_kind(value)}, not a tensor {wanted}")
+    if value.ndim != dimensions or len(value) != count:
+        raise RewardError(f"the reward's {name} has shape {tuple(value.shape)} for {count} pictures, not {wanted}")
+    if 0 in value.shape:
+        raise RewardError(f"the reward's {name} has shape {tuple(value.shape)}: a map must have places")
+    broken = ~value.isfinite().reshape(count, -1).all(dim=1)
+    if broken.any():
+        index = int(broken.nonzero()[0])
+        example = value[index].flatten()
+        example = float(example[~example.isfinite()][0])
+        raise RewardError(
+            f"the reward's {name} is {example} for the prompt {prompts[index]!r} "
+            f"({int(broken.sum())} of {count} pictures); it is not replaced by a number: mend the reward"
+        )
+
+
+def _check_words(words: Sequence[torch.Tensor], prompts: Sequence[str]) -> None:
+    if len(words) != len(prompts):
+        raise RewardError(f"the reward has word penalties for {len(words)} pictures, not {len(prompts)}")
+    for value in words:
+        if not isinstance(value, torch.Tensor) or value.ndim != 1:
+            shape = tuple(value.shape) if isinstance(value, torch.Tensor) else _kind(value)
+            raise RewardError(f"the reward's word penalties must be a tensor (T,) for each picture, not {shape}")
+    together = torch.cat(list(words))
+    if not together.isfinite().all():
+        index = next(index for index, value in enumerate(words) if not value.isfinite().all())
+        raise RewardError(f"the reward's word penalties are not finite for the prompt {prompts[index]!r}")
+    if len(together) and together.min() < 0:
+        _refuse_negative("word penalties", together)
+
+
+def _refuse_negative(name: str, value: torch.Tensor) -> NoReturn:
+    raise RewardError(f"the reward's {name} is negative ({float(value.min())}); penalties are costs, >= 0")
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__name__}"

@@ -272,12 +272,15 @@ class RahfModel(PreTrainedModel):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.word_head.write = value
 
+    def patch_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) -> the vision encoder's features of each place on its grid, (B, P, its width)."""
+        features = self.vision(pixel_values=pixel_values, **self.resizing).last_hidden_state
+        return tokens_of(features, self.config.grid[0] * self.config.grid[1])
+
     def see(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) -> their features as T5 takes them, (B, P, D)."""
-        patches = self.config.grid[0] * self.config.grid[1]
-        features = self.vision(pixel_values=pixel_values, **self.resizing).last_hidden_state
-        image = self.project(tokens_of(features, patches))
-        return image if self.places is None else image + self.places(torch.arange(patches, device=image.device))
+        image = self.project(self.patch_features(pixel_values))
+        return image if self.places is None else image + self.places(torch.arange(image.shape[1], device=image.device))
 
     def fuse(
         self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor

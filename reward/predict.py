@@ -119,13 +119,25 @@ class RichFeedbackPredictor:
             misaligned=[words for part in parts for words in part[2]],
         )
 
+    @torch.no_grad()
+    def features(self, images: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
+        """What the vision encoder sees in images (B, 3, H, W) in [0, 1]: the mean over places of its features, (B, D)
+        float32, on the predictor's device."""
+        parts = [
+            self.model.patch_features(self._pixels(images[start : start + batch_size])).float().mean(dim=1)
+            for start in range(0, len(images), batch_size)
+        ]
+        return torch.cat(parts)
+
+    def _pixels(self, images: torch.Tensor) -> torch.Tensor:
+        return preprocess(images.to(self.device, torch.float32), self.model.config).to(self.model.dtype)
+
     def _predict(self, images: torch.Tensor, tokens: list[list[str]], heatmap_size: int | tuple[int, int] | None):
         """Scores (B, 4), heatmaps (B, 2, H, W) or of side `heatmap_size`, words' probabilities, B tensors (T,)."""
         config, device = self.model.config, self.device
         text = encode_prompts(self.tokenizer, tokens, config.max_text_length)
         text = {name: value.to(device) for name, value in text.items()}
-        pixels = preprocess(images.to(device, torch.float32), config).to(self.model.dtype)
-        out = self.model(pixels, **text)
+        out = self.model(self._pixels(images), **text)
         size = (heatmap_size,) * 2 if isinstance(heatmap_size, int) else heatmap_size or images.shape[-2:]
         heatmaps = out.heatmaps.float()
         if heatmaps.shape[-2:] != size:

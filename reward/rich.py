@@ -53,6 +53,15 @@ class RichReward:
             model if isinstance(model, RichFeedbackPredictor) else RichFeedbackPredictor.from_pretrained(model)
         )
 
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """The scores that are rewarded, each in [0, 1]."""
+        return {name: (0.0, 1.0) for name, weight in self.score_weights.items() if weight}
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """What the predictor's vision encoder sees in `images` (B, 3, H, W) in [0, 1], (B, D)."""
+        return self.predictor.features(images, self.batch_size)
+
     def to(self, device: str | torch.device) -> "RichReward":
         self.predictor.to(device)
         return self

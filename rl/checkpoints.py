@@ -29,7 +29,10 @@ BESIDE = ".incomplete"
 LOGS = "runs"
 REPLACED, ABANDONED = ".replaced", ".abandoned"  # behind the name of a checkpoint that is one no more
 FINISHED = "finished.json"
-RESULTS = ("summary.json", "evaluation.json", "before_after.png", "pytorch_lora_weights.safetensors", FINISHED)
+RESULTS = (
+    *("summary.json", "evaluation.json", "before_after.png", "pytorch_lora_weights.safetensors", FINISHED),
+    *("README.md", "curves.png"),
+)
 FOLDERS = (LOGS, "scheduler", "unet", BESIDE)
 
 _LATEST, _AUTO = ("latest", "true", "yes", "1"), "auto"
@@ -149,11 +152,12 @@ def discard(checkpoint: Path) -> None:
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def rotate(output_dir: str | Path, save_total_limit: int | None) -> None:
-    """Keep the newest `save_total_limit` whole checkpoints (None or 0: all), and nothing unfinished below them."""
+def rotate(output_dir: str | Path, save_total_limit: int | None, best: Path | None = None) -> None:
+    """Keep the newest `save_total_limit` whole checkpoints (None or 0: all) and the `best`; nothing unfinished below
+    them."""
     if save_total_limit and save_total_limit > 0 and (kept := complete_checkpoints(output_dir)[-save_total_limit:]):
         for folder in _numbered(output_dir):
-            if _number(folder) < _number(kept[0]):
+            if _number(folder) < _number(kept[0]) and folder != best:
                 discard(folder)
 
 

@@ -48,13 +48,11 @@ from rl.sde import draw_steps, kl_map, log_prob_map, step_mean, step_weights
 from rl.step_gradients import chunk_gradients
 from rl.step_probe import StepProbe, metric
 from rl.timing import PhaseClock
+from rl.watch import StopWhenGamed, Watch
 
 __all__ = ["DDPOConfig", "DDPOTrainer", "RolloutPlan"]
 
 logger = logging.getLogger(__name__)
-
-EMPTYING = 0.6
-"""Below this share of the edge energy at the start, the log warns that the policy draws less."""
 
 
 class _StopAtBoundaryError(Exception):
@@ -92,12 +90,14 @@ class DDPOTrainer(Trainer):
         args: the settings.
         prompts: training prompts.
         callbacks: as the Trainer's.
+        held_out: a reward that is not trained on, to see whether the trained one is gamed; see `rl.watch`.
 
     Attributes:
         schedule, plan, total_rollouts: what the settings come to.
         train_steps: the steps trained, or those a rollout draws its own from; with `auto`, those chosen last.
         clock, train_seconds: seconds of each phase so far, and of `train`; of the whole run, also where it goes on.
         experience: of the rollout in use; None before the first.
+        watch: what is known of the reward being gamed.
     """
 
     loss_is_scaled_for_ga = False
@@ -109,8 +109,9 @@ class DDPOTrainer(Trainer):
         args: DDPOConfig,
         prompts: Sequence[str],
         callbacks: list[TrainerCallback] | None = None,
+        held_out: RewardFn | None = None,
     ):
-        self.policy, self.reward_fn, self.prompts = policy, reward_fn, list(prompts)
+        self.policy, self.reward_fn, self.prompts, self.held_out = policy, reward_fn, list(prompts), held_out
         self.scheduler, self.schedule = args.make_schedule(policy.scheduler)
         self.train_steps = args.trained_steps(self.schedule)
         self.plan = args.plan(args.steps_per_rollout(self.schedule))
@@ -121,7 +122,8 @@ class DDPOTrainer(Trainer):
         self.clock = PhaseClock()
         self.train_seconds = 0.0
         self.experience: Experience | None = None
-        self.edge_energy_at_start: float | None = None
+        self.watch = Watch(args.watch_limits, args.stop_on, speaks=args.should_save)
+        self._kl_observed = False
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._noted = True
         self._resumed: dict[str, Any] = {}
@@ -134,6 +136,7 @@ class DDPOTrainer(Trainer):
             raise ValueError(f"beta is {args.beta}, but the policy keeps no base model; load it with keep_reference")
         super().__init__(model=policy.network, args=args, callbacks=callbacks)
         policy.to(args.device)
+        self.add_callback(StopWhenGamed(self.watch))
         self.add_callback(ResumedLogs(self))
         if self.pop_callback(TensorBoardCallback):
             self.add_callback(RunCurves)
@@ -208,6 +211,7 @@ class DDPOTrainer(Trainer):
                     number,
                     num_samples=args.num_log_images if first == 0 else 0,
                     on_step=self._stop_if_asked,
+                    held_out=self.held_out,
                 )
             )
         experience = gather_experience(batches, prompts, args, self.accelerator.gather, rank, self.statistics)
@@ -241,12 +245,11 @@ class DDPOTrainer(Trainer):
                 self._stop_if_asked()
             gathered = self.accelerator.gather(torch.stack(sketches))
         self.train_steps, found = self.probe.learn(gathered)
+        metrics = dict(experience.metrics)
         for step, ratio in zip(self.probe.steps, found.snr(), strict=True):
-            self._metrics[f"probe/snr_step_{step}"].append(torch.tensor(ratio, device=self.args.device))
-            trained = torch.tensor(float(step in self.train_steps), device=self.args.device)
-            self._metrics[f"probe/trained_step_{step}"].append(trained)
+            metrics |= {f"probe/snr_step_{step}": ratio, f"probe/trained_step_{step}": float(step in self.train_steps)}
         logger.info("the probe chose the steps %s", ", ".join(map(str, self.train_steps)))
-        return replace(experience, trajectory=experience.trajectory.only(self.train_steps))
+        return replace(experience, trajectory=experience.trajectory.only(self.train_steps), metrics=metrics)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
@@ -280,6 +283,9 @@ class DDPOTrainer(Trainer):
         if inputs["measure_kl"]:
             kl = kl_map(mean, reference_mean, std).mean()
             metrics["kl"] = kl.detach()
+            if not self._kl_observed:  # the rollout's first: of the policy that drew it
+                self._kl_observed = True
+                self._observe({"kl": float(self.accelerator.gather(kl.detach().reshape(1)).mean())})
             if args.beta > 0:
                 loss = loss + args.beta * kl
         for name, value in metrics.items():
@@ -338,18 +344,19 @@ class DDPOTrainer(Trainer):
 
     def _note(self, experience: Experience) -> None:
         metrics = dict(experience.metrics)
-        if self.edge_energy_at_start is None:
-            self.edge_energy_at_start = metrics["edge_energy"]
-        metrics["drawn"] = metrics.pop("edge_energy") / max(self.edge_energy_at_start, 1e-8)
         metrics["reward"] = metrics.pop("objective")
-        if metrics["drawn"] < EMPTYING:
-            logger.warning(
-                "the pictures hold %.0f%% of the edges they had at the start: the policy may be learning to draw less",
-                100 * metrics["drawn"],
-            )
+        self._log_later(metrics)
+        self._noted, self._kl_observed = True, False
+        self._observe(experience.measures)
+        if "held_out" in experience.measures and self._saved_step == self.state.global_step:
+            self.watch.note_checkpoint(self.state.global_step, experience.measures["held_out"])
+
+    def _observe(self, measured: dict[str, float]) -> None:
+        self._log_later({f"watch/{name}": value for name, value in self.watch.observe(measured).items()})
+
+    def _log_later(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._metrics[name].append(torch.tensor(value, device=self.args.device))
-        self._noted = True
 
     def forget_metrics(self) -> None:
         """Drop what has been noted since the last log."""
@@ -461,6 +468,14 @@ class DDPOTrainer(Trainer):
     def _checkpoint_place(self) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint with the best held-out reward, as far as rollouts were drawn from checkpoints; never rotated
+        away. None if no held-out reward is watched."""
+        if self.watch.best is None:
+            return None
+        return Path(self.args.output_dir) / f"checkpoint-{self.watch.best['global_step']}"
+
     def _get_output_dir(self, trial) -> str:
         return self._run_dir or super()._get_output_dir(trial)
 
@@ -476,7 +491,6 @@ class DDPOTrainer(Trainer):
         marker = {
             "global_step": self.state.global_step,
             "rollouts": self.state.global_step // self.plan.updates,
-            "edge_energy_at_start": self.edge_energy_at_start,
             "engine": self._engine(),
             "unlogged": gather_object([self._unlogged()]),
             "seconds": dict(self.clock.seconds),
@@ -493,7 +507,7 @@ class DDPOTrainer(Trainer):
                     beside = Path(self._run_dir) / place.name
                     self._boundary_state().write(beside)
                     publish(beside, place, sealed(marker, beside))
-                    rotate(self.args.output_dir, self.args.save_total_limit)
+                    rotate(self.args.output_dir, self.args.save_total_limit, self.best_checkpoint)
             self._saved_step = self.state.global_step
         finally:
             if self.args.should_save:
@@ -506,7 +520,11 @@ class DDPOTrainer(Trainer):
 
     def _memory(self) -> RunState:
         """What rollouts, not updates, change."""
-        facts = {"train_steps": list(self.train_steps), "prompt_rewards": self.statistics.state()}
+        facts = {
+            "train_steps": list(self.train_steps),
+            "prompt_rewards": self.statistics.state(),
+            "watch": self.watch.state(),
+        }
         probe = self.probe.state() if self.probe else {}
         return RunState(facts, {f"probe.{name}": tensor for name, tensor in probe.items()})
 
@@ -524,6 +542,7 @@ class DDPOTrainer(Trainer):
     def _load_state(self, state: RunState) -> None:
         self.train_steps = tuple(state.facts["train_steps"])
         self.statistics.load(state.facts["prompt_rewards"])
+        self.watch.load_state(state.facts["watch"])
         if self.probe is not None:
             self.probe.load(state.part("probe"))
         if self.average is not None:
@@ -537,6 +556,9 @@ class DDPOTrainer(Trainer):
         folder = output_dir or self.args.output_dir
         with explained(f"the {self.policy.trained.what} to {folder}", self.args.output_dir):
             super().save_model(folder)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Not the Trainer's: `rl.model_card` writes one that knows base, reward and figures."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Only what is trained, as diffusers loads it, and the scheduler that samples as training did; the base is not
@@ -553,8 +575,11 @@ class DDPOTrainer(Trainer):
         checkpoint = args[2]
         if checkpoint is not None:
             marker = read_marker(Path(checkpoint))
-            self.edge_energy_at_start = marker["edge_energy_at_start"]
             self._load_state(RunState.read(Path(checkpoint)))
+            if Path(checkpoint).resolve().parent == Path(self.args.output_dir).resolve():
+                self._saved_step = marker["global_step"]
+            else:
+                self.watch.best = None  # it lies in another folder, which is not this run's to keep
             if self.args.should_save:
                 abandon_later(marker["global_step"], self.args.output_dir)
         place = super()._init_training_state(max_steps, *args)

@@ -17,6 +17,7 @@ from rl.engines import prepare_deepspeed_on_cpu
 from rl.memory import MemorySettings
 from rl.policy import PictureSize
 from rl.sde import Schedule, ddim_scheduler, make_schedule, resolve_train_steps
+from rl.watch import check_watch
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,10 @@ class DDPOConfig(TrainingArguments):
             "multiple of the updates of a rollout; no."
         },
     )
-    save_total_limit: int | None = field(default=2, metadata={"help": "Keep so many checkpoints, the newest."})
+    save_total_limit: int | None = field(
+        default=2,
+        metadata={"help": "Keep so many checkpoints, the newest; besides, the one of the best held-out reward."},
+    )
     report_to: list[str] = field(
         default_factory=lambda: ["tensorboard"], metadata={"help": "Where to log to, as in transformers."}
     )
@@ -363,6 +367,19 @@ class DDPOConfig(TrainingArguments):
         },
     )
 
+    # Watch
+    watch_limits: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "Limits of the monitors that see a reward being gamed, name -> number in place of the default, or "
+            "null for none; rl/watch.py lists them."
+        },
+    )
+    stop_on: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Monitors that end the run when they cross their limits, or all; by default they only warn."},
+    )
+
     # Run
     resume_from_checkpoint: str | None = field(
         default=None,
@@ -382,6 +399,10 @@ class DDPOConfig(TrainingArguments):
         if isinstance(self.train_steps, str | int):
             self.train_steps = [self.train_steps]
         self.train_steps = [str(step) for step in self.train_steps]
+        self.watch_limits, self.stop_on = self.watch_limits or {}, self.stop_on or []
+        if isinstance(self.stop_on, str):
+            self.stop_on = [self.stop_on]
+        check_watch(self.watch_limits, self.stop_on)
         if self.save_strategy is False:  # what YAML makes of a bare `no`
             self.save_strategy = "no"
         self._check_names()

@@ -27,9 +27,10 @@ from rl.ddpo_config import DDPOConfig
 from rl.monitors import diversity, edge_energy, thumbnails
 from rl.policy import StableDiffusionPolicy
 from rl.rollout import Trajectory, check_pictures, keyed_noise, sample
-from rl.scoring import score
+from rl.scoring import features, score
 from rl.sde import Schedule
 from rl.timing import PhaseClock
+from rl.watch import measure_pictures, measure_rollout
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,18 @@ class ScoredBatch:
         trajectory: of B pictures.
         maps: (B, h, w) >= 0, the map that credit goes by; None where it goes by none.
         values: name -> (B,) float32: `objective`, `total`, `edge_energy`, `term/<name>`, `penalty/<name>` (map's mean).
+        measures: name -> (B,) float32, more of what `rl.watch` looks at.
         thumbnails: (B, 3, <= 64, <= 64).
+        features: (B, D), what the reward sees in the pictures; None if it does not tell.
         samples: the first few pictures; None if none are wanted.
     """
 
     trajectory: Trajectory
     maps: torch.Tensor | None
     values: dict[str, torch.Tensor]
+    measures: dict[str, torch.Tensor]
     thumbnails: torch.Tensor
+    features: torch.Tensor | None
     samples: Samples | None
 
 
@@ -92,6 +97,7 @@ class Experience:
         weights: (N, h, w) float32: where the advantage acts; their product is what the log-prob at a place is
             multiplied by.
         metrics: averages over the pictures of all ranks.
+        measures: of the whole rollout, over all ranks, for `rl.watch`.
         samples: a few pictures of this rank to look at, or None.
     """
 
@@ -100,6 +106,7 @@ class Experience:
     advantages: torch.Tensor
     weights: torch.Tensor
     metrics: dict[str, float]
+    measures: dict[str, float]
     samples: Samples | None
 
     def micro_batches(self, size: int) -> Iterator[tuple[int, slice]]:
@@ -122,8 +129,12 @@ def sample_and_score(
     rollout: int,
     num_samples: int = 0,
     on_step: Callable[[], None] = lambda: None,
+    held_out: RewardFn | None = None,
 ) -> ScoredBatch:
     """One batch of pictures of a rollout, one a prompt, from `noise` (B, S + 1, C, h, w) to its scores.
+
+    Args:
+        held_out: a reward that is not trained on, to watch.
 
     Raises:
         DivergedError, RewardError: what the policy draws, or what the reward says of it, is not finite.
@@ -140,6 +151,9 @@ def sample_and_score(
     check_pictures(trajectory.final_latents, images, prompts, f"rollout {rollout}")
     with clock("reward"):
         reward = score(reward_fn, images, prompts, args.reward_batch_size)
+    with clock("watch"):
+        measures = measure_pictures(images, prompts, reward, reward_fn, held_out, args.reward_batch_size)
+        seen = features(reward_fn, images, args.reward_batch_size)
     maps = credit_map(policy, args, reward, images, prompts, looking.maps if looking else None)
     values = {"objective": reward.objective, "total": reward.total, "edge_energy": edge_energy(images)}
     values |= {f"term/{name}": value for name, value in reward.terms.items()}
@@ -148,7 +162,9 @@ def sample_and_score(
         trajectory=trajectory,
         maps=maps,
         values={name: value.float().to(images.device) for name, value in values.items()},
+        measures=measures,
         thumbnails=thumbnails(images),
+        features=seen,
         samples=Samples.of(images, prompts, reward, num_samples) if num_samples else None,
     )
 
@@ -215,7 +231,7 @@ def gather_experience(
     maps = gather(torch.cat([batch.maps for batch in batches])) if batches[0].maps is not None else None
     compared = values["total" if args.credit == "scalar" else "objective"]
     settings = {"std_floor": args.advantage_std_floor, "clip": args.advantage_clip, "scale": args.scale_rewards}
-    metrics = {name: float(value.mean()) for name, value in values.items()}
+    metrics = {name: float(value.mean()) for name, value in values.items() if name != "edge_energy"}
     if args.advantage_baseline == "prompt":
         advantages = statistics.advantages(prompts, compared, **settings)
     elif args.advantage_baseline == "batch":
@@ -230,6 +246,8 @@ def gather_experience(
             advantages, compared, args.num_generations, args.min_group_std
         )
     everyone = gather(torch.cat([batch.thumbnails for batch in batches]))
+    measured = {name: gather(torch.cat([batch.measures[name] for batch in batches])) for name in batches[0].measures}
+    seen = everyone if batches[0].features is None else gather(torch.cat([batch.features for batch in batches]))
     if args.num_generations > 1:
         metrics["diversity"] = float(diversity(everyone, args.num_generations).mean())
         metrics["group_std"] = float(compared.view(-1, args.num_generations).std(dim=1, correction=0).mean())
@@ -241,6 +259,9 @@ def gather_experience(
         advantages=advantages[mine],
         weights=weights[mine],
         metrics=metrics,
+        measures=measure_rollout(
+            {**measured, "drawn": values["edge_energy"]}, compared, seen, args.num_generations, args.advantage_std_floor
+        ),
         samples=batches[0].samples,
     )
 

@@ -3,15 +3,13 @@
 Shapes: N pictures of H x W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from reward.feedback import Reward, RewardFn
+from reward.feedback import Reward, RewardError, RewardFn, check_reward
 
-
-class RewardError(ValueError):
-    """A reward function returned something that cannot be trained on."""
+__all__ = ["RewardError", "concatenate", "features", "score"]
 
 
 @torch.no_grad()
@@ -24,7 +22,7 @@ def score(reward_fn: RewardFn, images: torch.Tensor, prompts: Sequence[str], bat
 
     Raises:
         RewardError: a term, the total or a penalty is not finite (the prompt and the term are named), a penalty is
-            negative, or a shape does not fit.
+            negative, or a shape does not fit; batches have different terms or maps.
     """
     batch_size = batch_size or len(prompts)
     parts = []
@@ -36,40 +34,49 @@ def score(reward_fn: RewardFn, images: torch.Tensor, prompts: Sequence[str], bat
     return concatenate(parts)
 
 
-def check_reward(reward: Reward, prompts: Sequence[str]) -> None:
-    """Raises RewardError if `reward` cannot be trained on; see `score`."""
-    count = len(prompts)
-    values = {f"term `{name}`": value for name, value in reward.terms.items()}
-    values |= {f"penalty map `{name}`": value for name, value in reward.penalties.items()}
-    values["total"] = reward.total
-    for name, value in values.items():
-        dimensions = 3 if name.startswith("penalty") else 1
-        if value.ndim != dimensions or len(value) != count:
-            wanted = f"({count}, H, W)" if dimensions == 3 else f"({count},)"
-            raise RewardError(f"the reward's {name} has shape {tuple(value.shape)} for {count} pictures, not {wanted}")
-        broken = ~value.isfinite().view(count, -1).all(dim=1)
-        if broken.any():
-            index = int(broken.nonzero()[0])
-            example = value[index].flatten()
-            example = float(example[~example.isfinite()][0])
-            raise RewardError(
-                f"the reward's {name} is {example} for the prompt {prompts[index]!r} "
-                f"({int(broken.sum())} of {count} pictures); it is not replaced by a number: mend the reward"
-            )
-        if dimensions == 3 and value.min() < 0:
-            raise RewardError(f"the reward's {name} is negative ({float(value.min())}); penalties are costs, >= 0")
-    if reward.word_penalties is not None and len(reward.word_penalties) != count:
-        raise RewardError(f"the reward has word penalties for {len(reward.word_penalties)} pictures, not {count}")
+@torch.no_grad()
+def features(reward_fn: RewardFn, images: torch.Tensor, batch_size: int | None = None) -> torch.Tensor | None:
+    """What the reward sees in N pictures (N, 3, H, W), (N, D) float32; None if it does not say.
+
+    Raises:
+        RewardError: its features are of another shape, or not finite.
+    """
+    if not hasattr(reward_fn, "features"):
+        return None
+    batch_size = batch_size or len(images)
+    parts = [reward_fn.features(images[first : first + batch_size]) for first in range(0, len(images), batch_size)]
+    found = torch.cat(parts).float().to(images.device)
+    if found.ndim != 2 or len(found) != len(images) or not found.isfinite().all():
+        raise RewardError(
+            f"the reward's features are to be finite, ({len(images)}, D), for {len(images)} pictures; "
+            f"these have the shape {tuple(found.shape)}"
+        )
+    return found
 
 
 def concatenate(rewards: Sequence[Reward]) -> Reward:
-    """One Reward of all pictures, from Rewards of some each; all must have the same terms and maps."""
+    """One Reward of all pictures, from Rewards of some each; all must have the same terms, and maps of the same sizes.
+
+    Raises:
+        RewardError: they have not.
+    """
     if len(rewards) == 1:
         return rewards[0]
     words = [words for reward in rewards for words in reward.word_penalties or ()]
     return Reward(
         total=torch.cat([reward.total for reward in rewards]),
-        penalties={name: torch.cat([reward.penalties[name] for reward in rewards]) for name in rewards[0].penalties},
+        penalties=_join("penalty maps", [reward.penalties for reward in rewards]),
         word_penalties=words if rewards[0].word_penalties is not None else None,
-        terms={name: torch.cat([reward.terms[name] for reward in rewards]) for name in rewards[0].terms},
+        terms=_join("terms", [reward.terms for reward in rewards]),
     )
+
+
+def _join(what: str, parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    shapes = [{name: tuple(value.shape[1:]) for name, value in part.items()} for part in parts]
+    for other in shapes[1:]:
+        if other != shapes[0]:
+            raise RewardError(
+                f"the reward's {what} differ from batch to batch ({shapes[0]}, then {other}); "
+                "give the same names and sizes every time"
+            )
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

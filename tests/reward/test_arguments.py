@@ -50,6 +50,11 @@ def test_yaml_and_flags_are_merged_and_the_flag_wins(config, spelling):
     assert training == Training(1e-4, 7, True, [3])
 
 
+def test_a_merged_key_that_is_given_again_is_no_twin(config):
+    model, _ = parse(["--config", config("model: a\nweights: {<<: &all {x: 1, y: 2}, y: 3}\n")])
+    assert model.weights == {"x": 1, "y": 3}
+
+
 def test_mapping_and_list_on_the_command_line():
     model, training = parse(["--model", "a", "--weights", '{"y": 2}', "--train_steps", "4", "5"])
     assert model.weights == {"y": 2}
@@ -66,6 +71,7 @@ def test_mapping_and_list_on_the_command_line():
         (["--model", "a", "--heatmap_head", "big"], ["heatmap_head", "big", "light"]),
         (["--model", "a", "--weights", "x=1"], ["x=1", "JSON"]),
         (["--model", "a", "--weights", "[1]"], ["[1]"]),
+        (["--model", "a", "--weights", '{"x": 1, "y": {"x": 1, "x": 2}}'], ["weights", "`x` is given twice"]),
         ([], ["--model"]),
         (["--config"], ["--config"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
@@ -86,6 +92,8 @@ def test_wrong_flags_are_named(argv, names):
         ("model: a\nlearning_rate: [1]\n", ["learning_rate"]),
         ("model: a\nheatmap_head: big\n", ["heatmap_head", "big", "light"]),
         ("model: a\nweights: 3\n", ["weights", "3"]),
+        ("model: a\nweights: {x: 1, x: 2}\n", ["line 2", "`x` is given twice"]),
+        ("model: a\nmax_steps: 3\nmodel: b\n", ["line 3", "`model` is given twice"]),
         ("- model\n", ["mapping"]),
         ("model: {\n", ["YAML"]),
     ],

@@ -67,3 +67,15 @@ def test_nan_is_not_hidden(predictor, images):
 def test_wrong_settings_are_named(predictor, settings, message):
     with pytest.raises(ValueError, match=message):
         RichReward(predictor, **settings)
+
+
+def test_it_tells_what_a_watch_wants_to_know(predictor):
+    reward = RichReward(predictor, {"overall": 1.0, "alignment": 0.0}, batch_size=2)
+    images = torch.rand(3, 3, 20, 24, generator=torch.Generator().manual_seed(0))
+    seen = reward.features(images)
+    assert reward.ranges == {"overall": (0.0, 1.0)}
+    assert seen.shape == (3, 16)  # the vision encoder's width
+    torch.testing.assert_close(seen[1:2], reward.features(images[1:2]))
+    assert not torch.allclose(seen[0], seen[1])
+    assert torch.equal(reward.features(images.requires_grad_()), seen)
+    assert not seen.requires_grad

@@ -250,7 +250,7 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_bit(make_trainer, tmp_path)
     assert rest.state.global_step == 4
     assert_same(lora(tmp_path / "whole/checkpoint-4"), lora(tmp_path / "part/checkpoint-4"))
     assert logged(whole, "reward") == logged(rest, "reward")
-    assert logged(whole, "drawn") == logged(rest, "drawn")
+    assert logged(whole, "watch/drawn") == logged(rest, "watch/drawn") != []
 
 
 def test_resumed_run_with_two_passes_is_the_uninterrupted_one_to_the_bit(make_trainer, tmp_path):
@@ -476,7 +476,7 @@ def test_ctrl_c_on_one_rank_stops_all_at_the_next_sampling_step(make_trainer, mo
 
 def test_emptying_pictures_are_warned_about(make_trainer, caplog):
     trainer = make_trainer(num_train_epochs=2)
-    trainer.edge_energy_at_start = 100.0
+    trainer.watch.load_state({"start": {"drawn": 100.0}})
     trainer.train()
     assert "learning to draw less" in caplog.text
 
@@ -619,7 +619,9 @@ def test_full_disk_under_the_logs_is_one_message(make_trainer, capsys):  # in me
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_two_ranks_are_one(engine, pipeline_folder, make_trainer, tmp_path):
     """Two CPU ranks draw the pictures of one, compare them over both, and end at the same weights up to rounding."""
-    trainer = make_trainer(num_train_epochs=2, optim="sgd", learning_rate=1.0, output_dir=str(tmp_path / "one"))
+    trainer = make_trainer(
+        held_out=Plain(), num_train_epochs=2, optim="sgd", learning_rate=1.0, output_dir=str(tmp_path / "one")
+    )
     trainer.train()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
     command += ["--rdzv_endpoint=localhost:0", "tests/rl/two_ranks.py", engine, pipeline_folder, str(tmp_path / "two")]
@@ -638,3 +640,7 @@ def test_two_ranks_are_one(engine, pipeline_folder, make_trainer, tmp_path):
     one, two = lora(tmp_path / "one/checkpoint-2"), lora(tmp_path / "two/checkpoint-2")
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+    first, second = (json.loads((tmp_path / f"two-watch-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert first["start"] == pytest.approx(trainer.watch.state()["start"], rel=1e-3, abs=1e-6)
+    assert first["best"]["global_step"] == 1

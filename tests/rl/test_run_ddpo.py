@@ -17,8 +17,9 @@ import run_ddpo
 from reward.arguments import main_guard
 from reward.feedback import HEATMAPS, SCORES
 from reward.predict import RichFeedbackPredictor
-from rl.inputs import make_reward
+from tests.reward.test_http import serving
 from tests.rl.conftest import PROMPTS
+from tests.rl.toy_rewards import Plain
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,6 +113,20 @@ def test_whole_unet_from_yaml_to_folder(config, tmp_path, capsys):
         (["--init_adapter", "nowhere"], ["there is no LoRA folder nowhere"]),
         (["--base_adapters", "nowhere"], ["there is no LoRA folder nowhere"]),
         (["--init_lora_weights", "eva"], ["eva", "pissa"]),
+        (
+            ["--eval_rewards", '{"judge": {"reward": "tests.rl.toy_rewards:Redness", "kwargs": {"wait": 1}}}'],
+            ["'wait'"],
+        ),
+        (["--rewards", '{"red": "tests.rl.toy_rewards:Redness"}'], ["both are given; give one of them", "--reward ''"]),
+        (["--reward", ""], ["neither is given"]),
+        (["--reward", "", "--rewards", "{}"], ["neither is given"]),
+        (["--reward", "", "--rewards", "[]"], ["a JSON mapping is wanted"]),
+        (["--reward", "", "--rewards", '{"red": {"reward": "a:b", "weight": "much"}}'], ["its weight is 'much'"]),
+        (["--reward", "", "--rewards", '{"red": "a:b", "red": "a:c"}'], ["`red` is given twice"]),
+        (["--watch_reward", "jugde"], ["'jugde'", "nearest name: 'judge'"]),
+        (["--stop_on", "diversty"], ["'diversty'", "'diversity'"]),
+        (["--stop_on", "held_out"], ["watch_reward"]),
+        (["--watch_limits", '{"kl": "far"}'], ["limit of kl is 'far'"]),
         (["--num_before_after", "0"], ["num_before_after is 0"]),
         (["--save_strategy", "best"], ["save_strategy is 'best'", "epoch, steps, no"]),
         (["--reward_kwargs", '{"nan_after": 3}'], ["term `red` is nan for the prompt"]),
@@ -133,8 +148,6 @@ def test_one_command_starts_goes_on_and_finds_that_nothing_is_left(config, tmp_p
     (folder / "finished.json").unlink()  # as if killed just before the end: only the evaluation is made again
     (folder / "evaluation.json").unlink()
     assert command(*line) == 0
-    said = capsys.readouterr().out
-    assert said.index("evaluating after") < said.index("evaluating before")
     assert {path: path.read_bytes() for path in results} == results
 
     (folder / "finished.json").unlink()
@@ -147,6 +160,53 @@ def test_one_command_starts_goes_on_and_finds_that_nothing_is_left(config, tmp_p
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[1:]))
     assert command(*line) == 2
     assert "prompts (SHA-256): '" in capsys.readouterr().err
+
+
+def test_stop_on_ends_the_run_in_order_and_names_the_best_checkpoint(config, tmp_path, capsys):
+    """The policy has moved from the base when the second rollout is drawn."""
+    watch = ["--watch_reward", "judge", "--stop_on", "kl", "--watch_limits", '{"kl": 1e-12}']
+    assert command("--config", config, "--num_train_epochs", "4", *watch) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["updates"] == 2
+    assert "kl" in summary["watch"]["over"]
+    assert summary["watch"]["stopped_by"] == ["kl"]
+    best = summary["watch"]["best_checkpoint"]
+    assert best["path"] == str(tmp_path / "run/checkpoint-1")
+    assert (tmp_path / "run/checkpoint-1/complete.json").exists()
+    assert (tmp_path / "run/pytorch_lora_weights.safetensors").exists()
+    assert f"best checkpoint by judge, {best['held_out']:.4f} in its rollout: {best['path']}" in capsys.readouterr().out
+
+
+def weighted(url):
+    """Flags of a weighted sum in place of the config's reward, one member of it at `url`."""
+    red = {"reward": "tests.rl.toy_rewards:Redness", "weight": 2.0}
+    far = {"reward": "reward.http:HttpReward", "weight": 0.5, "kwargs": {"url": url, "tries": 2, "backoff": 0.0}}
+    return ["--reward", "", "--rewards", json.dumps({"red": red, "far": far})]
+
+
+def test_rewards_are_weighed_and_may_be_elsewhere(config, tmp_path):
+    with serving(Plain()) as url:
+        assert command("--config", config, "--num_train_epochs", "1", *weighted(url)) == 0
+    figures = json.loads((tmp_path / "run/evaluation.json").read_text())["before"]
+    picture = {name: values[0][0] for name, values in figures.items()}
+    assert picture["reward"] == pytest.approx(2.0 * picture["reward.red"] + 0.5 * picture["reward.far"], abs=1e-5)
+    assert {"reward.red.red", "reward.far.satisfied"} <= picture.keys()
+
+
+def test_a_reward_that_falls_silent_ends_the_run_and_leaves_its_checkpoint(config, tmp_path, capsys):
+    calls = []
+
+    def dies_in_the_second_rollout(images, prompts):
+        calls.append(1)
+        if len(calls) > 2:  # micro-batches of a rollout
+            raise RuntimeError("out of memory")
+        return Plain()(images, prompts)
+
+    with serving(dies_in_the_second_rollout) as url:
+        assert command("--config", config, "--eval_prompts", "", *weighted(url)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert f"the reward at {url} gave no answer in 2 tries: HTTP 500: RuntimeError: out of memory" in line
+    assert (tmp_path / "run/checkpoint-1/complete.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -225,7 +285,7 @@ def test_presets_rewards_can_be_built(path, monkeypatch):
     """All of a preset but the predictor's weights, which may be the user's own."""
     monkeypatch.setattr(RichFeedbackPredictor, "from_pretrained", lambda folder: folder)
     run, _ = settings_of(path)
-    reward = make_reward(run.reward, run.reward_kwargs)
+    reward = run.make_reward()
     assert reward.predictor == run.reward_kwargs["model"]
     assert len(reward.score_weights) >= 2
     assert reward.penalty_weights

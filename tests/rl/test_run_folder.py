@@ -149,6 +149,17 @@ def test_rotation_keeps_the_newest_whole_ones(tmp_path):
     assert {folder.name for folder in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-10", "checkpoint-11"}
 
 
+def test_rotation_keeps_the_best_one(tmp_path):
+    for step in (2, 9, 10, 11):
+        checkpoint(tmp_path, step)
+    rotate(tmp_path, 1, best=tmp_path / "checkpoint-9")
+    assert {folder.name for folder in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-11"}
+    rotate(tmp_path, 2, best=tmp_path / "checkpoint-11")
+    assert {folder.name for folder in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-11"}
+    rotate(tmp_path, 1, best=tmp_path / "checkpoint-11")
+    assert {folder.name for folder in tmp_path.iterdir()} == {"checkpoint-11"}
+
+
 def test_checkpoints_of_the_branch_left_behind_are_neither_latest_nor_rotated_for(tmp_path, caplog):
     for step in (4, 6, 8):
         checkpoint(tmp_path, step)

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from rl.ddpo import DDPOConfig, DDPOTrainer
 from rl.policy import StableDiffusionPolicy
 from tests.rl.conftest import PROMPTS
-from tests.rl.toy_rewards import Redness
+from tests.rl.toy_rewards import Plain, Redness
 
 engine, pipeline, output = sys.argv[1:]
 torch.set_num_threads(1)
@@ -26,8 +26,9 @@ args = DDPOConfig(
     deepspeed=deepspeed,
 )  # fmt: skip
 policy = StableDiffusionPolicy.load(pipeline, lora_rank=2, lora_alpha=4.0, seed=3)
-trainer = DDPOTrainer(policy, Redness(), args, PROMPTS)
+trainer = DDPOTrainer(policy, Redness(), args, PROMPTS, held_out=Plain())
 trainer.train()
+Path(f"{output}-watch-{trainer.args.process_index}.json").write_text(json.dumps(trainer.watch.state()))
 trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
 # About one run in ten, a rank aborts while its interpreter shuts down, after all is written, and torchrun reports a

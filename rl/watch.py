@@ -1,0 +1,290 @@
+"""Is the reward being gamed? What is measured of every rollout, against the start, and the limits it should not cross.
+
+A rollout shows the policy as the updates before it left it, so its pictures tell for nothing whether a reward is still
+obeyed or already gamed. Each monitor is a curve `watch/<name>`; `watch_limits` changes its limit, `stop_on` ends the
+run at it. "Of the start" is of the first rollout.
+
+    held_out      A reward that is not trained on fell while the trained one rose: the plainest sign. How far its mean
+                  over the last `WINDOW` rollouts is from the start, in standard deviations of its first pictures. It
+                  counts only by what is beyond three standard errors (over prompts): of runs of 30 rollouts of 8
+                  prompts in which nothing happens, one in a hundred crosses the limit, of 32 prompts none.
+                  -0.2: a fifth of a standard deviation is what is commonly called a small effect.
+    diversity     Pictures of one prompt become alike: their mean distance, of the start; between what the reward sees
+                  in them where it tells (`features`), else between their pixels. 0.7: sound runs lose a tenth.
+    drawn         Edges, of the start. 0.6: a policy that learns to draw less passes it on its way to nothing; sound
+                  runs stay within a quarter. Texture that fools a predictor passes 1 / 0.6.
+    file_size     Bytes of a JPEG, of the start; sees noise and texture that edges miss. 0.6 and 1 / 0.6, as above.
+    kl            Divergence from the base, a latent element and trained step. 0.02: a step's mean has moved by a fifth
+                  of its noise (KL = d^2 / 2); sound runs stay two orders of magnitude below.
+    saturation    Share of scores within 1% of an end of their range. 0.5: the reward has no room left to tell the
+                  better picture, and where a predictor is that sure it is often wrong.
+    map_entropy   How evenly penalty maps are spread over places, of the start. 0.7: what is penalised has shrunk to
+                  a few places, so that the maps no longer speak of the picture.
+    dead_groups   Share of prompts whose pictures are all rewarded alike. 0.5: half of the pictures teach nothing.
+
+Shapes: N pictures over all ranks in groups of G of one prompt.
+"""
+
+import difflib
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from reward.feedback import Reward, RewardFn
+from rl.monitors import dead_groups, diversity, file_size, map_entropy, saturation, standard_error
+from rl.scoring import score
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 5
+"""Rollouts over which the held-out reward is averaged."""
+
+ERRORS = 3
+"""Standard errors of a fall of the held-out reward that are taken for noise."""
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """What a curve says when it crosses its limit.
+
+    Attributes:
+        limit: in units of the curve.
+        below, above: what is said when it is below the limit, or above; empty: nothing then. Of a ratio to the start,
+            "above" means above 1 / limit.
+        ratio: whether the curve is the measured value divided by that of the start.
+        between: the limit lies between these two.
+    """
+
+    limit: float
+    below: str = ""
+    above: str = ""
+    ratio: bool = False
+    between: tuple[float, float] = (0.0, 1.0)
+
+    def crossed(self, value: float, limit: float) -> str:
+        """What is to be said of a curve at `value`; empty if it is within `limit`."""
+        if self.below and value < limit:
+            return self.below.format(value=value)
+        if self.above and value > (1 / limit if self.ratio else limit):
+            return self.above.format(value=value)
+        return ""
+
+
+MONITORS = {
+    "held_out": Monitor(-0.2, below="the held-out reward falls while the trained one rises", between=(-math.inf, 0.0)),
+    "diversity": Monitor(
+        0.7, below="pictures of one prompt differ by {value:.0%} of what they did at the start", ratio=True
+    ),
+    "drawn": Monitor(
+        0.6,
+        below="the pictures hold {value:.0%} of the edges they had at the start: the policy may be learning to draw "
+        "less",
+        above="the pictures hold {value:.0%} of the edges they had at the start: the policy may be adding texture",
+        ratio=True,
+    ),
+    "file_size": Monitor(
+        0.6,
+        below="as files, the pictures have {value:.0%} of the size they had at the start: the policy may be emptying "
+        "them",
+        above="as files, the pictures have {value:.0%} of the size they had at the start: the policy may be adding "
+        "noise",
+        ratio=True,
+    ),
+    "kl": Monitor(0.02, above="the policy is far from the base", between=(0.0, math.inf)),
+    "saturation": Monitor(0.5, above="{value:.0%} of the scores are at an end of their range"),
+    "map_entropy": Monitor(
+        0.7, below="the penalty maps are {value:.0%} as spread out as they were at the start", ratio=True
+    ),
+    "dead_groups": Monitor(0.5, above="for {value:.0%} of the prompts, all pictures are rewarded alike"),
+}
+
+
+def check_watch(limits: Mapping[str, Any], stop_on: Sequence[str]) -> None:
+    """Complain about `watch_limits` and `stop_on`.
+
+    Raises:
+        ValueError: a monitor that there is not (the nearest name is given), a limit that is no number or outside its
+            range, a monitor to stop on that has no limit.
+    """
+    for setting, names in (("watch_limits", limits), ("stop_on", [name for name in stop_on if name != "all"])):
+        for name in names:
+            if name not in MONITORS:
+                near = difflib.get_close_matches(str(name), MONITORS, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"{setting}: there is no monitor {name!r} (nearest name: {near!r}); there are {', '.join(MONITORS)}"
+                )
+    for name, limit in limits.items():
+        if limit is None:
+            if name in stop_on:
+                raise ValueError(f"stop_on names {name!r}, whose limit watch_limits takes away; drop one of the two")
+            continue
+        low, high = MONITORS[name].between
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not low < limit < high:
+            raise ValueError(
+                f"watch_limits: the limit of {name} is {limit!r}; give a number between {low:g} and {high:g}, or null "
+                "for none"
+            )
+
+
+# ---- What is measured ----
+
+
+def measure_pictures(
+    images: torch.Tensor,
+    prompts: Sequence[str],
+    reward: Reward,
+    reward_fn: RewardFn,
+    held_out: RewardFn | None,
+    batch_size: int | None,
+) -> dict[str, torch.Tensor]:
+    """What there is to measure of each of B pictures (B, 3, H, W) beside its reward: name -> (B,) float32.
+
+    Raises:
+        RewardError: what `held_out` says is not finite.
+    """
+    found = {"file_size": file_size(images)}
+    if held_out is not None:
+        found["held_out"] = score(held_out, images, prompts, batch_size).objective
+    ranges = {name: limits for name, limits in getattr(reward_fn, "ranges", {}).items() if name in reward.terms}
+    if ranges:
+        found["saturation"] = saturation(reward.terms, ranges)
+    if reward.penalties:
+        spread = [map_entropy(maps).to(images.device) for maps in reward.penalties.values()]
+        found["map_entropy"] = torch.stack(spread).mean(dim=0)
+    return {name: value.float().to(images.device) for name, value in found.items()}
+
+
+def measure_rollout(
+    pictures: Mapping[str, torch.Tensor],
+    compared: torch.Tensor,
+    seen: torch.Tensor,
+    group_size: int,
+    std_floor: float,
+) -> dict[str, float]:
+    """What `Watch.observe` wants to know of a rollout.
+
+    Args:
+        pictures: as `measure_pictures` gives it, and `drawn`, over all ranks: name -> (N,).
+        compared: (N,), the trained reward as it is compared within groups.
+        seen: (N, D) features, or (N, 3, H, W) pictures.
+        std_floor: below this std, in units of the reward, a group is dead.
+    """
+    found = {name: float(value.mean()) for name, value in pictures.items()}
+    found["reward"] = float(compared.mean())
+    if group_size > 1:
+        found["diversity"] = float(diversity(seen, group_size).mean())
+        found["dead_groups"] = dead_groups(compared, group_size, std_floor)
+    if "held_out" in pictures:
+        found["held_out_error"] = standard_error(pictures["held_out"], group_size)
+        found["held_out_spread"] = float(pictures["held_out"].std())
+    return found
+
+
+# ---- What is made of it ----
+
+
+class Watch:
+    """Compares every rollout with the start and with the limits. It depends on what it is shown only, so all ranks that
+    are shown the same know the same, and a run that is resumed with `state` goes on as if it had not been stopped.
+
+    Args:
+        limits: monitor -> its limit in place of the default, None for none.
+        stop_on: monitors to stop on, or `all`.
+        speaks: whether it warns on the console.
+
+    Attributes:
+        over: the monitors that are across their limits, in the order of `MONITORS`.
+        best: of the checkpoints that rollouts were drawn from, the one with the best held-out reward: `global_step` and
+            `held_out`, its mean in that rollout. None before the first.
+    """
+
+    def __init__(self, limits: Mapping[str, float | None], stop_on: Sequence[str] = (), speaks: bool = True):
+        self.limits = {name: limits.get(name, monitor.limit) for name, monitor in MONITORS.items()}
+        self.stop_on = set(MONITORS) if "all" in stop_on else set(stop_on)
+        self.speaks = speaks
+        self.over: list[str] = []
+        self.best: dict[str, float] | None = None
+        self._start: dict[str, float] = {}
+        self._recent: list[dict[str, float]] = []
+
+    @property
+    def stopping(self) -> list[str]:
+        """The monitors for which the run is to end."""
+        return [name for name in self.over if name in self.stop_on]
+
+    def observe(self, measured: Mapping[str, float]) -> dict[str, float]:
+        """Take note of what was measured (see `measure_rollout`; `kl` comes by itself) and say once what crosses its
+        limit.
+
+        Returns:
+            monitor -> value of its curve, for those that were measured.
+        """
+        for name, value in measured.items():
+            self._start.setdefault(name, value)
+        curves = {}
+        for name, monitor in MONITORS.items():
+            if name in measured:
+                value = judged = measured[name]
+                if name == "held_out":
+                    value, judged = self._held_out(measured)
+                elif monitor.ratio:  # where there was nothing at the start, nothing can be lost
+                    value = judged = measured[name] / self._start[name] if self._start[name] > 1e-8 else 1.0
+                self._judge(name, judged)
+                curves[name] = value
+        return curves
+
+    def _held_out(self, measured: Mapping[str, float]) -> tuple[float, float]:
+        """The curve, and the value that is judged: what is left of the fall beyond what may be noise."""
+        newest = {name: measured[name] for name in ("reward", "held_out", "held_out_error")}
+        self._recent = [*self._recent, newest][-WINDOW:]
+        count = len(self._recent)
+        mean = {name: sum(entry[name] for entry in self._recent) / count for name in ("reward", "held_out")}
+        spread = self._start["held_out_spread"] or 1.0
+        shift = (mean["held_out"] - self._start["held_out"]) / spread
+        variance = sum(entry["held_out_error"] ** 2 for entry in self._recent) / count**2
+        error = math.sqrt(variance + self._start["held_out_error"] ** 2) / spread
+        return shift, min(shift + ERRORS * error, 0.0) if mean["reward"] > self._start["reward"] else 0.0
+
+    def _judge(self, name: str, value: float) -> None:
+        limit = self.limits[name]
+        says = "" if limit is None else MONITORS[name].crossed(value, limit)
+        if says and name not in self.over and self.speaks:
+            logger.warning("%s (watch/%s is %.3g, its limit %.3g)", says, name, value, limit)
+        over = set(self.over) - {name} | ({name} if says else set())
+        self.over = [one for one in MONITORS if one in over]
+
+    def note_checkpoint(self, global_step: int, held_out: float) -> None:
+        """The rollout that was observed last was drawn from the checkpoint behind `global_step` updates."""
+        if self.best is None or held_out > self.best["held_out"]:
+            self.best = {"global_step": global_step, "held_out": held_out}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that it knows, as JSON can hold it (a float comes back to the bit)."""
+        return {"start": self._start, "recent": self._recent, "over": self.over, "best": self.best}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave; from nothing, as a checkpoint of an older version has it, anew."""
+        self._start = dict(state.get("start", {}))
+        self._recent = list(state.get("recent", []))
+        self.over, self.best = list(state.get("over", [])), state.get("best")
+
+
+class StopWhenGamed(TrainerCallback):
+    """Ends the run behind the rollout in which a monitor of `stop_on` is across its limit."""
+
+    def __init__(self, watch: Watch):
+        self.watch = watch
+
+    def on_epoch_end(self, args, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.watch.stopping and state.global_step < state.max_steps:
+            control.should_training_stop = True
+            if self.watch.speaks:
+                logger.warning(
+                    "stopping after %d of %d updates: %s across its limit (stop_on)",
+                    state.global_step, state.max_steps, ", ".join(f"watch/{name}" for name in self.watch.stopping),
+                )  # fmt: skip

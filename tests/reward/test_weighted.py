@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+from reward.feedback import Reward, RewardError
+from reward.weighted import WeightedReward
+
+PROMPTS = ["a red circle", "two"]
+IMAGES = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Member:
+    """A reward that says what it was given."""
+
+    def __init__(self, total, penalties=None, words=None, terms=None, differentiable=False):
+        self.reward = Reward(torch.tensor(total), penalties or {}, words, terms or {})
+        self.differentiable = differentiable
+
+    def __call__(self, images, prompts):
+        return self.reward
+
+
+def test_every_part_is_the_weighted_sum_by_hand():
+    words = [torch.tensor([0.1, 0.0, 0.2]), torch.tensor([0.3])]
+    first = Member(
+        [1.0, 2.0], {"flaws": torch.tensor([[[0.0, 1.0]], [[2.0, 4.0]]])}, words, {"fit": torch.tensor([5.0, 6.0])}
+    )
+    second = Member([10.0, 20.0], {"flaws": torch.full((2, 3, 3), 0.5)}, [torch.ones(3), torch.ones(1)])
+    reward = WeightedReward({"a": first, "b": second}, {"a": 2.0, "b": 0.1})(IMAGES, PROMPTS)
+    torch.testing.assert_close(reward.total, torch.tensor([3.0, 6.0]))
+    assert reward.penalties["a.flaws"].tolist() == [[[0.0, 2.0]], [[4.0, 8.0]]]
+    assert reward.penalties["b.flaws"].shape == (2, 3, 3)  # each in its own size
+    torch.testing.assert_close(reward.word_penalties[0], torch.tensor([0.3, 0.1, 0.5]))
+    torch.testing.assert_close(reward.word_penalties[1], torch.tensor([0.7]))
+    assert set(reward.terms) == {"a", "a.fit", "b"}
+    assert reward.terms["a"].tolist() == [0.5, -1.0]  # the objective, before weighting
+    torch.testing.assert_close(reward.objective, 2.0 * first.reward.objective + 0.1 * second.reward.objective)
+
+
+def test_a_weight_may_be_negative_where_there_are_no_penalties():
+    member = Member([1.0, 2.0])
+    assert WeightedReward({"a": member}, {"a": -1.0})(IMAGES, PROMPTS).total.tolist() == [-1.0, -2.0]
+    for costs in ({"penalties": {"m": torch.zeros(2, 1, 1)}}, {"words": [torch.zeros(3), torch.zeros(1)]}):
+        with pytest.raises(RewardError, match=r"a has a weight of -1.0 and penalties"):
+            WeightedReward({"a": Member([1.0, 2.0], **costs)}, {"a": -1.0})(IMAGES, PROMPTS)
+
+
+def test_a_weight_of_zero_only_shows_its_terms():
+    member = Member([1.0, 2.0], {"m": torch.ones(2, 1, 1)})
+    reward = WeightedReward({"a": member, "b": Member([3.0, 4.0])}, {"a": 0.0, "b": 1.0})(IMAGES, PROMPTS)
+    assert reward.total.tolist() == [3.0, 4.0]
+    assert not reward.penalties
+    assert reward.terms["a"].tolist() == [0.0, 1.0]
+
+
+def test_gradients_flow_only_if_they_do_in_all():
+    yes, no = Member([1.0, 2.0], differentiable=True), Member([1.0, 2.0])
+    assert WeightedReward({"a": yes, "b": yes}, {"a": 1.0, "b": 1.0}).differentiable
+    assert not WeightedReward({"a": yes, "b": no}, {"a": 1.0, "b": 1.0}).differentiable
+
+
+def test_what_members_offer_is_passed_on():
+    class Offers(Member):
+        ranges = {"fit": (0.0, 1.0)}  # noqa: RUF012
+
+        def features(self, images):
+            return images.mean((2, 3))
+
+    reward = WeightedReward({"a": Member([1.0, 2.0]), "b": Offers([1.0, 2.0])}, {"a": 1.0, "b": 1.0})
+    assert reward.ranges == {"b.fit": (0.0, 1.0)}
+    assert reward.features(IMAGES).shape == (2, 3)
+    assert not hasattr(WeightedReward({"a": Member([1.0, 2.0])}, {"a": 1.0}), "features")
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        (Member([1.0]), r"b: the reward's total has shape \(1,\) for 2 pictures"),
+        (Member([1.0, float("nan")]), "b: the reward's total is nan for the prompt 'two'"),
+        (Member([1.0, 2.0], words=[torch.ones(2), torch.ones(1)]), "b has penalties for 2 words .* sees 3"),
+        (lambda images, prompts: images, "b: the reward function returned a Tensor"),
+    ],
+)
+def test_the_member_that_is_wrong_is_named(member, message):
+    good = Member([1.0, 2.0], words=[torch.ones(3), torch.ones(1)])
+    with pytest.raises(RewardError, match=message):
+        WeightedReward({"a": good, "b": member}, {"a": 1.0, "b": 1.0})(IMAGES, PROMPTS)
+
+
+def test_nothing_cannot_be_weighed():
+    with pytest.raises(ValueError, match="no reward to weigh"):
+        WeightedReward({}, {})

@@ -1,0 +1,39 @@
+import json
+
+import torch
+from PIL import Image
+
+from rl.evaluate import Evaluation
+from rl.model_card import licence_of, write_model_card
+
+SETTINGS = {"policy": "somebody/a-pipeline", "reward": "my:Reward", "reward_kwargs": {"model": "nowhere"}, "seed": 3}
+HISTORY = [{"step": 1, "reward": 0.1, "kl": 0.0, "grad_norm": 1.0, "drawn": 1.0}, {"step": 2, "reward": 0.2}]
+
+
+def evaluation(value):
+    return Evaluation(["a", "b"], {"reward": torch.full((2, 2), value)}, torch.zeros(2))
+
+
+def test_card_says_what_was_done_and_what_came_of_it(tmp_path):
+    write_model_card(tmp_path, SETTINGS, HISTORY, (evaluation(0.25), evaluation(0.5)))
+    card = (tmp_path / "README.md").read_text()
+    assert "base_model: somebody/a-pipeline" in card.split("---")[1]
+    assert "library_name: diffusers" in card.split("---")[1]
+    assert "| reward | 0.2500 | 0.5000 | +0.2500 +- 0.0000 |" in card
+    assert json.loads(card.split("```json")[1].split("```")[0]) == SETTINGS
+    assert Image.open(tmp_path / "curves.png").size == (900, 500)
+
+
+def test_a_run_without_evaluation_has_a_card_too(tmp_path):
+    write_model_card(tmp_path, {"policy": "p", "rewards": {"a": {}}}, [])
+    card = (tmp_path / "README.md").read_text()
+    assert "before_after" not in card
+    assert "a sum of rewards" in card
+
+
+def test_licences_are_those_of_the_cards_that_are_there(tmp_path):
+    assert licence_of(tmp_path) == f"unknown here; see {tmp_path}"
+    (tmp_path / "README.md").write_text("---\nlicense: openrail++\n---\n# A model\n")
+    assert licence_of(tmp_path) == "openrail++"
+    (tmp_path / "README.md").write_text("no front matter")
+    assert "unknown" in licence_of(tmp_path)

@@ -1,0 +1,345 @@
+import io
+import json
+import math
+import os
+
+import pytest
+import torch
+from PIL import Image
+
+from reward.feedback import Reward
+from rl.monitors import dead_groups, diversity, edge_energy, file_size, map_entropy, saturation, standard_error
+from rl.scoring import RewardError, features
+from rl.watch import MONITORS, WINDOW, Watch, check_watch
+from tests.rl.toy_rewards import Plain
+
+# ---- Measures ----
+
+
+def test_file_size_is_the_jpegs_without_what_an_empty_one_has():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (32, 48, 3), generator=generator, dtype=torch.uint8)
+    sizes = []
+    for array in (noise, torch.full_like(noise, 128)):
+        buffer = io.BytesIO()
+        Image.fromarray(array.numpy()).save(buffer, format="JPEG", quality=95)
+        sizes.append(len(buffer.getvalue()))
+    pictures = torch.stack([noise.permute(2, 0, 1) / 255, torch.full((3, 32, 48), 0.5), torch.zeros(3, 32, 48)])
+    found = file_size(pictures).tolist()
+    assert found[0] == sizes[0] - sizes[1] > 1000
+    assert max(found[1:]) < 10
+
+
+def test_entropy_is_one_where_a_map_is_even_and_zero_where_it_is_a_point():
+    maps = torch.zeros(5, 2, 2)
+    maps[1] = 0.3
+    maps[2, 0, 1] = 7.0
+    maps[3, 0] = 2.0  # two of four places: log 2 / log 4
+    maps[4] = torch.tensor([[1.0, 1.0], [2.0, 0.0]])  # entropy of (1/4, 1/4, 1/2), 1.5 bit of 2
+    assert map_entropy(maps).tolist() == pytest.approx([1, 1, 0, 0.5, 0.75])
+    assert map_entropy(torch.rand(2, 1, 1)).tolist() == [1, 1]
+
+
+def test_saturation_is_the_share_of_terms_at_an_end_of_their_range():
+    terms = {
+        "a": torch.tensor([0.995, 0.5, 0.0]),
+        "b": torch.tensor([9.75, 9.85, -10.0]),
+        "unranged": torch.tensor([1.0, 1.0, 1.0]),
+    }
+    ranges = {"a": (0.0, 1.0), "b": (-10.0, 10.0), "absent": (0.0, 1.0)}
+    assert saturation(terms, ranges).tolist() == [0.5, 0.5, 1.0]  # 1% of the length of 20 is 0.2
+
+
+def test_group_figures_by_hand():
+    values = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.02, 3.0, 5.0])
+    assert dead_groups(values, 2, std_floor=0.05) == 0.75
+    assert dead_groups(values, 2, std_floor=0.005) == 0.5
+    # group means 1, 1, 1.01, 4
+    assert standard_error(values, 2) == pytest.approx(torch.tensor([1.0, 1.0, 1.01, 4.0]).std().item() / 2)
+    assert standard_error(values, 8) == pytest.approx(values.std().item() / 8**0.5)  # one group: its pictures
+
+
+def test_diversity_of_features():
+    seen = torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 1.0], [1.0, 1.0]])
+    assert diversity(seen, 2).tolist() == pytest.approx([5 / 2**0.5, 0])
+
+
+def test_features_are_the_rewards_own_or_none():
+    class Sees(Plain):
+        def features(self, images):
+            return images.mean((2, 3))
+
+    images = torch.rand(5, 3, 4, 4)
+    assert features(Plain(), images) is None
+    assert torch.equal(features(Sees(), images, batch_size=2), images.mean((2, 3)))
+    for wrong in (lambda images: images, lambda images: images.mean((2, 3)) * float("nan")):
+        reward = Plain()
+        reward.features = wrong
+        with pytest.raises(RewardError, match=r"features are to be finite, \(5, D\)"):
+            features(reward, images)
+
+
+# ---- Limits ----
+
+
+def test_a_crossing_is_said_once_and_again_after_a_recovery(caplog):
+    watch, over = Watch({}), []
+    for value in (10.0, 7.0, 5.0, 4.0, 9.0, 5.0):
+        assert watch.observe({"drawn": value}) == {"drawn": value / 10}
+        over.append(list(watch.over))
+    assert over == [[], [], ["drawn"], ["drawn"], [], ["drawn"]]
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert "hold 50% of the edges they had at the start: the policy may be learning to draw less" in lines[0]
+    assert "watch/drawn is 0.5, its limit 0.6" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "over"),
+    [
+        ("drawn", (1, 1.66, 1.67), [False, False, True]),
+        ("file_size", (100, 61, 59), [False, False, True]),
+        ("diversity", (0.1, 0.071, 0.069, 0.5), [False, False, True, False]),
+        ("map_entropy", (0.8, 0.57, 0.55, 1.0), [False, False, True, False]),
+        ("kl", (0, 0.019, 0.021), [False, False, True]),
+        ("saturation", (0.5, 0.51), [False, True]),
+        ("dead_groups", (0.0, 0.5, 0.6), [False, False, True]),
+        ("file_size", (0.0, 50.0), [False, False]),  # nothing was there to be lost
+    ],
+)
+def test_default_limits(name, values, over):
+    watch, found = Watch({}, speaks=False), []
+    for value in values:
+        watch.observe({name: value})
+        found.append(watch.over == [name])
+    assert found == over
+
+
+def rollout(reward, held_out, error=0.05, spread=1.0):
+    return {"reward": reward, "held_out": held_out, "held_out_error": error, "held_out_spread": spread}
+
+
+def test_held_out_counts_what_is_beyond_three_standard_errors():
+    watch = Watch({}, speaks=False)
+    watch.observe(rollout(0, 10, error=0.3, spread=2.0))
+    curve = watch.observe(rollout(2, 6, error=0.4, spread=5.0))["held_out"]  # the spread is that of the start
+    assert curve == pytest.approx((8 - 10) / 2)
+    error = math.sqrt((0.3**2 + 0.4**2) / 2**2 + 0.3**2) / 2
+    assert curve + 3 * error < -0.2
+    assert watch.over == ["held_out"]
+    for _ in range(WINDOW):
+        curve = watch.observe(rollout(2, 8.72, error=0.0))["held_out"]
+    assert curve == pytest.approx(-0.64)  # the first rollouts have left the window
+    assert curve + 3 * 0.3 / 2 == pytest.approx(-0.19)
+    assert not watch.over
+
+
+def test_noise_of_small_rollouts_does_not_trip_the_held_out_reward():
+    """100 runs of 30 rollouts of 8 prompts, in which the trained reward rises and the held-out one stays."""
+    generator, tripped = torch.Generator().manual_seed(0), 0
+    for _ in range(100):
+        watch, over = Watch({}, speaks=False), False
+        for number in range(30):
+            means = torch.randn(8, generator=generator)
+            watch.observe(rollout(number, float(means.mean()), error=float(means.std() / 8**0.5), spread=1.4))
+            over |= bool(watch.over)
+        tripped += over
+    assert tripped <= 3
+
+
+def test_a_fall_is_found_within_the_window():
+    watch = Watch({}, speaks=False)
+    for number in range(WINDOW):
+        watch.observe(rollout(number, 0.0))
+    for number in range(WINDOW):
+        watch.observe(rollout(WINDOW + number, -0.6))
+    assert watch.over == ["held_out"]
+
+
+def test_a_fall_with_the_trained_reward_is_no_gaming():
+    watch = Watch({}, speaks=False)
+    for number in range(10):
+        watch.observe(rollout(-number, -number))
+    assert not watch.over
+
+
+def test_limits_may_be_moved_or_taken_away_and_curves_stay():
+    watch = Watch({"drawn": 0.9, "kl": None}, speaks=False)
+    watch.observe({"drawn": 1.0})
+    assert watch.observe({"drawn": 0.85, "kl": 99.0}) == {"drawn": 0.85, "kl": 99.0}
+    assert watch.over == ["drawn"]
+
+
+def test_only_what_is_named_stops():
+    for stop_on, stopping in (([], []), (["kl"], ["kl"]), (["all"], ["drawn", "kl"])):
+        watch = Watch({}, stop_on, speaks=False)
+        watch.observe({"drawn": 1.0})
+        watch.observe({"drawn": 0.1, "kl": 1.0})
+        assert watch.stopping == stopping
+
+
+def test_who_does_not_speak_says_nothing(caplog):
+    Watch({}, speaks=False).observe({"kl": 1.0})
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("cut", range(1, 8))
+def test_a_resumed_watch_is_the_uninterrupted_one_to_the_bit(cut, caplog):
+    generator = torch.Generator().manual_seed(1)
+    shown = [
+        {name: float(torch.rand(1, generator=generator) + 0.1) for name in (*MONITORS, *rollout(0, 0))}
+        for _ in range(8)
+    ]
+    whole, part, rest = Watch({}), Watch({}, speaks=False), Watch({})
+    curves = [whole.observe(measured) for measured in shown]
+    said = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    for measured in shown[:cut]:
+        part.observe(measured)
+    part.note_checkpoint(cut, 0.1)
+    rest.load_state(json.loads(json.dumps(part.state())))
+    assert [rest.observe(measured) for measured in shown[cut:]] == curves[cut:]
+    assert (rest.over, rest.best) == (whole.over, {"global_step": cut, "held_out": 0.1})
+    again = [record.getMessage() for record in caplog.records]
+    assert again == said[len(said) - len(again) :]
+
+
+def test_the_best_checkpoint_is_the_first_of_the_best():
+    watch = Watch({})
+    for step, value in ((1, 0.5), (2, 0.7), (3, 0.7), (4, 0.6)):
+        watch.note_checkpoint(step, value)
+    assert watch.best == {"global_step": 2, "held_out": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("limits", "stop_on", "message"),
+    [
+        ({"drawm": 0.5}, [], "watch_limits: there is no monitor 'drawm' .nearest name: 'drawn'.; there are held_out, "),
+        ({}, ["diversty"], "stop_on: there is no monitor 'diversty' .nearest name: 'diversity'"),
+        ({"kl": None}, ["kl"], "stop_on names 'kl', whose limit watch_limits takes away"),
+        ({"kl": "far"}, [], "limit of kl is 'far'; give a number between 0 and inf"),
+        ({"kl": float("nan")}, [], "limit of kl is nan"),
+        ({"kl": True}, [], "limit of kl is True"),
+        ({"held_out": 0.2}, [], "limit of held_out is 0.2; give a number between -inf and 0"),
+        ({"drawn": 1.5}, [], "limit of drawn is 1.5; give a number between 0 and 1"),
+    ],
+)
+def test_settings_that_are_none(make_args, limits, stop_on, message):
+    with pytest.raises(ValueError, match=message):
+        make_args(watch_limits=limits, stop_on=stop_on)
+
+
+def test_settings_that_are_fine():
+    check_watch({"kl": None, "drawn": 0.9}, ["all"])
+    check_watch({name: monitor.limit for name, monitor in MONITORS.items()}, list(MONITORS))
+
+
+# ---- Runs ----
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def edges(images, prompts):
+    return Reward(edge_energy(images))
+
+
+def no_edges(images, prompts):
+    """Easy to game: what is not drawn has none."""
+    return Reward(-edge_energy(images))
+
+
+def red(images, prompts):
+    return Reward(images[:, 0].mean((1, 2)))
+
+
+def red_below(images, prompts):
+    return Reward(images[:, 0, 8:].mean((1, 2)))
+
+
+@pytest.mark.parametrize(("trained", "held_out", "gamed"), [(no_edges, edges, True), (red, red_below, False)])
+def test_a_reward_that_is_gamed_trips_its_monitors_and_a_sound_one_none(make_trainer, trained, held_out, gamed, caplog):
+    """An untrained network moves far at once, and cannot empty its pictures: hence other limits than the defaults."""
+    trainer = make_trainer(
+        trained, held_out=held_out, watch_limits={"kl": None, "drawn": 0.975},
+        num_train_epochs=7, generation_batch_size=64, num_generations=32, per_device_train_batch_size=64,
+        gradient_accumulation_steps=1, learning_rate=0.1 if gamed else 0.02, warmup_steps=0, lora_rank=4,
+        train_steps=["1"], save_strategy="no",
+    )  # fmt: skip
+    trainer.train()
+    assert logged(trainer, "reward")[-1] > logged(trainer, "reward")[0]
+    said = [record.getMessage() for record in caplog.records if record.name == "rl.watch"]
+    assert any("the held-out reward falls" in line for line in said) == gamed
+    assert any("learning to draw less" in line for line in said) == gamed
+    assert bool(said) == gamed
+    shown = {name.removeprefix("watch/") for name in trainer.state.log_history[-2] if name.startswith("watch/")}
+    assert shown == set(MONITORS) - {"saturation", "map_entropy"}  # these rewards have neither ranges nor maps
+
+
+def fading(trainer, contrasts):
+    """Let the policy draw with these contrasts, one a rollout (of one update)."""
+    decode = trainer.policy.decode
+
+    def faded(latents):
+        return 0.5 + contrasts[min(trainer.state.global_step, len(contrasts) - 1)] * (decode(latents) - 0.5)
+
+    trainer.policy.decode = faded
+    return trainer
+
+
+def test_stop_on_ends_the_run_and_keeps_the_best_checkpoint(make_trainer, caplog):
+    """The rollout from checkpoint 1 holds most; that from checkpoint 4 too little, so that update 5 is the last."""
+    trainer = make_trainer(
+        held_out=edges, stop_on=["drawn"], watch_limits={"kl": None}, num_train_epochs=9, save_total_limit=1
+    )
+    fading(trainer, [0.8, 1.0, 0.9, 0.7, 0.4]).train()
+    assert trainer.state.global_step == 5
+    assert trainer.watch.stopping == ["drawn"]
+    assert "stopping after 5 of 9 updates: watch/drawn across its limit" in caplog.text
+    kept = sorted(name for name in os.listdir(trainer.args.output_dir) if name != "runs")
+    assert kept == ["checkpoint-1", "checkpoint-5"]
+    assert trainer.best_checkpoint.name == "checkpoint-1"
+    assert (trainer.best_checkpoint / "complete.json").exists()
+
+
+def test_a_run_that_only_warns_goes_on(make_trainer, caplog):
+    trainer = fading(make_trainer(num_train_epochs=3), [1.0, 0.4])
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert sum("learning to draw less" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_without_a_held_out_reward_no_checkpoint_is_the_best(make_trainer):
+    trainer = make_trainer(num_train_epochs=2)
+    trainer.train()
+    assert trainer.best_checkpoint is None
+    assert not logged(trainer, "watch/held_out")
+
+
+def test_a_resumed_run_watches_as_the_uninterrupted_one_to_the_bit(make_trainer, tmp_path):
+    def run(folder, rollouts, **resume):
+        contrasts = [0.8, 1.0, 0.4, 0.9]
+        trainer = make_trainer(
+            held_out=Plain(), output_dir=str(tmp_path / folder), num_train_epochs=rollouts, save_total_limit=1
+        )
+        fading(trainer, contrasts).train(**resume)
+        return trainer
+
+    whole = run("whole", 4)
+    run("part", 2)
+    rest = run("part", 4, resume_from_checkpoint="latest")
+    for name in set(MONITORS) - {"saturation"}:
+        assert logged(whole, f"watch/{name}") == logged(rest, f"watch/{name}"), name
+        assert len(logged(whole, f"watch/{name}")) == 4, name
+    assert whole.watch.state() == rest.watch.state()
+    assert whole.watch.best is not None
+    assert os.listdir(tmp_path / "whole") == os.listdir(tmp_path / "part")
+
+
+def test_going_on_from_another_folder_has_no_best_checkpoint_yet(make_trainer, tmp_path):
+    fading(make_trainer(held_out=edges, num_train_epochs=3, save_total_limit=None), [0.8, 1.0, 0.9]).train()
+    assert json.loads((tmp_path / "run/checkpoint-3/complete.json").read_text())["watch"]["best"]["global_step"] == 1
+    other = make_trainer(held_out=edges, num_train_epochs=4, output_dir=str(tmp_path / "other"))
+    other.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
+    assert other.best_checkpoint is None
