@@ -21,7 +21,8 @@ def test_card_says_what_was_done_and_what_came_of_it(tmp_path):
     assert "library_name: diffusers" in card.split("---")[1]
     assert "| reward | 0.2500 | 0.5000 | +0.2500 +- 0.0000 |" in card
     assert json.loads(card.split("```json")[1].split("```")[0]) == SETTINGS
-    assert Image.open(tmp_path / "curves.png").size == (900, 500)
+    with Image.open(tmp_path / "curves.png") as curves:
+        assert curves.size == (900, 500)
 
 
 def test_a_run_without_evaluation_has_a_card_too(tmp_path):

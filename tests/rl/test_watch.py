@@ -339,7 +339,7 @@ def test_a_resumed_run_watches_as_the_uninterrupted_one_to_the_bit(make_trainer,
 
 def test_going_on_from_another_folder_has_no_best_checkpoint_yet(make_trainer, tmp_path):
     fading(make_trainer(held_out=edges, num_train_epochs=3, save_total_limit=None), [0.8, 1.0, 0.9]).train()
-    assert json.loads((tmp_path / "run/checkpoint-3/complete.json").read_text())["watch"]["best"]["global_step"] == 1
+    assert json.loads((tmp_path / "run/checkpoint-3/run_state.json").read_text())["watch"]["best"]["global_step"] == 1
     other = make_trainer(held_out=edges, num_train_epochs=4, output_dir=str(tmp_path / "other"))
     other.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
     assert other.best_checkpoint is None
