@@ -150,6 +150,7 @@ def test_one_command_starts_goes_on_and_finds_that_nothing_is_left(config, tmp_p
     assert command(*line) == 0
     assert {path: path.read_bytes() for path in results} == results
 
+    capsys.readouterr()
     (folder / "finished.json").unlink()
     file = folder / "checkpoint-1/optimizer.pt"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
@@ -160,6 +161,14 @@ def test_one_command_starts_goes_on_and_finds_that_nothing_is_left(config, tmp_p
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[1:]))
     assert command(*line) == 2
     assert "prompts (SHA-256): '" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(config, tmp_path, capsys):
+    assert command("--config", config, "--dry_run", "true") == 0
+    said = capsys.readouterr().out
+    assert "nothing was written" in said
+    assert "the whole run: about 0 h" in said
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_stop_on_ends_the_run_in_order_and_names_the_best_checkpoint(config, tmp_path, capsys):
@@ -266,18 +275,34 @@ def settings_of(path, *flags):
     )
 
 
-def test_readmes_command_for_several_gpus_divides(monkeypatch):
-    """The same two updates a rollout as on one GPU."""
-    commands = re.findall(r"accelerate launch .*?(?:\n\n)", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    (line,) = [command for command in commands if "run_ddpo.py" in command]
-    launcher = re.search(r"--config_file (\S+)", line)[1]
-    accumulation = re.search(r"--gradient_accumulation_steps \d+", line)[0]
-    processes = yaml.safe_load((ROOT / launcher).read_text())["num_processes"]
-    assert accumulation in (ROOT / launcher).read_text()
-    monkeypatch.setattr(run_ddpo.DDPOConfig, "world_size", processes)
-    _, args = settings_of(ROOT / "configs/ddpo_sd15.yaml", *accumulation.split())
-    assert processes == 4
-    assert args.plan(2).updates == 2
+def readmes_runs():
+    """The README's commands for several GPUs that start `run_ddpo.py`: launcher's YAML, its flags, the run's flags."""
+    text = (ROOT / "README.md").read_text()
+    for command in re.findall(r"accelerate launch (.*?)\n\n", text, flags=re.DOTALL):
+        launcher, found, run = command.replace("\\\n", " ").partition("run_ddpo.py")
+        if found:
+            yield launcher.split(), run.split()
+
+
+def test_readmes_commands_for_several_gpus_divide(monkeypatch):
+    """Two updates a rollout, as on one GPU, and as in the run of ddpo-pytorch that one of them stands for."""
+    commands = list(readmes_runs())
+    assert len(commands) == 2
+    for launcher, flags in commands:
+        file = yaml.safe_load((ROOT / launcher[launcher.index("--config_file") + 1]).read_text())
+        named = "--num_processes" in launcher
+        processes = int(launcher[launcher.index("--num_processes") + 1]) if named else file["num_processes"]
+        assert processes == (8 if named else 4)
+        monkeypatch.setattr(run_ddpo.DDPOConfig, "world_size", processes)
+        config = flags.index("--config")
+        rest = [flag.strip("'") for flag in flags[:config] + flags[config + 2 :]]
+        if "--deepspeed" in rest:
+            rest = rest[: rest.index("--deepspeed")]
+        _, args = settings_of(ROOT / flags[config + 1], *rest)
+        steps = args.num_inference_steps if args.train_steps == ["all"] else len(args.train_steps)
+        assert args.plan(steps).updates == 2
+    accumulation = re.search(r"--gradient_accumulation_steps \d+", " ".join(commands[0][1]))[0]
+    assert accumulation in (ROOT / "configs/accelerate/multi_gpu.yaml").read_text()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("ddpo_*.yaml")), ids=lambda path: path.name)

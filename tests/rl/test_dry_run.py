@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from rl.dry_run import measure
+
+
+def test_what_a_run_would_cost(make_trainer):
+    trainer = make_trainer(num_train_epochs=5, num_iterations=2)
+    before = [weight.detach().clone() for weight in trainer.trained_weights()]
+    costs = measure(trainer)
+    assert costs["rows_per_rollout"] == 8 * 2
+    assert costs["pictures"] == 5 * 8
+    assert costs["updates_per_rollout"] == 2
+    assert costs["trained_weights"] == sum(weight.numel() for weight in before)
+    assert costs["gradients_and_optimizer_mib"] == pytest.approx(12 * costs["trained_weights"] / 2**20)
+    assert costs["weights_vae_mib"] == pytest.approx(
+        sum(weight.numel() * 4 for weight in trainer.policy.pipeline.vae.parameters()) / 2**20
+    )
+    assert costs["buffer_mib"] == pytest.approx(8 * 2 * (2 * 4 + 1) * 8 * 8 * 4 / 2**20)
+    phases = [value for name, value in costs.items() if name.startswith("rollout_") and name.endswith("_seconds")]
+    assert costs["seconds"] == pytest.approx(5 * sum(phases))
+    assert all(torch.equal(old, new) for old, new in zip(before, trainer.trained_weights(), strict=True))
+
+
+def test_activations_grow_with_the_batch(make_trainer):
+    small, large = (
+        measure(make_trainer(per_device_train_batch_size=size, gradient_accumulation_steps=16 // size))
+        for size in (2, 4)
+    )
+    assert large["activations_mib"] == pytest.approx(2 * small["activations_mib"], rel=0.2)
+    assert small["activations_mib"] > 0.1
