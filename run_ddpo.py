@@ -32,7 +32,7 @@ from reward.feedback import RewardFn  # noqa: E402
 from rl.adapter import AdapterSettings, check_adapter_files  # noqa: E402
 from rl.checkpoints import claim_output_dir, explained, mark_finished, plan_start  # noqa: E402
 from rl.ddpo import DDPOConfig, DDPOTrainer  # noqa: E402
-from rl.ddpo_config import warn_of_ignored  # noqa: E402
+from rl.ddpo_checks import warn_of_ignored  # noqa: E402
 from rl.dry_run import measure, print_costs  # noqa: E402
 from rl.evaluate import TRAINING_REWARD, Evaluation, evaluate, look  # noqa: E402
 from rl.experience import Samples  # noqa: E402

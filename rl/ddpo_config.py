@@ -1,72 +1,22 @@
-"""The settings of a DDPO run, and the arithmetic of its batches."""
+"""The settings of a DDPO run."""
 
-import logging
 import math
-import os
-from collections.abc import Iterable
-from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Literal, TypeVar
 
 from diffusers import DDIMScheduler
-from transformers import SchedulerType, TrainingArguments
+from transformers import TrainingArguments
 
-from rl.adapter import DEFAULT_LORA_TARGETS, AdapterSettings
-from rl.advantages import BASELINES
-from rl.credit import CREDITS, FOCUSES, PAID_SCALES
+from rl.adapter import DEFAULT_LORA_TARGETS, AdapterSettings, require
+from rl.ddpo_checks import check_engine, check_names, check_ranges, warn_of_ignored_settings
 from rl.engines import prepare_deepspeed_on_cpu
 from rl.memory import MemorySettings
 from rl.policy import PictureSize
+from rl.rollout_plan import RolloutPlan, check_rollout, plan_rollout
 from rl.sde import Schedule, ddim_scheduler, make_schedule, resolve_train_steps
 from rl.watch import check_watch
 
-logger = logging.getLogger(__name__)
-
 Settings = TypeVar("Settings")
-
-SAVE_STRATEGIES = ("epoch", "steps", "no")
-LR_SCHEDULES = tuple(
-    schedule.value
-    for schedule in SchedulerType
-    if schedule not in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # these follow an evaluation's loss
-)
-
-
-@dataclass(frozen=True)
-class RolloutPlan:
-    """How the pictures of one rollout become micro-batches and optimizer updates.
-
-    A row is a pair (picture, trained timestep). A micro-batch is `per_device_train_batch_size` consecutive pictures at
-    *one* timestep - the very batch the rollout ran at that step, so that on the first pass the ratio is exactly 1 -
-    and is one plain forward and backward. An epoch of the Trainer is one rollout.
-
-    Example: `generation_batch_size` 256, `num_generations` 8, `train_steps` [1, 2], one rank,
-    `per_device_train_batch_size` 64, `gradient_accumulation_steps` 8, `num_train_epochs` 20:
-
-        256 pictures / 8               = 32 prompts a rollout
-        256 pictures * 2 steps         = 512 rows
-        512 rows / 64                  = 8 micro-batches (`steps_per_generation`), in the order
-                                         pictures 0-63 at step 1, 0-63 at step 2, 64-127 at step 1, ...
-        8 micro-batches / 8            = 1 optimizer update a rollout
-        20 rollouts * 1                = 20 updates (`max_steps`)
-
-    On two ranks, each has 128 of the pictures, 256 rows, 4 micro-batches: `gradient_accumulation_steps` must be 4 (or 2
-    or 1, for 2 or 4 updates a rollout). With `num_iterations` 2 every micro-batch is gone through twice.
-
-    Attributes:
-        pictures: of a rollout, over all ranks.
-        pictures_per_rank: on this rank.
-        prompts: of a rollout, over all ranks.
-        train_steps: number of trained steps, K.
-        micro_batches: of one pass over a rollout, on each rank; TRL's `steps_per_generation`.
-        updates: optimizer updates a rollout, over all its passes.
-    """
-
-    pictures: int
-    pictures_per_rank: int
-    prompts: int
-    train_steps: int
-    micro_batches: int
-    updates: int
 
 
 @dataclass
@@ -405,53 +355,20 @@ class DDPOConfig(TrainingArguments):
         check_watch(self.watch_limits, self.stop_on)
         if self.save_strategy is False:  # what YAML makes of a bare `no`
             self.save_strategy = "no"
-        self._check_names()
+        check_names(self)
         if self.deepspeed and self.use_cpu:
             prepare_deepspeed_on_cpu()
         super().__post_init__()
-        self._check_ranges()
-        self._check_engine()
-        self._check_rollout()
+        check_ranges(self)
+        check_engine(self)
+        check_rollout(self)
         for kind in (AdapterSettings, PictureSize, MemorySettings):
             self.part(kind)  # checks them
-        self._warn_of_ignored()
+        warn_of_ignored_settings(self)
 
     def part(self, kind: type[Settings]) -> Settings:
         """Those of the settings that the dataclass `kind` has; e.g. `args.part(AdapterSettings)`."""
         return kind(**{setting.name: getattr(self, setting.name) for setting in fields(kind)})
-
-    def _check_names(self) -> None:
-        _require(
-            not self.fsdp and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("1", "true"),
-            "fsdp is not supported: the LoRA could not be saved; "
-            "to shard over GPUs, use --deepspeed configs/deepspeed/zero2.json",
-        )
-        for name, valid in (("save_strategy", SAVE_STRATEGIES), ("lr_scheduler_type", LR_SCHEDULES)):
-            value = getattr(self, name)
-            _require(
-                getattr(value, "value", value) in valid, f"{name} is {value!r}; it must be one of {', '.join(valid)}"
-            )
-
-    def _check_engine(self) -> None:
-        _require(
-            self.n_gpu <= 1,
-            f"this process sees {self.n_gpu} GPUs, and would spread its batches over them by torch's DataParallel, "
-            "which does not fit rollouts; start one process a GPU: accelerate launch --config_file "
-            "configs/accelerate/multi_gpu.yaml run_ddpo.py ..., or show it one: CUDA_VISIBLE_DEVICES=0",
-        )
-        _require(
-            not self.torch_compile,
-            "torch_compile would compile the whole network as one, and for the training only; use torch_compile_unet, "
-            "which compiles its transformer blocks, for the evaluation too, and in less time",
-        )
-        _require(
-            not self.save_only_model,
-            "save_only_model leaves checkpoints that cannot be resumed from; leave it out: "
-            "every checkpoint is a folder with the LoRA too",
-        )
-        if self.deepspeed and self.hf_deepspeed_config.is_zero3():
-            for name, used in (("train_steps auto", self.probed_steps), ("ema_decay", self.ema_decay)):
-                _require(used is None, f"{name} needs whole weights, which a rank of ZeRO-3 has not; use ZeRO-2")
 
     @property
     def chunk_size(self) -> int:
@@ -483,7 +400,7 @@ class DDPOConfig(TrainingArguments):
         if self.probed_steps is None:
             return resolve_train_steps(self.train_steps, schedule)
         steps = resolve_train_steps("all", schedule)
-        _require(
+        require(
             self.probed_steps <= len(steps),
             f"train_steps is {self.train_steps[0]}, but only {len(steps)} steps have noise; choose fewer",
         )
@@ -493,238 +410,10 @@ class DDPOConfig(TrainingArguments):
         """How many steps each rollout trains: a fraction of `train_steps`, or as many as `auto` chooses."""
         return self.probed_steps or math.ceil(self.timestep_fraction * len(self.trained_steps(schedule)) - 1e-9)
 
-    def _check_steps(self) -> None:
-        _require(0 < self.timestep_fraction <= 1, f"timestep_fraction is {self.timestep_fraction}; it lies in (0, 1]")
-        if not any(part.partition(":")[0] == "auto" for part in self.train_steps):
-            return
-        _, _, count = self.train_steps[0].partition(":")
-        _require(
-            len(self.train_steps) == 1 and (count == "" or count.isdigit()) and self.probed_steps >= 1,
-            f"train_steps {' '.join(self.train_steps)!r} is not understood; `auto:2` stands alone, 2 being a number",
-        )
-        _require(self.timestep_fraction == 1, "timestep_fraction does not go with train_steps auto; leave it out")
-        _require(
-            self.tune == "lora",
-            "train_steps auto keeps a gradient of all weights for each step, too much with tune full; name them",
-        )
-        _require(self.probe_rollouts >= 1, f"probe_rollouts is {self.probe_rollouts}; auto needs at least 1")
-        _require(self.probe_every >= 0, f"probe_every is {self.probe_every}; it must not be negative")
-
-    def _warn_of_ignored(self) -> None:
-        level = self.importance_sampling_level
-        if self.credit not in ("focus", "words"):
-            warn_of_ignored(self, ("focus_floor",), f"credit is {self.credit}")
-        if self.credit != "focus":
-            warn_of_ignored(self, ("focus_on",), f"credit is {self.credit}, not focus")
-        paid = {"paid_reach"} if self.paid_scale == "unit" else {"paid_weight"}
-        if self.credit != "paid":
-            warn_of_ignored(self, ("paid_scale", "paid_reach", "paid_weight"), f"credit is {self.credit}, not paid")
-        else:
-            warn_of_ignored(self, paid, f"paid_scale is {self.paid_scale}")
-        if self.advantage_baseline != "prompt":
-            why = f"advantage_baseline is {self.advantage_baseline}"
-            warn_of_ignored(self, ("prompt_buffer_size", "prompt_min_count"), why)
-        if self.advantage_baseline != "group":
-            warn_of_ignored(self, ("min_group_std",), f"advantage_baseline is {self.advantage_baseline}")
-        if self.probed_steps is None:
-            warn_of_ignored(self, ("probe_rollouts", "probe_every"), "train_steps is not auto")
-        if self.guidance_scale == 1:
-            warn_of_ignored(self, ("train_guidance",), "guidance_scale is 1, so there is none")
-        if self.credit == "mask" or (self.credit == "paid" and self.paid_scale == "unit"):
-            logger.warning(
-                "credit %s is for comparison: it teaches to draw less, or shields what is wrong (see rl/credit.py)",
-                self.credit,
-            )
-        unused = "epsilon_location" if level == "image" else "epsilon"
-        warn_of_ignored(self, (unused,), f"importance_sampling_level is {level}")
-        if "tensorboard" not in self.report_to and self.num_log_images > 0:
-            warn_of_ignored(self, ("num_log_images",), "report_to does not name tensorboard")
-        if self.tune == "full":
-            lora = [setting.name for setting in fields(self) if "lora" in setting.name]
-            warn_of_ignored(self, (*lora, "use_dora"), "tune is full, there is no LoRA")
-        if self.init_adapter is not None:
-            warn_of_ignored(self, ("init_lora_weights",), "the LoRA starts from init_adapter")
-        if self.device.type == "cpu":
-            warn_of_ignored(self, ("offload",), "the run is on the CPU")
-
-    def _check_ranges(self) -> None:
-        _require(
-            self.num_generations >= (2 if self.advantage_baseline == "group" else 1),
-            f"num_generations is {self.num_generations}; an advantage compares at least 2 pictures of a prompt, "
-            "unless advantage_baseline is prompt or batch",
-        )
-        self._check_credit()
-        self._check_steps()
-        _require(0 <= self.eta <= 1, f"eta is {self.eta}; it must lie in [0, 1]")
-        _require(self.eta > 0, "eta is 0: steps without noise have no log-prob to train; set it above 0, e.g. 1")
-        _require(self.num_inference_steps >= 1, f"num_inference_steps is {self.num_inference_steps}; at least 1")
-        _require(self.guidance_scale >= 0, f"guidance_scale is {self.guidance_scale}; it must not be negative")
-        for name in ("epsilon", "epsilon_location", "advantage_std_floor", "advantage_clip"):
-            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
-        _require(self.epsilon_high is None or self.epsilon_high > 0, f"epsilon_high is {self.epsilon_high}; above 0")
-        _require(
-            self.ema_decay is None or 0 < self.ema_decay < 1,
-            f"ema_decay is {self.ema_decay}; it must lie between 0 and 1, e.g. 0.9",
-        )
-        for name in (
-            "num_iterations",
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-        ):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        _require(
-            self.max_steps > 0 or self.num_train_epochs > 0,
-            f"num_train_epochs is {self.num_train_epochs}; it counts rollouts, so it must be at least 1",
-        )
-        for name in (
-            "per_device_rollout_batch_size",
-            "reward_batch_size",
-            "generation_batch_size",
-            "steps_per_generation",
-        ):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
-        _require(self.beta >= 0, f"beta is {self.beta}; it must not be negative")
-        _require(self.num_log_images >= 0, f"num_log_images is {self.num_log_images}; it must not be negative")
-        _require(
-            not self.auto_find_batch_size,
-            "auto_find_batch_size would break up groups; set a smaller per_device_train_batch_size instead",
-        )
-
-    def _check_chunks(self, pictures: int) -> None:
-        size, world = self.chunk_size, self.world_size
-        _require(
-            pictures % (size * world) == 0 and pictures >= 3 * size,
-            f"train_steps auto compares the gradients of chunks of {size} pictures (whole groups of "
-            f"{self.num_generations}, whole micro-batches of {self.per_device_train_batch_size}), at least 3 of them, "
-            f"shared evenly by the {world} processes; a rollout of {pictures} has not: set generation_batch_size to a "
-            f"multiple of {size * world} from {-(-3 // world) * size * world} on, or a smaller batch size",
-        )
-
-    def _check_credit(self) -> None:
-        choices = {
-            "credit": CREDITS, "focus_on": FOCUSES, "paid_scale": PAID_SCALES, "advantage_baseline": BASELINES,
-            "scale_rewards": ("group", "batch", "none"), "timestep_weighting": ("uniform", "std"),
-        }  # fmt: skip
-        for name, valid in choices.items():
-            value = getattr(self, name)
-            _require(value in valid, f"{name} is {value!r}; it must be one of {', '.join(valid)}")
-        _require(0 <= self.focus_floor <= 1, f"focus_floor is {self.focus_floor}; it must lie in [0, 1]")
-        for name in ("paid_reach", "paid_weight", "min_group_std"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
-        _require(self.prompt_min_count >= 2, f"prompt_min_count is {self.prompt_min_count}; a std needs at least 2")
-        _require(
-            self.prompt_buffer_size >= self.prompt_min_count,
-            f"prompt_buffer_size ({self.prompt_buffer_size}) is below prompt_min_count ({self.prompt_min_count}), "
-            "so no prompt's own statistics would ever be used",
-        )
-        if self.credit != "paid":
-            return
-        _require(
-            self.importance_sampling_level == "location",
-            "credit paid differs from place to place, also in sign, so ratio and clip must be each place's: "
-            "set importance_sampling_level to location",
-        )
-        _require(
-            self.advantage_baseline == "group" and self.scale_rewards == "group",
-            "credit paid compares each place within a prompt's group; "
-            f"advantage_baseline ({self.advantage_baseline}) and scale_rewards ({self.scale_rewards}) must be group",
-        )
-
-    def _check_rollout(self) -> None:
-        _require(
-            self.generation_batch_size is None or self.steps_per_generation is None,
-            f"generation_batch_size ({self.generation_batch_size}) and steps_per_generation "
-            f"({self.steps_per_generation}) both say how large a rollout is; give one of them",
-        )
-        if self.generation_batch_size is None and self.steps_per_generation is None:
-            self.generation_batch_size = 256
-        if self.generation_batch_size is not None:
-            self._check_pictures(self.generation_batch_size)
-
-    def _check_pictures(self, pictures: int) -> None:
-        world, batch, group = self.world_size, self.per_device_train_batch_size, self.num_generations
-        _require(
-            pictures % group == 0,
-            f"generation_batch_size ({pictures}) is not a multiple of num_generations ({group}); "
-            f"use {_near(pictures, group)} pictures a rollout",
-        )
-        _require(
-            pictures % (world * batch) == 0,
-            f"generation_batch_size ({pictures}) is not a multiple of per_device_train_batch_size ({batch}) times "
-            f"the number of processes ({world}); use {_near(pictures, world * batch)} pictures a rollout, "
-            "or another batch size",
-        )
-
     def plan(self, train_steps: int) -> RolloutPlan:
-        """The arithmetic of a rollout of which `train_steps` sampling steps are trained; see `RolloutPlan`.
+        """The arithmetic of a rollout of which `train_steps` sampling steps are trained; see `rl.rollout_plan`.
 
         Raises:
             ValueError: numbers that do not divide; the message gives them and the remedy.
         """
-        world, batch, accumulate = self.world_size, self.per_device_train_batch_size, self.gradient_accumulation_steps
-        pictures = self.generation_batch_size
-        if pictures is None:
-            _require(
-                self.steps_per_generation % train_steps == 0,
-                f"steps_per_generation ({self.steps_per_generation}) is not a multiple of the number of trained "
-                f"steps ({train_steps}); use {_near(self.steps_per_generation, train_steps)}",
-            )
-            pictures = self.steps_per_generation // train_steps * batch * world
-            self._check_pictures(pictures)
-        if self.probed_steps is not None:
-            self._check_chunks(pictures)
-        micro_batches = pictures // (world * batch) * train_steps
-        fitting = [number for number in range(1, micro_batches + 1) if micro_batches % number == 0]
-        _require(
-            micro_batches % accumulate == 0,
-            f"gradient_accumulation_steps ({accumulate}) does not divide the {micro_batches} micro-batches of a "
-            f"rollout ({pictures} pictures x {train_steps} trained steps / {batch} rows / {world} processes); "
-            f"use one of {', '.join(map(str, fitting))}",
-        )
-        updates = micro_batches // accumulate * self.num_iterations
-        _require(
-            self.max_steps <= 0 or self.max_steps % updates == 0,
-            f"max_steps ({self.max_steps}) is not a multiple of the {updates} updates of a rollout; "
-            f"use {_near(self.max_steps, updates)}, or num_train_epochs, which counts rollouts",
-        )
-        _require(
-            self.max_steps > 0 or self.num_train_epochs == int(self.num_train_epochs),
-            f"num_train_epochs is {self.num_train_epochs}; it counts rollouts, so it must be a whole number",
-        )
-        _require(
-            self.save_strategy != "steps" or (self.save_steps >= 1 and self.save_steps % updates == 0),
-            f"save_steps ({self.save_steps}) is not a multiple of the {updates} updates of a rollout, and a "
-            "checkpoint holds no half-used rollout; "
-            f"use {_near(int(max(self.save_steps, 1)), updates)}, or save_strategy epoch",
-        )
-        return RolloutPlan(
-            pictures=pictures,
-            pictures_per_rank=pictures // world,
-            prompts=pictures // self.num_generations,
-            train_steps=train_steps,
-            micro_batches=micro_batches,
-            updates=updates,
-        )
-
-
-def warn_of_ignored(settings: object, names: Iterable[str], why: str) -> None:
-    """Warn of those of `names` that a dataclass of settings holds another value for than its default."""
-    for setting in fields(settings):
-        if setting.name in names and getattr(settings, setting.name) != _default(setting):
-            logger.warning("%s=%r is ignored: %s", setting.name, getattr(settings, setting.name), why)
-
-
-def _default(setting: Field) -> Any:
-    return setting.default if setting.default_factory is MISSING else setting.default_factory()
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _near(number: int, divisor: int) -> str:
-    below = number // divisor * divisor
-    return f"{below} or {below + divisor}" if below else str(divisor)
+        return plan_rollout(self, train_steps)

@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 from reward.feedback import Reward
 from rl.adapter import LORA_WEIGHTS
 from rl.advantages import group_advantages
-from rl.ddpo import _StopAtBoundaryError
 from rl.interrupt import RunInterrupted
+from rl.resumable import StopAtBoundaryError
 from rl.rollout import DivergedError
 from rl.scoring import RewardError
 from tests.rl.conftest import full_disk
@@ -469,7 +469,7 @@ def test_ctrl_c_on_one_rank_stops_all_at_the_next_sampling_step(make_trainer, mo
     monkeypatch.setattr(
         trainer.accelerator, "gather", lambda flag: asked.append(bool(flag)) or torch.tensor([bool(flag), True])
     )
-    with pytest.raises(_StopAtBoundaryError):
+    with pytest.raises(StopAtBoundaryError):
         trainer.collect(0)
     assert asked == [False]
 

@@ -1,0 +1,212 @@
+"""A Trainer whose runs stop at rollout boundaries, are saved there, and go on from there to the same bits."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import Trainer
+
+from rl.checkpoints import (
+    BESIDE,
+    abandon_later,
+    check_intact,
+    explained,
+    publish,
+    read_marker,
+    resolve_checkpoint,
+    rotate,
+)
+from rl.interrupt import RunInterrupted, StopSignal
+from rl.manifest import sealed
+from rl.rollout_plan import RolloutPlan
+from rl.run_state import RunState
+from rl.timing import PhaseClock
+from rl.watch import Watch
+
+
+class StopAtBoundaryError(Exception):
+    """Raised where the weights are those of the last rollout boundary, to leave the Trainer's loop."""
+
+
+class ResumableTrainer(Trainer):
+    """What of a run is not the algorithm: stopping, checkpoints, resuming.
+
+    A subclass says what besides weights and optimizer a run remembers (`_boundary_state`, `_load_state`, `_unlogged`),
+    what makes its weights unfit to be kept (`_check_weights`), and what happens at the end (`_conclude`).
+
+    Args:
+        plan: how many updates lie between two boundaries.
+        watch: knows which checkpoint is the best.
+        trainer: as the Trainer's.
+
+    Attributes:
+        clock, train_seconds: seconds of each phase so far, and of `train`; of the whole run, also where it goes on.
+    """
+
+    def __init__(self, plan: RolloutPlan, watch: Watch, **trainer):
+        self.plan, self.watch = plan, watch
+        self.clock = PhaseClock()
+        self.train_seconds = 0.0
+        self._resumed: dict[str, Any] = {}
+        self._start = 0.0
+        self._stop = StopSignal()
+        self._run_dir: str | None = None
+        self._saved_step: int | None = None
+        super().__init__(**trainer)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As the Trainer's, from a checkpoint that is whole (a folder, `latest`, or `auto`: `latest` if there is one).
+
+        Raises:
+            RunInterrupted: Ctrl-C or SIGTERM; a checkpoint was written, the message says where and how to go on.
+            RewardError: the reward is not finite; the last checkpoint is kept.
+            DivergedError: the policy is not finite any more; the last checkpoint is kept.
+            ValueError: no such checkpoint, a damaged one, or one of another LoRA, engine or with other rollouts.
+        """
+        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None:
+            self._check_place(checkpoint)
+            if self.args.should_save:
+                check_intact(checkpoint)
+        self._resumed = read_marker(checkpoint) if checkpoint is not None else {}
+        own = checkpoint is not None and checkpoint.resolve().parent == Path(self.args.output_dir).resolve()
+        self._saved_step = self._resumed["global_step"] if own else None
+        self._start = time.perf_counter() - self._resumed.get("train_seconds", 0.0)
+        with StopSignal() as self._stop:
+            try:
+                result = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
+                if self._stop_asked():  # in the last update, behind which no place to stop at comes
+                    raise StopAtBoundaryError
+                self._conclude()
+                return result
+            except StopAtBoundaryError:
+                if self._saved_step != self.state.global_step:
+                    self._save_checkpoint(self.model, None)
+                raise RunInterrupted(
+                    f"stopped after {self.state.global_step} of {self.state.max_steps} updates; "
+                    f"go on with --resume_from_checkpoint {self._checkpoint_place()}"
+                ) from None
+            finally:
+                self.train_seconds = time.perf_counter() - self._start
+                if self.is_in_train:  # an exception: the Trainer closes bar and writer at a normal end only
+                    self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    def _boundary_state(self) -> RunState:
+        raise NotImplementedError
+
+    def _load_state(self, state: RunState) -> None:
+        raise NotImplementedError
+
+    def _unlogged(self) -> dict[str, Any]:
+        """What this rank has summed up for the next line of the log, as JSON can hold it."""
+        raise NotImplementedError
+
+    def _check_weights(self) -> None:
+        """Raises an error if they are not fit to be kept."""
+
+    def _conclude(self) -> None:
+        """Behind the last update of a run that was not stopped."""
+
+    def _stop_asked(self) -> bool:
+        """Whether any rank was asked to stop. All ranks must be here, and all get the same answer."""
+        requested = self._stop.requested
+        if self.args.world_size > 1:
+            requested = bool(self.accelerator.gather(torch.tensor([requested], device=self.args.device)).any())
+        return requested
+
+    def _stop_if_asked(self) -> None:
+        """Leave the Trainer's loop if a stop is asked for and the weights are those of a rollout boundary."""
+        if self._stop_asked() and self.state.global_step % self.plan.updates == 0:
+            raise StopAtBoundaryError
+
+    def _check_place(self, checkpoint: Path) -> None:
+        """Complain if the updates made before `checkpoint` are no whole number of this run's rollouts, or another one
+        than it counted."""
+        marker = read_marker(checkpoint)
+        if marker["rollouts"] * self.plan.updates != marker["global_step"]:
+            raise ValueError(
+                f"{checkpoint} was made by {marker['global_step']} updates in {marker['rollouts']} rollouts, but with "
+                f"these settings a rollout has {self.plan.updates} updates; give gradient_accumulation_steps, "
+                "num_iterations, train_steps, the batch sizes and the number of processes the values they had"
+            )
+        if (engine := marker.get("engine", self._engine())) != self._engine():
+            raise ValueError(
+                f"{checkpoint} holds the optimizer's state as {engine} leaves it, but this run has {self._engine()}; "
+                "give deepspeed and the number of processes the values they had"
+            )
+
+    def _engine(self) -> str:
+        """Who holds the optimizer's state. The Trainer would go on without it where another one does."""
+        if not self.is_deepspeed_enabled:
+            return "torch"
+        stage = self.accelerator.state.deepspeed_plugin.zero_stage
+        return f"DeepSpeed's ZeRO-{stage} on {self.args.world_size} processes"
+
+    def _checkpoint_place(self) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint with the best held-out reward, as far as rollouts were drawn from checkpoints; never rotated
+        away. None if no held-out reward is watched."""
+        if self.watch.best is None:
+            return None
+        return Path(self.args.output_dir) / f"checkpoint-{self.watch.best['global_step']}"
+
+    def _get_output_dir(self, trial) -> str:
+        return self._run_dir or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """The Trainer's checkpoint, written beside its place and moved there when it is whole.
+
+        Raises:
+            OSError: it could not be written, e.g. disk full; nothing is left of it, and the previous one is whole.
+        """
+        self._check_weights()
+        place = self._checkpoint_place()
+        self._run_dir = str(Path(self.args.output_dir) / BESIDE)
+        marker = {
+            "global_step": self.state.global_step,
+            "rollouts": self.state.global_step // self.plan.updates,
+            "engine": self._engine(),
+            "unlogged": gather_object([self._unlogged()]),
+            "seconds": dict(self.clock.seconds),
+            "train_seconds": time.perf_counter() - self._start,
+        }
+        try:
+            with explained(f"the checkpoint {place}", self.args.output_dir):
+                if self.args.should_save:
+                    shutil.rmtree(self._run_dir, ignore_errors=True)  # of a run that was killed while writing
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    beside = Path(self._run_dir) / place.name
+                    self._boundary_state().write(beside)
+                    publish(beside, place, sealed(marker, beside))
+                    rotate(self.args.output_dir, self.args.save_total_limit, self.best_checkpoint)
+            self._saved_step = self.state.global_step
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(self._run_dir, ignore_errors=True)
+            self._run_dir = None
+        self.accelerator.wait_for_everyone()
+
+    def _init_training_state(self, max_steps: int, *args):
+        checkpoint = args[2]
+        if checkpoint is not None:
+            marker = read_marker(Path(checkpoint))
+            self._load_state(RunState.read(Path(checkpoint)))
+            if Path(checkpoint).resolve().parent == Path(self.args.output_dir).resolve():
+                self._saved_step = marker["global_step"]
+            else:
+                self.watch.best = None  # it lies in another folder, which is not this run's to keep
+            if self.args.should_save:
+                abandon_later(marker["global_step"], self.args.output_dir)
+        place = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)  # how often to log and save: as this run says, not the last
+        return place
