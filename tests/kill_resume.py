@@ -44,6 +44,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers.trainer_pt_utils import safe_globals  # noqa: E402
 
 import rl.ddpo  # noqa: E402
+import rl.resumable  # noqa: E402
 import run_ddpo  # noqa: E402
 from reward.arguments import main_guard  # noqa: E402
 from rl.adapter import LORA_WEIGHTS  # noqa: E402
@@ -69,7 +70,7 @@ def arguments(pipeline: str, prompts: Path, output: Path, options: argparse.Name
         "num_train_epochs": options.rollouts, "num_inference_steps": 3, "train_steps": 1, "generation_batch_size": 8,
         "num_generations": 4, "per_device_train_batch_size": 4 // options.ranks, "gradient_accumulation_steps": 1,
         "logging_steps": 3, "learning_rate": 0.01, "lora_rank": 2, "num_log_images": 2, "seed": 3,
-        "resume_from_checkpoint": "auto",
+        "resume_from_checkpoint": "auto", "ema_decay": 0.5, "advantage_baseline": "prompt", "prompt_min_count": 4,
     }  # fmt: skip
     if options.engine == "zero2":
         settings["deepspeed"] = "configs/deepspeed/zero2.json"
@@ -127,8 +128,8 @@ def run(argv: list[str], phases: Path) -> None:
                 (rl.ddpo.DDPOTrainer, "collect", "rollout"),
                 (rl.ddpo.DDPOTrainer, "training_step", "update"),
                 (rl.ddpo.DDPOTrainer, "_save_checkpoint", "checkpoint"),
-                (rl.ddpo, "publish", "publish"),
-                (rl.ddpo, "rotate", "publish"),
+                (rl.resumable, "publish", "publish"),
+                (rl.resumable, "rotate", "publish"),
                 (rl.ddpo.DDPOTrainer, "save_model", "finish"),
                 (run_ddpo, "write_report", "finish"),
                 (run_ddpo, "mark_finished", "finish"),
@@ -246,7 +247,9 @@ def traces(folder: Path) -> dict[str, object]:
         "adapter's bytes": (folder / LORA_WEIGHTS).read_bytes(),
         **states,
         "trainer_state.json": state,
-        "complete.json": {name: marker[name] for name in ("global_step", "edge_energy_at_start", "unlogged")},
+        "complete.json": {name: marker[name] for name in ("global_step", "unlogged")},
+        "run_state.json": json.loads((last / "run_state.json").read_text()),
+        "run_state.safetensors": load_file(last / "run_state.safetensors"),
         "evaluation.json": json.loads((folder / "evaluation.json").read_text()),
         "before_after.png": (folder / "before_after.png").read_bytes(),
         "summary.json": [summary[name] for name in ("before", "after", "updates", "rollouts")],
