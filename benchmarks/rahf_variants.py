@@ -6,8 +6,8 @@ Trains each as `configs/rahf_tinyworld.yaml` says (for `--epochs`, if given: all
 once a seed, from the pretrained encoders; evaluates with `reward.evaluate` on the test split against fresh raters. A
 value is the mean over seeds, its interval Student's over seeds; "less the default's" is paired by seed. It needs what
 `python -m tinyworld.build --stages feedback pretraining` leaves in `build/tinyworld` (`--data`, `--pretrained`).
-Trainings that are there already (`--work`) are not repeated. An epoch of the default takes 2 minutes on one core, of
-augmented prompts PPP, of the paper's heads 16.
+Trainings that are there already (`--work`) are not repeated. An epoch of the default takes 2 minutes on one core; of
+augmented prompts and of the paper's heads 4 and 8 times as long.
 """
 
 import json
