@@ -121,6 +121,7 @@ def judge(
     args, policy = trainer.args, trainer.policy
     console.print(f"[bold]evaluating[/] {phase} training on {len(prompts)} held-out prompts")
     noise = {"generations": how.eval_generations, "seed": how.eval_seed, "guidance_scale": args.guidance_scale}
+    sizes = {"batch_size": args.per_device_eval_batch_size, "reward_batch_size": args.reward_batch_size}
     pictures = len(prompts) * how.eval_generations
     bar = tqdm(total=pictures, disable=args.disable_tqdm or not args.should_save, dynamic_ncols=True)
     with trainer.accelerator.autocast(), bar:
@@ -129,15 +130,15 @@ def judge(
             trainer.schedule,
             prompts,
             rewards,
-            batch_size=args.per_device_eval_batch_size,
-            reward_batch_size=args.reward_batch_size,
             rank=args.process_index,
             world_size=args.world_size,
             gather=trainer.accelerator.gather,
             on_batch=lambda count: bar.update(count * args.world_size),
             **noise,
+            **sizes,
         )
-        samples = look(policy, trainer.schedule, prompts, rewards[TRAINING_REWARD], count=how.num_before_after, **noise)
+        count, reward = how.num_before_after, rewards[TRAINING_REWARD]
+        samples = look(policy, trainer.schedule, prompts, reward, count=count, **noise, **sizes)
     return figures, samples
 
 

@@ -121,7 +121,7 @@ class DDPOTrainer(PolicyTrainer):
         self.experience = None  # frees the last one's memory first
         self.experience = experience = self.collect(number)
         self._noted = False
-        loss_weights = step_weights(self.args.timestep_weighting, self.schedule, experience.trajectory.steps.tolist())
+        loss_weights = step_weights(self.args.timestep_weighting, self.schedule, self.train_steps)
         for iteration in range(self.args.num_iterations):
             for position, (k, pictures) in enumerate(experience.micro_batches(self.args.per_device_train_batch_size)):
                 self._stop_if_asked()
@@ -131,7 +131,7 @@ class DDPOTrainer(PolicyTrainer):
                     "next_latents": experience.trajectory.next_latents[k, pictures],
                     "old_log_probs": experience.trajectory.log_probs[k, pictures],
                     "step": step,
-                    "loss_weight": float(loss_weights[k]),
+                    "loss_weight": float(loss_weights[self.train_steps.index(step)]),
                     "advantages": experience.advantages[pictures],
                     "weights": experience.weights[pictures],
                     "prompts": experience.prompts[pictures],

@@ -27,6 +27,12 @@ def check_ranges(args: "DDPOConfig") -> None:
     )
     check_credit(args)
     check_steps(args)
+    compared = f"advantage_baseline is {args.advantage_baseline}, num_generations is {args.num_generations}"
+    require(
+        args.share_noise == "none" or (args.advantage_baseline == "group" and args.num_generations > 1),
+        f"share_noise {args.share_noise} helps by cancelling where a group is compared within itself, but {compared}; "
+        "set it to none, or advantage_baseline to group",
+    )
     require(args.eta > 0, "eta is 0: steps without noise have no log-prob to train; set it above 0, e.g. 1")
     for name in ("epsilon", "epsilon_location", "advantage_std_floor", "advantage_clip"):
         require(getattr(args, name) > 0, f"{name} is {getattr(args, name)}; it must be above 0")
@@ -63,6 +69,11 @@ def check_steps(args: "DDPOConfig") -> None:
     require(
         args.tune == "lora",
         "train_steps auto keeps a gradient of all weights for each step, too much with tune full; name them",
+    )
+    require(
+        args.advantage_baseline == "group" and args.scale_rewards == "group",
+        "train_steps auto compares gradients of pictures that share nothing, so advantages must be within groups; "
+        f"advantage_baseline ({args.advantage_baseline}) and scale_rewards ({args.scale_rewards}) must be group",
     )
     require(args.probe_rollouts >= 1, f"probe_rollouts is {args.probe_rollouts}; auto needs at least 1")
     require(args.probe_every >= 0, f"probe_every is {args.probe_every}; it must not be negative")

@@ -27,7 +27,8 @@ def measure(trainer: "DDPOTrainer") -> dict[str, float]:
     own: what an engine of several processes adds (waiting, gathering) is not in it, and what it shards not taken off.
 
     Returns:
-        name -> number; names that end in `_mib` are memory, in `seconds` time.
+        name -> number; names that end in `_mib` are memory, in `seconds` time. `activations_mib` is what autograd keeps
+        of one micro-batch; on a GPU `peak_mib` is the most that was allocated, models included.
     """
     args, policy, plan = trainer.args, trainer.policy, trainer.plan
     size = args.per_device_rollout_batch_size or args.per_device_train_batch_size
@@ -36,9 +37,11 @@ def measure(trainer: "DDPOTrainer") -> dict[str, float]:
     noise = rollout_noise(policy, trainer.schedule, args.seed, "dry run", range(size))
     kept = trainer.train_steps[: plan.train_steps]
     policy.network.train()
+    if args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(args.device)
     for _ in range(2):
         clock = PhaseClock()
-        with trainer.compute_loss_context_manager():
+        with trainer.accelerator.autocast():  # the Trainer's own context has none: it leaves that to `prepare`
             batch = sample_and_score(
                 policy, policy.network, trainer.reward_fn, prompts, noise, trainer.schedule, kept, args, clock, 0
             )
@@ -57,6 +60,7 @@ def measure(trainer: "DDPOTrainer") -> dict[str, float]:
         **{f"weights_{name}_mib": size for name, size in everything.items()},
         "gradients_and_optimizer_mib": trained * 4 * 3 / MIB,
         "activations_mib": activations,
+        **({"peak_mib": torch.cuda.max_memory_allocated(args.device) / MIB} if args.device.type == "cuda" else {}),
         "buffer_mib": plan.pictures_per_rank * plan.train_steps * row / MIB,
         "sampling_steps": steps,
         "trained_steps": plan.train_steps,
@@ -95,7 +99,7 @@ def _update(trainer: "DDPOTrainer", trajectory, prompts: list[str]) -> tuple[flo
         return tensor
 
     start = time.perf_counter()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), trainer.compute_loss_context_manager():
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), trainer.accelerator.autocast():
         loss = trainer.compute_loss(trainer.policy.network, inputs)
     torch.autograd.grad(loss, trainer.trained_weights())
     if loss.is_cuda:

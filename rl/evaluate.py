@@ -103,14 +103,19 @@ def look(
     generations: int,
     seed: int,
     guidance_scale: float = 1.0,
+    batch_size: int = 64,
+    reward_batch_size: int | None = None,
 ) -> Samples:
     """The first picture of `count` prompts spread evenly over `prompts`: the same pictures `evaluate` judges."""
     count = min(count, len(prompts))
     chosen = [place * len(prompts) // count for place in range(count)]
     chosen_prompts = [prompts[place] for place in chosen]
     pictures = [place * generations for place in chosen]
-    images = _images(policy, schedule, chosen_prompts, pictures, seed, guidance_scale)
-    return Samples.of(images, chosen_prompts, score(reward_fn, images, chosen_prompts), count)
+    batches = [slice(first, first + batch_size) for first in range(0, count, batch_size)]
+    images = torch.cat(
+        [_images(policy, schedule, chosen_prompts[rows], pictures[rows], seed, guidance_scale) for rows in batches]
+    )
+    return Samples.of(images, chosen_prompts, score(reward_fn, images, chosen_prompts, reward_batch_size), count)
 
 
 def _images(

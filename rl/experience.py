@@ -177,7 +177,7 @@ def credit_map(
     prompts: Sequence[str],
     attention: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """The map (B, h, w) that the kind of credit goes by; None where it needs none.
+    """The map (B, h, w) that the kind of credit goes by, on the pictures' device; None where it needs none.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
@@ -194,7 +194,7 @@ def credit_map(
                 "give it a word_weight, or choose another credit"
             )
         positions = word_positions(policy.pipeline.tokenizer, prompts)
-        return to_latent_grid(word_map(attention, positions, reward.word_penalties), grid)
+        return to_latent_grid(word_map(attention, positions, reward.word_penalties), grid).to(images.device)
     if args.credit == "focus" and args.focus_on == "content":
         return to_latent_grid(content_map(images), grid)
     if args.credit not in ("focus", "paid", "mask"):
@@ -206,7 +206,7 @@ def credit_map(
             f"credit {args.credit}{' on maps' if args.credit == 'focus' else ''} needs a reward with penalty maps; "
             f"this one has none: give its heatmaps a weight{instead}"
         )
-    return maps
+    return maps.to(images.device)
 
 
 def gather_experience(
@@ -272,7 +272,6 @@ def _place_weights(
     """(N, h, w), what each place's advantage is multiplied by, of the pictures of all ranks."""
     if maps is None:
         return trajectory.log_probs.new_ones(len(totals), *trajectory.final_latents.shape[-2:])
-    maps = maps.to(totals.device)
     if args.credit == "mask":
         return mask_weights(maps, float(maps.max()))
     if args.credit == "paid" and args.paid_scale == "unit":

@@ -34,7 +34,7 @@ def borrowed(modules: Sequence[nn.Module], device: torch.device) -> Iterator[Non
 
 
 class OffloadedReward:
-    """A reward whose model is on the device only while it is asked.
+    """A reward whose model is on the device only while it is asked; it has `ranges` and `features` if that one has.
 
     Args:
         reward_fn: with a method `to`.
@@ -44,12 +44,25 @@ class OffloadedReward:
     def __init__(self, reward_fn: RewardFn, device: torch.device):
         self.reward_fn, self.device = reward_fn, device
         self.differentiable = reward_fn.differentiable
+        if hasattr(reward_fn, "ranges"):
+            self.ranges = reward_fn.ranges
+        if hasattr(reward_fn, "features"):
+            self.features = self._features
         reward_fn.to("cpu")
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> Reward:
+        with self._there():
+            return self.reward_fn(images, prompts)
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
+        with self._there():
+            return self.reward_fn.features(images)
+
+    @contextmanager
+    def _there(self) -> Iterator[None]:
         self.reward_fn.to(self.device)
         try:
-            return self.reward_fn(images, prompts)
+            yield
         finally:
             self.reward_fn.to("cpu")
 
@@ -61,4 +74,6 @@ def compile_blocks(unet: UNet2DConditionModel) -> None:
     """
     # Each shape of block is compiled with and without gradients, with and without its LoRA: more than dynamo's default.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    # Credit by words hangs hooks on the blocks' attention for the time of a rollout: dynamo must look for them.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
     unet.compile_repeated_blocks(fullgraph=True)

@@ -73,6 +73,11 @@ def check_policy_ranges(args: "PolicyConfig") -> None:
     )
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         require(getattr(args, name) >= 1, f"{name} is {getattr(args, name)}; it must be at least 1")
+    require(
+        args.model_dtype != "float16" or args.fp16,
+        "model_dtype is float16 without fp16: nothing would scale the loss, and small gradients would be 0; "
+        "set fp16 to true, or model_dtype to bfloat16",
+    )
     value = args.reward_batch_size
     require(value is None or value >= 1, f"reward_batch_size is {value}; it must be at least 1")
 

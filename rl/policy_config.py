@@ -138,8 +138,8 @@ class PolicyConfig(TrainingArguments):
     ema_decay: float | None = field(
         default=None,
         metadata={
-            "help": "Keep an exponential moving average of the trained weights, with this decay an update; it is what "
-            "the run leaves behind. None: no average."
+            "help": "Keep an exponential moving average of the trained weights, from the first update on, with this "
+            "decay an update; it is what the run leaves behind. None: no average."
         },
     )
 

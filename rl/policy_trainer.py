@@ -65,7 +65,8 @@ class PolicyTrainer(ResumableTrainer):
         if self.pop_callback(ProgressCallback):
             self.add_callback(RewardProgress)
         if args.ema_decay is not None:
-            self.average = EMAModel(self.trained_weights(), decay=args.ema_decay)
+            # diffusers would begin with a smaller decay, 0.9 after 80 updates: more than many runs have
+            self.average = EMAModel(self.trained_weights(), decay=args.ema_decay, min_decay=args.ema_decay)
             self.add_callback(AverageWeights(self))
 
     @property
@@ -193,6 +194,10 @@ class PolicyTrainer(ResumableTrainer):
         folder = output_dir or self.args.output_dir
         with explained(f"the {self.policy.trained.what} to {folder}", self.args.output_dir):
             super().save_model(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: checkpoints are written beside their place, where the Trainer would upload them half-made. What a
+        run leaves behind is pushed when all of it is there."""
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Not the Trainer's: `rl.model_card` writes one that knows base, reward and figures."""

@@ -51,6 +51,8 @@ def step_gradients(
     count = sum(weight.numel() for weight in weights)
     found = torch.zeros(len(credits), len(trajectory.steps), count, device=weights[0].device)
     batch = args.per_device_train_batch_size
+    # In float16 small gradients would be 0 on their way; in training, the Trainer's scaler sees to that.
+    scale = 2.0**12 if args.fp16 else 1.0
     for k, step in enumerate(trajectory.steps.tolist()):
         for first in range(pictures.start, pictures.stop, batch):
             rows = slice(first, first + batch)
@@ -66,7 +68,7 @@ def step_gradients(
             log_probs = log_prob_map(trajectory.next_latents[k, rows], *step_mean(output, latents, index, schedule))
             share = len(latents) / len(pictures)
             for kind, credit in enumerate(credits):
-                loss = -(credit[rows] * log_probs).mean() * share
+                loss = -(credit[rows] * log_probs).mean() * share * scale
                 gradients = torch.autograd.grad(loss, weights, retain_graph=kind < len(credits) - 1)
-                found[kind, k] += torch.cat([gradient.flatten().float() for gradient in gradients])
+                found[kind, k] += torch.cat([gradient.flatten().float() for gradient in gradients]) / scale
     return found

@@ -39,7 +39,7 @@ MOST_SETS = 20_000
 
 def metric(gradients: torch.Tensor) -> torch.Tensor:
     """What each weight's gradient is multiplied by, from one chunk's gradients (S, P) -> (P,)."""
-    square = gradients.float().square().mean(dim=0)
+    square = sum(gradient.float().square() for gradient in gradients) / len(gradients)  # no second (S, P) in memory
     return (square + FLOOR * square.mean().clamp(min=torch.finfo(torch.float32).tiny)) ** -0.25
 
 
@@ -54,9 +54,9 @@ def sketch(gradients: torch.Tensor, scale: torch.Tensor, signs: torch.Tensor, wi
     A count sketch ("Finding frequent items in data streams", Charikar et al. 2002): weight i, with a random sign, is
     added to number i mod d.
     """
-    scaled = gradients.float() * scale * signs
-    padded = torch.nn.functional.pad(scaled, (0, -scaled.shape[1] % width))
-    return padded.unflatten(1, (-1, width)).sum(dim=1)
+    padding = (0, -gradients.shape[1] % width)
+    scaled = (torch.nn.functional.pad(gradient.float() * scale * signs, padding) for gradient in gradients)
+    return torch.stack([gradient.unflatten(0, (-1, width)).sum(dim=0) for gradient in scaled])
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,16 @@ def test_groups_that_are_alike_are_counted(make_trainer):
     assert logged(trainer, "grad_norm")[0] == 0
 
 
+def test_a_drawn_step_weighs_what_it_does_among_all_that_are_trained(make_trainer):
+    trainer = make_trainer(timestep_weighting="std", timestep_fraction=0.5, gradient_accumulation_steps=2)
+    stds = trainer.schedule.stds[list(trainer.train_steps)]
+    seen = {row["step"]: row["loss_weight"] for number in range(4) for row in trainer.rollout(number)}
+    assert set(seen) == set(trainer.train_steps)
+    assert len(seen) == 2
+    for place, step in enumerate(trainer.train_steps):
+        assert seen[step] == pytest.approx(float(stds[place] / stds.mean()))
+
+
 def test_what_a_run_leaves_behind_is_the_average_of_its_weights(make_trainer, tmp_path):
     trainer = make_trainer(
         num_train_epochs=3, ema_decay=0.5, save_total_limit=None, learning_rate=0.05, output_dir=str(tmp_path / "run")
@@ -191,7 +201,7 @@ def test_what_a_run_leaves_behind_is_the_average_of_its_weights(make_trainer, tm
     names = [name for name, weight in trainer.policy.network.named_parameters() if weight.requires_grad]
     for step in (1, 2, 3):
         weights = lora(tmp_path / f"run/checkpoint-{step}")
-        decay = 0.0 if step == 1 else min(0.5, step / (9 + step))  # diffusers' EMAModel begins with short averages
+        decay = 0.0 if step == 1 else 0.5  # the average begins behind the first update
         for place, name in enumerate(names):
             key = name.removeprefix("base_model.model.").replace(".default", "")
             average[place] = decay * average[place] + (1 - decay) * weights[f"unet.{key}"]
@@ -245,6 +255,9 @@ def test_the_probes_gradients_are_the_updates(make_trainer):
         ({"train_steps": ["auto:3"]}, "only 2 steps have noise"),
         ({"train_steps": ["auto:1"]}, "chunks of 4 pictures.*a rollout of 8 has not.*multiple of 4 from 12 on"),
         ({"train_steps": ["auto:1"], "timestep_fraction": 0.5}, "timestep_fraction does not go with"),
+        ({"train_steps": ["auto:1"], "advantage_baseline": "batch"}, "advantages must be within groups"),
+        ({"share_noise": "before", "advantage_baseline": "prompt"}, "share_noise before helps by cancelling"),
+        ({"model_dtype": "float16"}, "model_dtype is float16 without fp16"),
         ({"train_steps": ["auto:1"], "probe_rollouts": 0}, "probe_rollouts is 0"),
         ({"timestep_fraction": 0}, "timestep_fraction is 0"),
         ({"credit": "paid"}, "set importance_sampling_level to location"),

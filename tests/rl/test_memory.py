@@ -1,7 +1,7 @@
 """What saves memory or time, and changes no picture."""
 
 import shutil
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -92,6 +92,27 @@ def test_offloaded_reward_is_on_the_device_while_it_is_asked():
     assert torch.equal(offloaded(images, PROMPTS[:2]).total, Plain()(images, PROMPTS[:2]).total)
     assert reward.device == CPU
     assert offloaded.differentiable is False
+
+
+def test_offloaded_reward_shows_what_it_sees_and_its_ranges():
+    """Or monitors that need them would be off without a word."""
+
+    class Seeing(Part, Plain):
+        ranges = MappingProxyType({"plausibility": (0.0, 1.0)})
+
+        def features(self, images):
+            assert self.device == DEVICE
+            return images.flatten(1)
+
+    reward = Seeing(DEVICE)
+    offloaded = OffloadedReward(reward, DEVICE)
+    images = torch.rand(2, 3, 4, 4)
+    assert torch.equal(offloaded.features(images), images.flatten(1))
+    assert offloaded.ranges is Seeing.ranges
+    assert reward.device == CPU
+    blind = OffloadedReward(type("Blind", (Part, Plain), {})(CPU), DEVICE)
+    assert not hasattr(blind, "features")
+    assert not hasattr(blind, "ranges")
 
 
 def test_where_a_reward_is_put():
