@@ -73,7 +73,7 @@ def write_report(
 
 
 def histograms(steps: Sequence[Step], predictions: Predictions) -> Figure | None:
-    """For each threshold of each rule, the values of the pictures that it was asked about, and where it cuts; None where
+    """For each threshold of each rule, the values of the pictures that it was asked about, and where it cuts; None if
     no rule has one."""
     panels = [
         (step, leaf) for step in steps for leaf in leaves(step.rule) if isinstance(leaf, Threshold | Quantile | BestOf)
