@@ -4,19 +4,23 @@ Nothing is decoded here; a picture is read when it is asked for.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import datasets
+import torch
 
+from reward.data import to_tensor
 from reward.pictures import decode
 from reward.sources import PICTURE_SUFFIXES, table_rows
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 PROMPT_COLUMNS = ("text", "prompt", "caption")
 _NAMED = 5
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,37 @@ def open_pool(place: str | Path, prompt_column: str | None = None, split: str = 
         f"{place} holds no pictures: neither a metadata.jsonl or metadata.csv with pictures, nor a saved data set, nor "
         "parquet files"
     )
+
+
+def read_pictures(pool: Pool, places: Sequence[int]) -> list[torch.Tensor]:
+    """The pictures at `places` of the pool, each (3, H, W) uint8.
+
+    Raises:
+        ValueError: some cannot be read; five are named, with what is wrong with the first.
+    """
+    return read_each(pool, places, lambda data: to_tensor(decode(data)))
+
+
+def read_each(pool: Pool, places: Sequence[int], look: Callable[[bytes], Found]) -> list[Found]:
+    """What `look` finds in the encoded pictures at `places`.
+
+    Raises:
+        ValueError: it raises one for some; five are named, with what is wrong with the first.
+    """
+    found, wrong = [], {}
+    for place in places:
+        try:
+            found.append(look(pool.read(place)))
+        except ValueError as error:
+            wrong[pool.entries[place].name] = error
+    if wrong:
+        names = list(wrong)
+        more = f" ({len(wrong)} of {len(places)} cannot: {', '.join(names[:_NAMED])})" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"the picture {names[0]} of {pool.place} cannot be read: {wrong[names[0]]}{more}; mend it, or take it away "
+            "with its line in the table; what has been done is kept"
+        )
+    return found
 
 
 def suffix_of(data: bytes, name: str) -> str:

@@ -20,10 +20,9 @@ import pyarrow.parquet
 import torch
 
 from finetune.files import write_whole
-from finetune.pool import Entry, Pool
-from reward.data import resize_maps, to_tensor
+from finetune.pool import Entry, Pool, read_pictures
+from reward.data import resize_maps
 from reward.feedback import HEATMAPS, SCORES
-from reward.pictures import decode
 from reward.predict import RichFeedbackPredictor
 
 PART = 256
@@ -153,28 +152,6 @@ def fingerprint(model: str | Path) -> str:
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()[:12]
-
-
-def read_pictures(pool: Pool, places: Sequence[int]) -> list[torch.Tensor]:
-    """The pictures at `places` of the pool, each (3, H, W) uint8.
-
-    Raises:
-        ValueError: some cannot be read; five are named, with what is wrong with the first.
-    """
-    images, wrong = [], {}
-    for place in places:
-        try:
-            images.append(to_tensor(decode(pool.read(place))))
-        except ValueError as error:
-            wrong[pool.entries[place].name] = error
-    if wrong:
-        names = list(wrong)
-        more = f" ({len(wrong)} of {len(places)} cannot: {', '.join(names[:5])})" if len(wrong) > 1 else ""
-        raise ValueError(
-            f"the picture {names[0]} of {pool.place} cannot be read: {wrong[names[0]]}{more}; mend it, or take it away "
-            "with its line in the table; what has been predicted is kept"
-        )
-    return images
 
 
 def _predict(

@@ -12,8 +12,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from finetune.pool import Pool
-from finetune.predictions import Predictions, read_pictures
+from finetune.pool import Pool, read_pictures
+from finetune.predictions import Predictions
 from finetune.rules import BestOf, Quantile, Step, Threshold, leaves
 from reward.draw import caption, grid, overlay, struck_text, to_image
 from reward.feedback import HEATMAPS

@@ -203,6 +203,17 @@ class StableDiffusionPolicy:
             return Conditioning(torch.zeros_like(like.embeds), torch.zeros_like(like.pooled), like.time_ids)
         return self.encode([""] * len(like.embeds))
 
+    def drop_prompts(self, conditioning: Conditioning, dropped: torch.Tensor) -> Conditioning:
+        """The same with the prompts of rows for which `dropped` (B,) is true taken away, as guidance does."""
+        if not dropped.any():
+            return conditioning
+        without, dropped = self._without_prompt(conditioning), dropped.to(self.device)
+        return Conditioning(
+            torch.where(dropped[:, None, None], without.embeds, conditioning.embeds),
+            None if conditioning.pooled is None else torch.where(dropped[:, None], without.pooled, conditioning.pooled),
+            conditioning.time_ids,
+        )
+
     def predict(
         self,
         network: nn.Module,
@@ -261,6 +272,20 @@ class StableDiffusionPolicy:
         with borrowed([vae], self.device), _exact(self.device):
             images = vae.decode(latents.to(vae.dtype)).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_images(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pictures (B, 3, H, W) in [0, 1] -> mean and std of their clean latents, each (B, C, h, w) float32, of which
+        `decode` makes the pictures again."""
+        vae = self.pipeline.vae
+        with borrowed([vae], self.device), _exact(self.device):
+            found = vae.encode((2 * images.to(self.device) - 1).to(vae.dtype)).latent_dist
+        mean, std = found.mean.float(), found.std.float()
+        shift, scale = vae.config.get("latents_mean"), vae.config.get("latents_std")
+        if shift is not None and scale is not None:
+            shift, scale = (mean.new_tensor(values).view(1, -1, 1, 1) for values in (shift, scale))
+            mean, std = (mean - shift) / scale, std / scale
+        return mean * vae.config.scaling_factor, std * vae.config.scaling_factor
 
     def save_adapter(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Write what is trained, so that plain diffusers makes the same pictures; see `Lora.save`, `FullUnet.save`.

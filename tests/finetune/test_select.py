@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from finetune import generate, predictions, select
+from finetune.pool import read_pictures
 from reward.arguments import main_guard
 from reward.predict import RichFeedbackPredictor
 
@@ -81,7 +82,7 @@ def test_predictions_are_the_predictors_own(given, predictor):
     pool = select.open_pool(given["pictures"])
     stored = predictions.Store(pool, given["model"]).load()
     for place in (0, 1):  # of two sizes
-        (image,) = predictions.read_pictures(pool, [place])
+        (image,) = read_pictures(pool, [place])
         feedback = predictor(image[None].float() / 255, [pool.entries[place].prompt], heatmap_size=16)
         features = predictor.features(image[None].float() / 255)[0]
         assert stored.values["overall"][place] == pytest.approx(float(feedback.scores["overall"][0]), abs=1e-5)
@@ -166,7 +167,7 @@ def test_an_unreadable_picture_is_named_and_nothing_is_lost(given, monkeypatch, 
     broken.write_bytes(whole[:60])
     assert command(*flags(**given)) == 2
     assert "the picture 2.png of" in (error := capsys.readouterr().err)
-    assert "what has been predicted is kept" in error
+    assert "what has been done is kept" in error
     assert not given["output_dir"].exists()
     store = predictions.Store(select.open_pool(given["pictures"]), given["model"])
     assert store.missing() == [1, 2]
