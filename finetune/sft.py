@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import diffusers
 import transformers
@@ -46,7 +45,17 @@ from rl.evaluate import TRAINING_REWARD  # noqa: E402
 from rl.model_card import Method  # noqa: E402
 from rl.policy_checks import warn_of_ignored  # noqa: E402
 
-SFT = Method("supervised fine-tuning on chosen pictures, looked at with the reward", ("supervised-fine-tuning",))
+SFT = Method(
+    "supervised fine-tuning on pictures with prompts",
+    ("supervised-fine-tuning",),
+    reward_is="and looked at with the reward",
+    curves={
+        "loss": "loss",
+        "error": "squared error, every picture and timestep alike",
+        "grad_norm": "norm of the gradient",
+        "learning_rate": "learning rate",
+    },
+)
 
 
 @dataclass(kw_only=True)
@@ -55,8 +64,8 @@ class SftArguments(EvaluationArguments, PolicyArguments):
 
     data: str = field(
         metadata={
-            "help": "Pictures with prompts: the folder `data` of `finetune.select`, or any folder with metadata.jsonl or "
-            "metadata.csv, saved `datasets` data set, or folder of parquet files."
+            "help": "Pictures with prompts: the folder `data` of `finetune.select`, any folder with metadata.jsonl or "
+            "metadata.csv, a saved `datasets` data set, or folder of parquet files."
         }
     )
     prompt_column: str | None = field(

@@ -8,7 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -86,7 +86,8 @@ def read_weights(pool: Pool, weight_by: Mapping[str, float], temperature: float 
     Args:
         weight_by: column -> weight of it in a picture's value; empty: all count alike.
         temperature: a picture counts as exp(value / temperature) (reward-weighted regression, Peters & Schaal 2007);
-            None: as its value ("Aligning text-to-image models using human feedback", Lee et al. 2023, arXiv 2302.12192).
+            None: as its value ("Aligning text-to-image models using human feedback", Lee et al. 2023, arXiv
+            2302.12192).
 
     Raises:
         ValueError: a column is not there or holds no numbers, or values cannot be weights.
@@ -113,10 +114,24 @@ def read_weights(pool: Pool, weight_by: Mapping[str, float], temperature: float 
     return (weights / weights.mean()).float()
 
 
-class TrainingPictures(Dataset):
-    """A pool's pictures as training takes them: `self[epoch, place]` is a dict of
+class Visit(NamedTuple):
+    """One time that a picture is shown; what is random about it is keyed by this.
 
-    place, epoch; prompt; weight; time_ids (6,); and mean, std (C, h, w) of the clean latent, or pixels (3, H, W) in [0,
+    Attributes:
+        epoch: which pass over the pictures.
+        place: of the picture in its pool.
+        time: 0, or more where a bucket's last batch was filled up with pictures that the epoch has had already.
+    """
+
+    epoch: int
+    place: int
+    time: int
+
+
+class TrainingPictures(Dataset):
+    """A pool's pictures as training takes them: `self[visit]`, a `Visit`, is a dict of
+
+    visit; prompt; weight; time_ids (6,); and mean, std (C, h, w) of the clean latent, or pixels (3, H, W) in [0,
     1] where latents are not kept.
 
     Args:
@@ -144,11 +159,10 @@ class TrainingPictures(Dataset):
         """(3, *bucket) float in [0, 1]."""
         return self.crops[place].apply(read_pictures(self.pool, [place])[0])
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, place = key
+    def __getitem__(self, visit: Visit) -> dict[str, Any]:
+        place = visit.place
         example = {
-            "place": place,
-            "epoch": epoch,
+            "visit": visit,
             "prompt": self.pool.entries[place].prompt,
             "weight": self.weights[place],
             "time_ids": self.crops[place].time_ids,
@@ -182,8 +196,8 @@ class TrainingPictures(Dataset):
         self.latents = {place: (mean, std) for place, mean, std in gather_object(mine)}
 
 
-class BucketBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, place), each of pictures of one bucket, in an order that depends on (seed, epoch) only.
+class BucketBatches(Sampler[list[Visit]]):
+    """Batches of visits, each of pictures of one bucket, in an order that depends on (seed, epoch) only.
 
     The pictures of a bucket are shuffled and cut into batches for all processes together; where they do not divide, the
     last batch is filled up from the first of the same order. With 5 pictures and batches of 2: [3 0] [4 1] [2 3].
@@ -204,16 +218,17 @@ class BucketBatches(Sampler[list[tuple[int, int]]]):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Visit]]:
         source = keyed_generator(self.seed, "order", self.epoch)
         batches = []
         for places in self.buckets.values():
             order = [places[index] for index in torch.randperm(len(places), generator=source).tolist()]
             for first in range(0, len(order), self._together):
-                batches.append([order[index % len(order)] for index in range(first, first + self._together)])
+                rounds = [divmod(index, len(order)) for index in range(first, first + self._together)]
+                batches.append([Visit(self.epoch, order[index], time) for time, index in rounds])
         mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         for index in torch.randperm(len(batches), generator=source).tolist():
-            yield [(self.epoch, place) for place in batches[index][mine]]
+            yield batches[index][mine]
 
 
 class BucketLoader(DataLoader):

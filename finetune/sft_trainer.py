@@ -4,6 +4,7 @@ Shapes: B pictures of a micro-batch, C latent channels, h x w the latent grid.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from finetune.sft_config import SftConfig
-from finetune.sft_data import BucketBatches, BucketLoader, TrainingPictures, collate
+from finetune.sft_data import BucketBatches, BucketLoader, TrainingPictures, Visit, collate
 from finetune.sft_loss import min_snr_weights, noised, offset_noise, sft_loss, target
 from rl.pipelines import Conditioning
 from rl.policy import StableDiffusionPolicy
@@ -31,8 +32,8 @@ class EveryUpdate:
 class SftTrainer(PolicyTrainer):
     """Teaches a diffusion policy to draw what it is shown.
 
-    All noise, timesteps and dropped prompts are keyed by (seed, epoch, picture), so a resumed run goes on to the same
-    bits.
+    All noise, timesteps and dropped prompts are keyed by the seed and the picture's visit, so a resumed run goes on to
+    the same bits.
 
     Args:
         policy: what is trained.
@@ -76,7 +77,7 @@ class SftTrainer(PolicyTrainer):
         """Loss of one micro-batch, each picture at a timestep of its own."""
         args, policy, kind = self.args, self.policy, self.schedule.prediction_type
         mean, std = (inputs["mean"], inputs["std"]) if "mean" in inputs else policy.encode_images(inputs["pixels"])
-        drawn = self._draws(inputs["epoch"], inputs["place"], mean.shape)
+        drawn = self._draws(inputs["visit"], mean.shape)
         clean = mean + std * drawn["latent"]
         noise = offset_noise(drawn["noise"], drawn["shift"], args.noise_offset)
         alphas = self.scheduler.alphas_cumprod.to(clean.device)[drawn["timestep"]].float()
@@ -89,12 +90,12 @@ class SftTrainer(PolicyTrainer):
         self._metrics["error"].append(error)
         return loss
 
-    def _draws(self, epochs: list[int], places: list[int], shape: torch.Size) -> dict[str, torch.Tensor]:
+    def _draws(self, visits: Sequence[Visit], shape: torch.Size) -> dict[str, torch.Tensor]:
         """What is random about these pictures: `latent` and `noise` (B, C, h, w), `shift` (B, C), `timestep` and `drop`
         (B,)."""
         timesteps, rows = self.scheduler.config.num_train_timesteps, []
-        for epoch, place in zip(epochs, places, strict=True):
-            source = keyed_generator(self.args.seed, "sft", epoch, place)  # on the CPU, the same on every machine
+        for visit in visits:
+            source = keyed_generator(self.args.seed, "sft", *visit)  # on the CPU, the same on every machine
             rows.append(
                 {
                     "timestep": torch.randint(timesteps, (), generator=source),
