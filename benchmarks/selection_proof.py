@@ -2,11 +2,11 @@
 
     python benchmarks/selection_proof.py [--quick] [--json FILE] [--seeds N]
 
-One pool is drawn and judged (`configs/select_tinyworld.yaml`). For each seed the same pipeline is fine-tuned twice with
-the same settings and as many updates (`configs/sft_tinyworld.yaml`): on what the rules chose, and on as many pictures of
-the pool at random. A judge that neither has seen compares them with each other and with the base, on the same held-out
-prompts and noise. Pairs of tuned and original are counted as the paper counts them (Liang et al. 2024, section 5.1: its
-tuned model was preferred in 51.8% of pairs, the original in 16.8%).
+One pool is drawn and judged (`configs/select_tinyworld.yaml`). For each seed the same pipeline is fine-tuned twice, with
+the same settings and as many updates (`configs/sft_tinyworld.yaml`): on what the rules chose, and on as many of the
+pool's pictures at random. A judge that neither has seen compares them with each other and with the base, on the same
+held-out prompts and noise. Pairs of tuned and original are counted as the paper counts them (Liang et al. 2024, section
+5.1: its tuned model was preferred in 51.8% of pairs, the original in 16.8%).
 Whatever is there already (`--work`) is not done again.
 """
 

@@ -125,7 +125,7 @@ def test_what_is_shown_is_learnt(make_trainer, write_pictures, tmp_path):
 
 
 def test_stopped_and_resumed_is_as_never_stopped(make_trainer, tmp_path):
-    """Six pictures in batches of 4 are two updates an epoch: the stop, behind the third, falls into the middle of one."""
+    """Six pictures in batches of 4 are two updates an epoch: the stop, behind the third, falls into one's middle."""
     shape = {"max_steps": 5, "save_strategy": "no"}
     whole = make_trainer(output_dir=tmp_path / "whole", **shape)
     whole.train()
