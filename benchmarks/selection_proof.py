@@ -2,7 +2,7 @@
 
     python benchmarks/selection_proof.py [--quick] [--json FILE] [--seeds N]
 
-One pool is drawn and judged (`configs/select_tinyworld.yaml`). For each seed the same pipeline is fine-tuned twice, with
+One pool is drawn and judged (`configs/select_tinyworld.yaml`). For each seed the same pipeline is tuned twice, with
 the same settings and as many updates (`configs/sft_tinyworld.yaml`): on what the rules chose, and on as many of the
 pool's pictures at random. A judge that neither has seen compares them with each other and with the base, on the same
 held-out prompts and noise. Pairs of tuned and original are counted as the paper counts them (Liang et al. 2024, section

@@ -1,1 +1,1 @@
-"""Every other use of the predictor; the first commands are still to come."""
+"""Every other use of the predictor, each a command: `python -m finetune.<name>`."""

@@ -19,11 +19,11 @@ from finetune.files import write_whole
 from reward.draw import to_image
 from rl.adapter import AdapterSettings, check_adapter_files, require
 from rl.checkpoints import differing_keys
-from rl.ddpo_checks import warn_of_ignored
 from rl.experience import rollout_noise
 from rl.memory import MemorySettings
 from rl.pipelines import load_scheduler
 from rl.policy import PictureSize, StableDiffusionPolicy
+from rl.policy_checks import warn_of_ignored
 from rl.rollout import check_pictures, sample
 from rl.sde import Schedule, ddim_scheduler, make_schedule
 

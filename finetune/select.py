@@ -37,6 +37,7 @@ from finetune.rules import Step, select  # noqa: E402
 from finetune.selection_report import REPORT, print_steps, write_report  # noqa: E402
 from reward.arguments import main_guard, parse_arguments, read_prompt_file  # noqa: E402
 from reward.predict import RichFeedbackPredictor, check_model_folder  # noqa: E402
+from rl.policy_checks import warn_of_ignored  # noqa: E402
 
 DATA = "data"
 
@@ -89,18 +90,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     rules = read_rules(arguments.rules)
     check_output_dir(arguments)
     check_model_folder(arguments.model)
-    drawing = None
+    drawing, columns = None, {"prompt_column": arguments.prompt_column, "split": arguments.split}
     if generation.policy is not None:
+        warn_of_ignored(arguments, columns, "the pictures are drawn, and their table says so")
+        columns = {}
         drawing = Generation(arguments.pictures, generation, read_prompt_file(generation.prompts))
         generation.check()
     else:
-        open_pool(arguments.pictures, arguments.prompt_column, arguments.split)
+        open_pool(arguments.pictures, **columns)
 
     state = PartialState(cpu=arguments.use_cpu)
     console = Console(quiet=not state.is_main_process, highlight=False)
     if drawing is not None:
         draw_missing(drawing, state, console)
-    pool = open_pool(arguments.pictures, arguments.prompt_column, arguments.split)
+    pool = open_pool(arguments.pictures, **columns)
     store = Store(pool, arguments.model, arguments.feedback_dir)
     predict_missing(store, arguments, state, console)
     if state.is_main_process:
