@@ -20,8 +20,9 @@ def write_whole(file: Path, data: bytes) -> None:
         beside.write_bytes(data)
         os.replace(beside, file)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise OSError(f"cannot write {file}: {error.strerror}; what was written before it is kept") from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @contextmanager

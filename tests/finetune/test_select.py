@@ -7,10 +7,11 @@ import datasets
 import pytest
 import yaml
 
-from finetune import generate, predictions, select
+from finetune import files, generate, predictions, select
 from finetune.pool import read_pictures
 from reward.arguments import main_guard
 from reward.predict import RichFeedbackPredictor
+from tests.rl.conftest import full_disk
 
 ROOT = Path(__file__).parents[2]
 
@@ -225,3 +226,26 @@ def test_presets_are_valid(name):
     )
     assert generation.num_generations == 8
     assert len(select.read_rules(arguments.rules)) == len(yaml.safe_load(Path(path).read_text())["rules"])
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path):
+    files.write_whole(tmp_path / "a", b"before")
+    with full_disk(), pytest.raises(OSError, match=r"cannot write .*a: File too large; what was written before"):
+        files.write_whole(tmp_path / "a", b"x" * 10_000)
+    assert files_of(tmp_path) == {"a": b"before"}
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    def write(content, fail=False):
+        with files.replaced_whole(tmp_path / "folder") as folder:
+            (folder / content).write_text(content)
+            if fail:
+                raise KeyboardInterrupt
+
+    write("one")
+    with pytest.raises(KeyboardInterrupt):
+        write("two", fail=True)
+    assert files_of(tmp_path / "folder") == {"one": b"one"}
+    write("three")
+    assert files_of(tmp_path / "folder") == {"three": b"three"}
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
