@@ -4,8 +4,8 @@ Shapes: B images, H x W their height and width in pixels, T the tokens of one pr
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NoReturn, Protocol
 
 import torch
@@ -75,6 +75,29 @@ class Reward:
         for penalty in self.penalties.values():
             value = value - penalty.mean(dim=(-2, -1))
         return value
+
+    def detach(self) -> "Reward":
+        """The same without its gradients."""
+        return self._each(torch.Tensor.detach)
+
+    def first(self, count: int) -> "Reward":
+        """Of the first `count` images."""
+        words = self.word_penalties
+        of_maps = self._each(lambda tensor: tensor[:count])
+        return replace(of_maps, word_penalties=None if words is None else list(words[:count]))
+
+    def cpu(self) -> "Reward":
+        return self._each(torch.Tensor.cpu)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Reward":
+        """The same with every tensor changed, those of words too."""
+        words = self.word_penalties
+        return Reward(
+            total=change(self.total),
+            penalties={name: change(maps) for name, maps in self.penalties.items()},
+            word_penalties=None if words is None else [change(value) for value in words],
+            terms={name: change(value) for name, value in self.terms.items()},
+        )
 
 
 class RewardFn(Protocol):
