@@ -3,8 +3,8 @@
     python -m finetune.draft --config configs/draft_tinyworld.yaml [--any_setting value]
 
 DRaFT, DRaFT-K, DRaFT-LV, AlignProp and ReFL are one setting (`variant`; see `finetune.backprop`); `region_weight` lets
-only those places change in which the base model's picture has a problem (see `finetune.region`). A YAML names code
-(`reward: package.module:Attribute`): run only those you trust.
+only those places change in which the base model's picture has a problem (see `finetune.region_constraint`). A YAML
+names code (`reward: package.module:Attribute`): run only those you trust.
 """
 
 import logging

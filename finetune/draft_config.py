@@ -105,7 +105,8 @@ class DraftConfig(RewardedPolicyConfig):
         default=0.0,
         metadata={
             "help": "b of the region constraint: + b * mean |(1 - M) (picture - picture of the base model)|, M the "
-            "dilated problem region of the latter (finetune/region.py). Above 0, the base draws each picture too."
+            "dilated problem region of the latter (finetune/region_constraint.py). Above 0, the base draws all "
+            "pictures too."
         },
     )
     region_threshold: float = field(

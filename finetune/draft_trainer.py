@@ -1,7 +1,7 @@
 """Back-propagation through sampling on `transformers.Trainer`: sample with gradients -> reward -> its gradient.
 
-The methods are named in `finetune.backprop`; the region constraint is `finetune.region`'s. Shapes: B pictures of a
-micro-batch on this rank, D draws of each (1 but for `draft_lv`), H x W pixels.
+The methods are named in `finetune.backprop`; the region constraint is `finetune.region_constraint`'s. Shapes: B
+pictures of a micro-batch on this rank, D draws of each (1 but for `draft_lv`), H x W pixels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from finetune.backprop import Drawn, Reach, Sampler
 from finetune.draft_config import DraftConfig, not_differentiable
-from finetune.region import problem_region, region_loss, region_sheet
+from finetune.region_constraint import problem_region, region_loss, region_sheet
 from reward.feedback import Reward, RewardFn, check_reward
 from rl.experience import Samples, rollout_noise
 from rl.monitors import edge_energy, thumbnails
@@ -52,7 +52,7 @@ class Before:
 
     Attributes:
         images: (D * B, 3, H, W).
-        region: (D * B, 1, H, W), where they have a problem; see `finetune.region`.
+        region: (D * B, 1, H, W), where they have a problem; see `finetune.region_constraint`.
     """
 
     images: torch.Tensor
