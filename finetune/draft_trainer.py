@@ -25,9 +25,6 @@ from rl.rollout import check_pictures, draw_prompts, keyed_noise
 from rl.scoring import features
 from rl.watch import StopWhenGamed, Watch, measure_pictures, measure_rollout
 
-_NEVER_DEAD = 0.0
-"""A group whose pictures are all rewarded alike teaches as much as any other here, so no group is counted as dead."""
-
 
 class UpdateLoader:
     """The Trainer's data: epoch k is update k, and yields its micro-batches."""
@@ -236,7 +233,8 @@ class DraftTrainer(PolicyTrainer):
         seen = found.pop("seen")
         watched = {name.partition("/")[2]: found.pop(name) for name in list(found) if name.startswith("watched/")}
         self._log_later({name: float(value.mean()) for name, value in found.items()})
-        measured = measure_rollout(watched, found["reward"], seen, self.args.num_generations, _NEVER_DEAD)
+        measured = measure_rollout(watched, found["reward"], seen, self.args.num_generations, std_floor=0.0)
+        measured.pop("dead_groups", None)  # pictures that are rewarded alike have a gradient as good as any other
         if "kl" in found:
             measured["kl"] = float(found["kl"].mean())
         self._observe(measured)

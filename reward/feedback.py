@@ -149,6 +149,7 @@ def _check_values(name: str, value: torch.Tensor, prompts: Sequence[str], dimens
     wanted = f"({count}, H, W)" if dimensions == 3 else f"({count},)"
     if not isinstance(value, torch.Tensor):
         raise RewardError(f"the reward's {name} is {_kind(value)}, not a tensor {wanted}")
+    value = value.detach()
     if value.ndim != dimensions or len(value) != count:
         raise RewardError(f"the reward's {name} has shape {tuple(value.shape)} for {count} pictures, not {wanted}")
     if 0 in value.shape:
@@ -171,7 +172,7 @@ def _check_words(words: Sequence[torch.Tensor], prompts: Sequence[str]) -> None:
         if not isinstance(value, torch.Tensor) or value.ndim != 1:
             shape = tuple(value.shape) if isinstance(value, torch.Tensor) else _kind(value)
             raise RewardError(f"the reward's word penalties must be a tensor (T,) for each picture, not {shape}")
-    together = torch.cat(list(words))
+    together = torch.cat(list(words)).detach()
     if not together.isfinite().all():
         index = next(index for index, value in enumerate(words) if not value.isfinite().all())
         raise RewardError(f"the reward's word penalties are not finite for the prompt {prompts[index]!r}")
@@ -180,7 +181,7 @@ def _check_words(words: Sequence[torch.Tensor], prompts: Sequence[str]) -> None:
 
 
 def _refuse_negative(name: str, value: torch.Tensor) -> NoReturn:
-    raise RewardError(f"the reward's {name} is negative ({float(value.min())}); penalties are costs, >= 0")
+    raise RewardError(f"the reward's {name} is negative ({float(value.detach().min())}); penalties are costs, >= 0")
 
 
 def _kind(value: object) -> str:
