@@ -1,1 +1,1 @@
-"""Every other use of the predictor, each a command: `python -m finetune.<name>`."""
+"""Every other use of the predictor, and what the commands that train a policy share."""
