@@ -13,6 +13,15 @@ from PIL import Image
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _PLAIN = ("RGB", "L")  # Pillow turns these into RGB without loss
+_BROKEN = (
+    OSError,  # with UnidentifiedImageError
+    SyntaxError,  # what Pillow raises for a broken PNG
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -43,17 +52,22 @@ def decode(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         image.load()
-    except (
-        OSError,  # with UnidentifiedImageError
-        SyntaxError,  # what Pillow raises for a broken PNG
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
+    except _BROKEN as error:
         raise ValueError(f"it is no picture that can be read ({error})") from error
     return image
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """Height and width of an encoded picture, from its head; the rest of it is not looked at.
+
+    Raises:
+        ValueError: it is no picture, or is larger than Pillow deems safe.
+    """
+    try:
+        width, height = Image.open(io.BytesIO(data), formats=_FORMATS).size
+    except _BROKEN as error:
+        raise ValueError(f"it is no picture that can be read ({error})") from error
+    return height, width
 
 
 def as_rgb_file(data: bytes) -> bytes:

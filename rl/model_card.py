@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,13 @@ from rl.checkpoints import written_beside
 from rl.evaluate import Evaluation
 from rl.report import paired_change
 
+CURVES = {
+    "reward": "reward of the rollouts",
+    "kl": "KL divergence to the base, nats a latent value",
+    "grad_norm": "norm of the gradient",
+    "watch/drawn": "edges drawn, against the start",
+}
+
 
 @dataclass(frozen=True)
 class Method:
@@ -21,20 +28,17 @@ class Method:
     Attributes:
         name: what it is called, with its source; goes behind "fine-tuned by".
         tags: for the hub.
+        reward_is: what the reward was to it; the reward's name follows.
+        curves: four names of what is logged -> their titles.
     """
 
     name: str
     tags: Sequence[str]
+    reward_is: str = "with the reward"
+    curves: Mapping[str, str] = field(default_factory=lambda: CURVES)
 
 
 DDPO = Method("DDPO (Black et al. 2023, arXiv 2305.13301)", ("ddpo", "reinforcement-learning"))
-
-CURVES = {
-    "reward": "reward of the rollouts",
-    "kl": "KL divergence to the base, nats a latent value",
-    "grad_norm": "norm of the gradient",
-    "watch/drawn": "edges drawn, against the start",
-}
 
 
 def licence_of(folder: str | Path) -> str:
@@ -70,18 +74,19 @@ def write_model_card(
     Returns:
         What each file is -> its path.
     """
-    base, reward = settings["policy"], settings.get("reward")
+    base = settings["policy"]
+    reward = settings.get("reward") or ("a sum of rewards, see below" if settings.get("rewards") else None)
     model = settings.get("reward_kwargs", {}).get("model")
+    theirs = licence_of(model) if model else "see its code"
     tags = ["text-to-image", "diffusers", "lora", *method.tags]
     data = ModelCardData(base_model=str(base), library_name="diffusers", pipeline_tag="text-to-image", tags=tags)
     lines = [
         "---", data.to_yaml(), "---", "",
         f"# {Path(folder).name}", "",
-        f"`{base}`, fine-tuned by {method.name} with the reward "
-        f"`{reward or 'a sum of rewards, see below'}`.", "",
+        f"`{base}`, fine-tuned by {method.name}{f' {method.reward_is} `{reward}`' if reward else ''}.", "",
         "```python", "from diffusers import DiffusionPipeline", "",
         f'pipe = DiffusionPipeline.from_pretrained("{base}")', f'pipe.load_lora_weights("{folder}")', "```", "",
-        f"Licences: base: {licence_of(base)}; reward: {licence_of(model) if model else 'see its code'}.", "",
+        f"Licences: base: {licence_of(base)}{f'; reward: {theirs}' if reward else ''}.", "",
     ]  # fmt: skip
     if figures is not None:
         lines += _figures(*figures)
@@ -89,7 +94,7 @@ def write_model_card(
     lines += [json.dumps(settings, indent=1, sort_keys=True, default=str), "```", ""]
     with written_beside(Path(folder)) as beside:
         (beside / "README.md").write_text("\n".join(lines), encoding="utf-8")
-        _draw_curves(history, beside / "curves.png")
+        _draw_curves(history, method.curves, beside / "curves.png")
     return {"model card": Path(folder) / "README.md"}
 
 
@@ -105,9 +110,9 @@ def _figures(before: Evaluation, after: Evaluation) -> list[str]:
     return [*lines, ""]
 
 
-def _draw_curves(history: Sequence[Mapping[str, float]], file: Path) -> None:
+def _draw_curves(history: Sequence[Mapping[str, float]], curves: Mapping[str, str], file: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(9, 5), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
+    for axes, (name, title) in zip(figure.subplots(2, 2).flat, curves.items(), strict=True):
         points = [(entry["step"], entry[name]) for entry in history if name in entry]
         axes.plot(*zip(*points, strict=True) if points else ([], []))
         axes.set_title(title, fontsize=9)

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from diffusers import DDIMScheduler
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
@@ -15,6 +16,7 @@ from transformers.integrations import TensorBoardCallback
 from rl.callbacks import AverageWeights, ResumedLogs, RewardProgress, RunCurves, SampleGrids
 from rl.checkpoints import explained, newest_whole, written_beside
 from rl.experience import Samples
+from rl.pictures import sample_sheet
 from rl.policy import StableDiffusionPolicy
 from rl.policy_config import PolicyConfig
 from rl.resumable import Boundaries, ResumableTrainer
@@ -73,6 +75,10 @@ class PolicyTrainer(ResumableTrainer):
     def samples(self) -> Samples | None:
         """A few pictures of the last update to look at, if there are any."""
         return None
+
+    def sheets(self) -> dict[str, Image.Image]:
+        """What TensorBoard shows of the last update: name -> image. Here the samples, with overlays of penalties."""
+        return {"samples": sample_sheet(self.samples)} if self.samples else {}
 
     # ---- Guards ----
 

@@ -1,0 +1,114 @@
+"""Supervised fine-tuning on `transformers.Trainer`: pictures -> latents -> noise -> the network's error.
+
+Shapes: B pictures of a micro-batch, C latent channels, h x w the latent grid.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from finetune.sft_config import SftConfig
+from finetune.sft_data import BucketBatches, BucketLoader, TrainingPictures, Visit, collate
+from finetune.sft_loss import min_snr_weights, noised, offset_noise, sft_loss, target
+from rl.pipelines import Conditioning
+from rl.policy import StableDiffusionPolicy
+from rl.policy_trainer import PolicyTrainer
+from rl.rollout import keyed_generator
+from rl.watch import Watch
+
+
+@dataclass(frozen=True)
+class EveryUpdate:
+    """A run can stop and go on behind every update."""
+
+    updates: int = 1
+
+
+class SftTrainer(PolicyTrainer):
+    """Teaches a diffusion policy to draw what it is shown.
+
+    All noise, timesteps and dropped prompts are keyed by the seed and the picture's visit, so a resumed run goes on to
+    the same bits.
+
+    Args:
+        policy: what is trained.
+        pictures: what it is shown.
+        args: the settings.
+        callbacks: as the Trainer's.
+    """
+
+    def __init__(
+        self,
+        policy: StableDiffusionPolicy,
+        pictures: TrainingPictures,
+        args: SftConfig,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        self.pictures = pictures
+        watch = Watch({}, [], speaks=args.should_save)
+        super().__init__(policy, args, args.make_schedule(policy.scheduler), EveryUpdate(), watch, callbacks)
+
+    def get_train_dataloader(self) -> BucketLoader:
+        args = self.args
+        sampler = BucketBatches(
+            self.pictures.by_bucket(), args.per_device_train_batch_size, args.seed, args.process_index, args.world_size
+        )
+        return BucketLoader(
+            self.pictures, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers
+        )
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """On the device, in their own precision; with DeepSpeed, the Trainer's own would round them to the engine's."""
+        device = self.args.device
+        return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
+        self._stop_if_asked()  # the weights are those behind the last update
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
+    ) -> torch.Tensor:
+        """Loss of one micro-batch, each picture at a timestep of its own."""
+        args, policy, kind = self.args, self.policy, self.schedule.prediction_type
+        mean, std = (inputs["mean"], inputs["std"]) if "mean" in inputs else policy.encode_images(inputs["pixels"])
+        drawn = self._draws(inputs["visit"], mean.shape)
+        clean = mean + std * drawn["latent"]
+        noise = offset_noise(drawn["noise"], drawn["shift"], args.noise_offset)
+        alphas = self.scheduler.alphas_cumprod.to(clean.device)[drawn["timestep"]].float()
+        conditioning = self._conditioning(inputs["prompt"], inputs["time_ids"], drawn["drop"] < args.prompt_dropout)
+        output = policy.predict(model, noised(clean, noise, alphas), drawn["timestep"], conditioning)
+        weights = inputs["weight"]
+        if args.snr_gamma is not None:
+            weights = weights * min_snr_weights(alphas, args.snr_gamma, kind)
+        loss, error = sft_loss(output, target(clean, noise, alphas, kind), weights)
+        self._metrics["error"].append(error)
+        return loss
+
+    def _draws(self, visits: Sequence[Visit], shape: torch.Size) -> dict[str, torch.Tensor]:
+        """What is random about these pictures: `latent` and `noise` (B, C, h, w), `shift` (B, C), `timestep` and `drop`
+        (B,)."""
+        timesteps, rows = self.scheduler.config.num_train_timesteps, []
+        for visit in visits:
+            source = keyed_generator(self.args.seed, "sft", *visit)  # on the CPU, the same on every machine
+            rows.append(
+                {
+                    "timestep": torch.randint(timesteps, (), generator=source),
+                    "drop": torch.rand((), generator=source),
+                    "shift": torch.randn(shape[1], generator=source),
+                    "latent": torch.randn(shape[1:], generator=source),
+                    "noise": torch.randn(shape[1:], generator=source),
+                }
+            )
+        return {name: torch.stack([row[name] for row in rows]).to(self.args.device) for name in rows[0]}
+
+    def _conditioning(self, prompts: list[str], time_ids: torch.Tensor, dropped: torch.Tensor) -> Conditioning:
+        conditioning = self.policy.drop_prompts(self.policy.encode(prompts), dropped)
+        if conditioning.time_ids is None:
+            return conditioning
+        return dataclasses.replace(conditioning, time_ids=time_ids)

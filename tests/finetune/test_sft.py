@@ -1,0 +1,250 @@
+"""The real command, and its trainer, on a tiny pipeline."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from finetune import sft
+from finetune.pool import open_pool
+from finetune.sft_config import SftConfig
+from finetune.sft_data import TrainingPictures, Visit, collate, make_buckets, read_weights
+from finetune.sft_trainer import SftTrainer
+from reward.arguments import main_guard, parse_arguments
+from rl.adapter import AdapterSettings
+from rl.checkpoints import complete_checkpoints
+from rl.interrupt import RunInterrupted
+from rl.policy import StableDiffusionPolicy
+from tests.rl.conftest import make_xl_pipeline
+
+ROOT = Path(__file__).parents[2]
+LORA = "pytorch_lora_weights.safetensors"
+
+
+def command(*argv):
+    """Exit code of `python -m finetune.sft argv`, in this process."""
+    with pytest.raises(SystemExit) as caught:
+        main_guard(sft.main, [str(part) for part in argv])
+    return caught.value.code
+
+
+def flags(**settings):
+    return [
+        part
+        for name, value in settings.items()
+        for part in (f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value))
+    ]
+
+
+@pytest.fixture
+def settings(pipeline_folder, write_pictures, prompt_file, tmp_path):
+    return {
+        "policy": pipeline_folder, "data": write_pictures(tmp_path / "pictures", overall=[0.1, 0.9] * 3),
+        "output_dir": tmp_path / "run", "use_cpu": True, "max_steps": 4, "per_device_train_batch_size": 4,
+        "lora_rank": 2, "learning_rate": 1e-2, "warmup_steps": 1, "logging_steps": 1, "disable_tqdm": True,
+        "num_inference_steps": 2, "seed": 3, "dataloader_pin_memory": False,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def make_trainer(settings):
+    def make(pipeline=None, **changes):
+        given = {**settings, "report_to": "none", **changes}
+        policy, data = pipeline or given["policy"], given["data"]
+        _, args = parse_arguments([sft.SftArguments, SftConfig], flags(**given))
+        policy = StableDiffusionPolicy.load(
+            policy, seed=args.seed, **{name: getattr(args, name) for name in AdapterSettings.__dataclass_fields__}
+        )
+        pool = open_pool(data)
+        weights = read_weights(pool, args.weight_by, args.weight_temperature)
+        pictures = TrainingPictures(pool, make_buckets(policy, args.aspect_buckets), weights)
+        trainer = SftTrainer(policy, pictures, args)
+        if args.cache_latents:
+            pictures.encode(policy, 4, 0, 1, lambda count: None)
+        return trainer
+
+    return make
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_from_pictures_to_a_lora_that_plain_diffusers_loads(settings, prompt_file, tmp_path, capsys):
+    evaluation = {
+        "eval_prompts": prompt_file, "reward": "tests.rl.toy_rewards:Redness", "reward_kwargs": {"weight": 1.0},
+        "eval_rewards": {"judge": "tests.rl.toy_rewards:Plain"}, "num_before_after": 2,
+    }  # fmt: skip
+    assert command(*flags(**settings, **evaluation)) == 0
+    run = tmp_path / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert {"before", "after", "seconds", "pictures", "updates", "seed"} <= summary.keys()
+    assert (summary["pictures"], summary["updates"]) == (6, 4)
+    assert {"reward", "judge.satisfied", "diversity"} <= summary["before"].keys()
+    assert summary["before"]["reward"] != summary["after"]["reward"]
+    for name in ("before_after.png", "evaluation.json", "README.md", "runs", "run_config.json", "finished.json"):
+        assert (run / name).exists(), name
+    card = (run / "README.md").read_text()
+    assert "supervised fine-tuning on pictures with prompts and looked at with the reward `tests.rl" in card
+    said = capsys.readouterr().out
+    for phrase in ("encoding 6 pictures", "evaluating before", "training on 6 pictures", "judge.satisfied"):
+        assert phrase in said
+
+    # The LoRA is the trained network's.
+    pipe = StableDiffusionPipeline.from_pretrained(
+        settings["policy"], safety_checker=None, requires_safety_checker=False
+    )
+    pipe.load_lora_weights(str(run))
+    policy = StableDiffusionPolicy.load(settings["policy"], lora_rank=2)
+    policy.load_adapter(run)
+    source = torch.Generator().manual_seed(0)
+    latents, timestep = torch.randn(1, 4, 8, 8, generator=source), torch.tensor([500])
+    conditioning = policy.encode(["a red circle"])
+    with torch.no_grad():
+        ours = policy.predict(policy.network, latents, timestep, conditioning)
+        theirs = pipe.unet(latents, timestep, conditioning.embeds).sample
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def loss_of(trainer, visits):
+    """The loss on these pictures, before or behind training."""
+    with torch.no_grad():
+        inputs = collate([trainer.pictures[visit] for visit in visits])
+        return float(trainer.compute_loss(trainer.policy.network, inputs))
+
+
+def test_what_is_shown_is_learnt(make_trainer, write_pictures, tmp_path):
+    trainer = make_trainer(data=write_pictures(tmp_path / "one", 1), max_steps=12, lora_rank=4, save_strategy="no")
+    fresh = [Visit(1000, 0, time) for time in range(32)]  # noise that training does not use
+    before = loss_of(trainer, fresh)
+    trainer.train()
+    assert loss_of(trainer, fresh) < 0.9 * before
+
+
+def test_stopped_and_resumed_is_as_never_stopped(make_trainer, tmp_path):
+    """Six pictures in batches of 4 are two updates an epoch: the stop, behind the third, falls into one's middle."""
+    shape = {"max_steps": 5, "save_strategy": "no"}
+    whole = make_trainer(output_dir=tmp_path / "whole", **shape)
+    whole.train()
+    whole.save_model()
+
+    stopped = make_trainer(output_dir=tmp_path / "stopped", **shape)
+    step, begun = stopped.training_step, []
+
+    def ask_in_the_fourth(*arguments):
+        begun.append(None)
+        stopped._stop.requested = len(begun) == 4
+        return step(*arguments)
+
+    stopped.training_step = ask_in_the_fourth
+    with pytest.raises(RunInterrupted, match="after 3 of 5 updates"):
+        stopped.train()
+    assert [folder.name for folder in complete_checkpoints(tmp_path / "stopped")] == ["checkpoint-3"]
+    resumed = make_trainer(output_dir=tmp_path / "stopped", **shape)
+    resumed.train(resume_from_checkpoint="latest")
+    resumed.save_model()
+    assert losses(resumed) == losses(whole)
+    first, second = (load_file(tmp_path / name / LORA) for name in ("whole", "stopped"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_accumulated_micro_batches_are_one_batch(make_trainer, tmp_path):
+    """Plain gradient descent on six pictures at once, and on 3 + 3."""
+    plain = {"optim": "sgd", "max_steps": 1, "save_strategy": "no", "warmup_steps": 0, "learning_rate": 1.0}
+    for name, size, count in (("one", 6, 1), ("two", 3, 2)):
+        trainer = make_trainer(
+            output_dir=tmp_path / name, per_device_train_batch_size=size, gradient_accumulation_steps=count, **plain
+        )
+        trainer.train()
+        trainer.save_model()
+    first, second = (load_file(tmp_path / name / LORA) for name in ("one", "two"))
+    moved = 0.0
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=1e-6, rtol=1e-4)
+        moved += float(first[name].abs().sum()) if "lora_B" in name or "lora.up" in name else 0.0
+    assert moved > 0
+
+
+def test_latents_kept_or_encoded_each_time_teach_the_same(make_trainer, tmp_path):
+    runs = [
+        make_trainer(output_dir=tmp_path / str(kept), cache_latents=kept, max_steps=2, save_strategy="no")
+        for kept in (True, False)
+    ]
+    for trainer in runs:
+        trainer.train()
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-4)
+
+
+def test_weights_min_snr_noise_offset_and_dropout_change_the_loss(make_trainer):
+    visits = [Visit(0, place, 0) for place in range(6)]
+
+    def loss(**changes):
+        return loss_of(make_trainer(**{"prompt_dropout": 0.0, **changes}), visits)
+
+    plain = loss()
+    assert loss(weight_by={"overall": 1.0}, weight_temperature=1e6) == pytest.approx(plain, rel=1e-4)
+    for changes in ({"weight_by": {"overall": 1.0}}, {"snr_gamma": 5.0}, {"noise_offset": 0.5}):
+        assert abs(loss(**changes) - plain) > 1e-4, changes
+    assert loss(prompt_dropout=1.0) != plain
+
+
+def test_xl_is_told_how_each_picture_was_cut(make_trainer, write_pictures, tmp_path):
+    data = write_pictures(tmp_path / "wide", 4, sizes=((24, 48), (20, 20)))
+    trainer = make_trainer(
+        pipeline=make_xl_pipeline(tmp_path / "xl"), data=data, aspect_buckets=True, max_steps=2, save_strategy="no",
+        per_device_train_batch_size=2, prompt_dropout=0.5,
+    )  # fmt: skip
+    told = []
+    predict = trainer.policy.predict
+
+    def listen(model, latents, timesteps, conditioning, *more):
+        told.append((tuple(latents.shape[2:]), conditioning.time_ids.tolist()))
+        return predict(model, latents, timesteps, conditioning, *more)
+
+    trainer.policy.predict = listen
+    trainer.train()
+    assert sorted(told) == [((6, 12), [[24, 48, 0, 0, 12, 24]] * 2), ((8, 8), [[20, 20, 0, 0, 16, 16]] * 2)]
+
+
+def test_the_whole_unet_can_be_trained(make_trainer, tmp_path):
+    trainer = make_trainer(tune="full", max_steps=1, learning_rate=1e-3, save_strategy="no")
+    before = {name: weight.clone() for name, weight in trainer.policy.network.state_dict().items()}
+    trainer.train()
+    after = trainer.policy.network.state_dict()
+    assert all(not torch.equal(before[name], after[name]) for name in before if "conv_in" in name)
+
+
+def test_mistakes(settings, prompt_file, tmp_path, capsys):
+    (tmp_path / "flux").mkdir()
+    (tmp_path / "flux" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    for changes, message in (
+        ({"colour": 1}, "unknown setting on the command line: `--colour`"),
+        ({"data": tmp_path / "none"}, "there is no folder of pictures"),
+        ({"weight_by": {"overal": 1.0}}, "(nearest name: `overall`)"),
+        ({"policy": tmp_path / "flux"}, "is a FluxPipeline; what can be trained is StableDiffusionPipeline"),
+        ({"eval_prompts": prompt_file}, "judged before and after, but by what? name a `reward`"),
+        ({"prompt_dropout": 2}, "prompt_dropout is 2.0; it must lie in [0, 1]"),
+        ({"snr_gamma": 0}, "snr_gamma is 0.0; it must be above 0"),
+        ({"noise_offset": -1}, "noise_offset is -1.0; it must not be negative"),
+        ({"eta": 2}, "eta is 2.0; it must lie in [0, 1]"),
+    ):
+        assert command(*flags(**{**settings, **changes})) == 2
+        assert message in capsys.readouterr().err
+    (settings["data"] / "1.png").write_bytes(b"no picture")
+    assert command(*flags(**settings)) == 2
+    assert "the picture 1.png of" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["tinyworld", "sd15", "sdxl"])
+def test_presets_are_valid(name, monkeypatch):
+    path = ROOT / f"configs/sft_{name}.yaml"
+    lines = path.read_text().splitlines()
+    assert all(line.startswith("# ") for line in lines[:3])
+    assert f"--config configs/sft_{name}.yaml" in lines[0]
+    run, args = parse_arguments([sft.SftArguments, SftConfig], ["--config", str(path), "--use_cpu", "true"])
+    assert run.data == f"outputs/select_{name}/data"
+    assert args.max_steps > 0
