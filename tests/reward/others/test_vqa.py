@@ -131,5 +131,5 @@ def test_models_of_another_kind_are_refused(clip_folder, llava, tmp_path):
         VQAScore(clip_folder)
     llava.save_pretrained(tmp_path)
     make_processor().tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has (no processor that can be loaded|a .*, not one of pictures and text)"):
+    with pytest.raises(ValueError, match=r"has (no processor that can be loaded|a .*, not one of pictures and text)"):
         VQAScore(tmp_path).to("cpu")
