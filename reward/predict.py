@@ -119,6 +119,26 @@ class RichFeedbackPredictor:
         ]
         return torch.cat(parts)
 
+    def with_features(
+        self,
+        images: torch.Tensor,
+        prompts: Sequence[str],
+        batch_size: int = 64,
+        heatmap_size: int | tuple[int, int] | None = None,
+    ) -> tuple[RichFeedback, torch.Tensor]:
+        """What a call says and what `features` says, (B, D), from one pass of the vision encoder."""
+        seen: list[torch.Tensor] = []
+
+        def keep(module: torch.nn.Module, patches: tuple[torch.Tensor]) -> None:
+            seen.append(patches[0].detach().float().mean(dim=1))
+
+        hook = self.model.project.register_forward_pre_hook(keep)
+        try:
+            feedback = self(images, prompts, batch_size, heatmap_size)
+        finally:
+            hook.remove()
+        return feedback, torch.cat(seen)
+
     def _pixels(self, images: torch.Tensor) -> torch.Tensor:
         return preprocess(images.to(self.device, torch.float32), self.model.config).to(self.model.dtype)
 
