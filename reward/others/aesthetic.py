@@ -20,7 +20,8 @@ class AestheticScore(SeeingReward):
 
     Args:
         model: the head's file, `sac+logos+ava1-l14-linearMSE.pth` of the repository
-            christophschuhmann/improved-aesthetic-predictor.
+            christophschuhmann/improved-aesthetic-predictor; on the hub
+            `trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth`.
         clip: folder or the hub's name of the CLIP whose embeddings it was trained on: `openai/clip-vit-large-patch14`.
         batch_size, dtype: see `FrozenReward`.
     """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, CLIPModel, CLIPVisionModelWithProjection
+from transformers import AutoConfig, CLIPModel, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
 
 from reward.others.files import BROKEN, check_file, check_folder, first_line, load_model, read_weights
 from reward.others.frozen import SeeingReward
@@ -16,8 +16,27 @@ from reward.others.showing import Showing, read_showing
 from reward.others.texts import encode, load_tokenizer
 
 
-class ClipReward(SeeingReward):
-    """Cosines in a CLIP of transformers, with its own tokenizer and preprocessing.
+class CosineReward(SeeingReward):
+    """Cosines in a CLIP of transformers; `_load` also sets the `tokenizer` and the `showing`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    showing: Showing
+
+    def cosines(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """(b, 3, H, W) in [0, 1] on the model's device, b prompts -> (b,)."""
+        different = list(dict.fromkeys(prompts))  # the pictures of a group share their prompt
+        length = self.model.config.text_config.max_position_embeddings
+        text = encode(self.tokenizer, different, length, self.device)
+        texts = self.model.get_text_features(**text).pooler_output.float()
+        texts = texts[[different.index(prompt) for prompt in prompts]]
+        return F.cosine_similarity(self._see(images).float(), texts, dim=-1)
+
+    def _see(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model.get_image_features(self.showing(images).to(self.dtype)).pooler_output
+
+
+class ClipReward(CosineReward):
+    """Cosines in a CLIP with its own tokenizer and preprocessing.
 
     Args:
         model: folder of a `CLIPModel` of transformers, or the hub's name.
@@ -38,19 +57,7 @@ class ClipReward(SeeingReward):
 
     def _load(self) -> CLIPModel:
         self.tokenizer, self.showing = load_tokenizer(self.processor), read_showing(self.processor)
-        return load_model(CLIPModel, self.source)
-
-    def cosines(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """(b, 3, H, W) in [0, 1] on the model's device, b prompts -> (b,)."""
-        different = list(dict.fromkeys(prompts))  # the pictures of a group share their prompt
-        length = self.model.config.text_config.max_position_embeddings
-        text = encode(self.tokenizer, different, length, self.device)
-        texts = self.model.get_text_features(**text).pooler_output.float()
-        texts = texts[[different.index(prompt) for prompt in prompts]]
-        return F.cosine_similarity(self._see(images).float(), texts, dim=-1)
-
-    def _see(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model.get_image_features(self.showing(images).to(self.dtype)).pooler_output
+        return load_model(CLIPModel, self.source, dtype=self.dtype)
 
 
 class PickScore(ClipReward):
@@ -105,7 +112,7 @@ class CLIPScore(ClipReward):
         return self.weight * self.cosines(images, [self.prefix + prompt for prompt in prompts]).clamp(min=0)
 
 
-class HPSv2(ClipReward):
+class HPSv2(CosineReward):
     """Human Preference Score v2 and v2.1 (Wu et al. 2023, arXiv 2306.09341): the cosine itself.
 
     A CLIP ViT-H/14 tuned on ranked pictures; comparable between pictures of one prompt only. Its authors' benchmark
@@ -133,7 +140,7 @@ class HPSv2(ClipReward):
         batch_size: int = 32,
         dtype: str = "float32",
     ):
-        super(ClipReward, self).__init__(batch_size, dtype)
+        super().__init__(batch_size, dtype)
         self.source, self.is_folder = model, Path(model).is_dir() or not is_weights_file(model)
         if self.is_folder:
             check_folder("model", model, "clip")
@@ -151,14 +158,14 @@ class HPSv2(ClipReward):
     def _load(self) -> CLIPModel:
         self.tokenizer = load_tokenizer(self.processor)
         if self.is_folder:
-            model = load_model(CLIPModel, self.source)
+            model = load_model(CLIPModel, self.source, dtype=self.dtype)
         else:
             try:
                 config = AutoConfig.from_pretrained(self.processor)
             except BROKEN as error:
                 raise ValueError(f"clip: {self.processor} has no config.json: {first_line(error)}") from error
             weights = in_names_of_transformers(read_weights(self.source, inside="state_dict"), str(self.source))
-            model = load_model(CLIPModel, self.source, config, weights)
+            model = load_model(CLIPModel, self.source, config, weights, dtype=self.dtype)
         side = model.config.vision_config.image_size
         self.showing = Showing((side, side), "pad")
         return model

@@ -121,9 +121,10 @@ def load_model(
     config: PreTrainedConfig | None = None,
     weights: Mapping[str, torch.Tensor] | None = None,
     partial: bool = False,
+    dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Model:
-    """A model of transformers with every weight it needs, in float32.
+    """A model of transformers with every weight it needs, in `dtype`.
 
     Args:
         name: its folder or name on the hub; with `weights` only the name of where they came from.
@@ -137,7 +138,7 @@ def load_model(
     given = {} if weights is None else {"config": config, "state_dict": dict(weights)}
     try:
         model, report = kind.from_pretrained(
-            source, output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32, **given, **options
+            source, output_loading_info=True, ignore_mismatched_sizes=True, dtype=dtype, **given, **options
         )
     except BROKEN as error:
         raise ValueError(f"{name} cannot be loaded as a {kind.__name__}: {first_line(error)}") from error

@@ -79,7 +79,7 @@ class VQAScore(FrozenReward):
             )
         tokenizer.padding_side = "left"  # the answer begins behind the last token
         self.ids = [self._only_token(tokenizer, answer) for answer in self.answers]
-        return load_model(AutoModelForImageTextToText, self.source)
+        return load_model(AutoModelForImageTextToText, self.source, dtype=self.dtype)
 
     def _only_token(self, tokenizer, answer: str) -> int:
         ids = tokenizer(answer, add_special_tokens=False).input_ids

@@ -15,15 +15,13 @@ PROMPTS = ["a red circle", "two blue square left of a star", "a red circle"]
 def make_clip_tokenizer(folder):
     vocabulary = ["<|startoftext|>", "<|endoftext|>", *(f"{word}</w>" for word in WORDS), *"abcdefghijklmnopqrstuvwxyz"]
     vocabulary += [f"{letter}</w>" for letter in "abcdefghijklmnopqrstuvwxyz" if f"{letter}</w>" not in vocabulary]
-    merges, known = ["#version: 0.2"], set(vocabulary)
-    for word in WORDS:  # letter by letter, from the left
+    merges = ["#version: 0.2"]
+    for word in WORDS:  # each is put together letter by letter, from the left
         for end in range(1, len(word)):
             left, right = word[:end], word[end] + ("</w>" if end == len(word) - 1 else "")
-            merges += [] if f"{left} {right}" in merges else [f"{left} {right}"]
-            for piece in (left + right,):
-                if piece not in known:
-                    known.add(piece)
-                    vocabulary.append(piece)
+            merges.append(f"{left} {right}")
+            vocabulary.append(left + right)
+    merges, vocabulary = list(dict.fromkeys(merges)), list(dict.fromkeys(vocabulary))
     files = folder / "vocabulary"
     files.mkdir(parents=True)
     (files / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(vocabulary)}))

@@ -158,6 +158,13 @@ def test_a_name_that_the_hub_would_have_is_refused_while_it_is_off(monkeypatch):
         PickScore("no/where")
 
 
+def test_a_file_that_the_hub_would_have_is_named_when_it_cannot_be_fetched(monkeypatch, clip_folder):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    reward = HPSv2("no/where/hps.pt", clip=clip_folder)
+    with pytest.raises(ValueError, match=r"no/where/hps\.pt is no file here and cannot be fetched from the hub"):
+        reward.to("cpu")
+
+
 def test_a_folder_of_another_architecture_is_refused_at_once(copied):
     settings = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(settings | {"model_type": "siglip"}))
