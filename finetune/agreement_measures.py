@@ -1,0 +1,119 @@
+"""How far raters of pictures agree, and how sure each is of itself. Pure functions of numbers, NumPy in and out.
+
+A rater is a reward, or people. What a policy is trained on is the order of the pictures of one prompt, so agreement
+within prompts is what counts before a training; across prompts raters may agree only because some prompts are hard.
+Intervals are 95% ones by the bootstrap over prompts (Efron's percentile interval): the pictures of a prompt are not
+independent of each other. Shapes: R raters, N pictures, P prompts, D draws.
+"""
+
+import numpy as np
+from scipy.stats import rankdata
+
+from reward.intervals import Figure, draw_counts, figure, mean_draws
+
+_LEAST = 1e-12  # a spread of ranks or values below it is none
+_NONE = Figure(None, n=0)
+
+
+def groups_of(prompts: list[str]) -> np.ndarray:
+    """(N,) the number of each picture's prompt, 0..P-1 in order of first appearance."""
+    number = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+    return np.array([number[prompt] for prompt in prompts])
+
+
+def rank_correlation(values: np.ndarray) -> np.ndarray:
+    """Spearman's correlation of every two of R raters over N pictures: (R, N) -> (R, R), NaN where one is constant."""
+    ranks = rankdata(values, axis=1)
+    ranks = ranks - ranks.mean(axis=1, keepdims=True)
+    spread = np.sqrt((ranks * ranks).sum(axis=1))
+    spread = np.where(spread > _LEAST, spread, np.nan)
+    return ranks @ ranks.T / (spread[:, None] * spread)
+
+
+def within_prompts(values: np.ndarray, groups: np.ndarray, draws: int = 1000, seed: int = 0) -> list[list[Figure]]:
+    """Mean over prompts of Spearman's correlation over a prompt's pictures, of every two raters: R x R figures.
+
+    Args:
+        values: (R, N).
+        groups: (N,), as `groups_of` gives them.
+
+    A prompt counts for two raters if neither says the same of all its pictures; `n` is the number of those prompts.
+    """
+    each = np.full((groups.max() + 1, len(values), len(values)), np.nan)  # (P, R, R)
+    for group in range(len(each)):
+        mine = groups == group
+        if mine.sum() > 1:
+            each[group] = rank_correlation(values[:, mine])
+    counts = draw_counts(len(each), draws, seed)
+    return [[_mean(each[:, one, other], counts) for other in range(len(values))] for one in range(len(values))]
+
+
+def across_prompts(values: np.ndarray, groups: np.ndarray, draws: int = 200, seed: int = 0) -> list[list[Figure]]:
+    """Spearman's correlation over all N pictures, of every two raters: R x R figures; None where one is constant."""
+    whole, drawn = rank_correlation(values), []
+    places = [np.flatnonzero(groups == group) for group in range(groups.max() + 1)]
+    rng = np.random.default_rng(seed)
+    for _ in range(draws):
+        chosen = np.concatenate([places[group] for group in rng.integers(len(places), size=len(places))])
+        drawn.append(rank_correlation(values[:, chosen]))
+    drawn = np.stack(drawn) if drawn else np.empty((0, *whole.shape))
+    return [
+        [_figure(whole[one, other], drawn[:, one, other], values.shape[1]) for other in range(len(values))]
+        for one in range(len(values))
+    ]
+
+
+def pair_accuracy(said: np.ndarray, true: np.ndarray, groups: np.ndarray, draws: int = 1000, seed: int = 0) -> Figure:
+    """How often a rater prefers, of two pictures of a prompt, the one that is truly better; 0.5 is chance.
+
+    Args:
+        said, true: (N,); higher is better.
+        groups: (N,), as `groups_of` gives them.
+
+    Pairs that are truly equal do not count; a rater who says the same of both is half right. `n`: the number of pairs.
+    """
+    tallies = np.zeros((groups.max() + 1, 2))  # right, pairs
+    for group in range(len(tallies)):
+        mine = groups == group
+        better = np.sign(true[mine][:, None] - true[mine])
+        preferred = np.sign(said[mine][:, None] - said[mine])
+        upper = np.triu(better != 0, 1)
+        tallies[group] = ((1 + better * preferred) / 2)[upper].sum(), upper.sum()
+    right, pairs = tallies.sum(axis=0)
+    if not pairs:
+        return _NONE
+    drawn_right, drawn_pairs = (draw_counts(len(tallies), draws, seed) @ tallies).T
+    there = drawn_pairs > 0
+    return figure(float(right / pairs), drawn_right[there] / drawn_pairs[there], int(pairs))
+
+
+def spread_within(values: np.ndarray, groups: np.ndarray) -> float:
+    """Standard deviation of (N,) values around their prompts' means, pooled over prompts of at least two pictures; over
+    all pictures if there is no such prompt."""
+    counts = np.bincount(groups)
+    if counts.max() < 2:
+        return float(values.std(ddof=1)) if len(values) > 1 else float("nan")
+    off = values - (np.bincount(groups, weights=values) / counts)[groups]
+    return float(np.sqrt((off * off).sum() / (counts[counts > 1] - 1).sum()))
+
+
+def noise_share(plain: np.ndarray, changed: np.ndarray, groups: np.ndarray) -> float | None:
+    """How much a change that nobody sees moves a rater, against what it tells pictures of a prompt apart by.
+
+    Root mean square of (N,) `changed` less `plain`, less the part that is common to all pictures, over
+    `spread_within(plain)`. At 0.1 the change is a hundredth of the variance; near 1 the rater's order is noise. None
+    for a rater who tells nothing apart.
+    """
+    spread = spread_within(plain, groups)
+    return float((changed - plain).std() / spread) if spread > _LEAST else None
+
+
+def _mean(values: np.ndarray, counts: np.ndarray) -> Figure:
+    there = np.isfinite(values)
+    if not there.any():
+        return _NONE
+    return figure(float(values[there].mean()), mean_draws(values, counts), int(there.sum()))
+
+
+def _figure(value: float, drawn: np.ndarray, n: int) -> Figure:
+    return figure(float(value), drawn[np.isfinite(drawn)], n) if np.isfinite(value) else _NONE

@@ -1,0 +1,144 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from finetune.agreement import AgreementArguments, main
+from finetune.pool import open_pool
+from finetune.predictions import read_pictures
+from reward.feedback import Reward
+from tests.test_house import ROOT
+
+
+class Brightness:
+    differentiable = True
+
+    def __init__(self, weight=1.0):
+        self.weight = weight
+
+    def __call__(self, images, prompts):
+        return Reward(total=self.weight * images.mean((1, 2, 3)))
+
+
+class Broken:
+    differentiable = False
+
+    def __call__(self, images, prompts):
+        return Reward(total=torch.full((len(prompts),), float("nan")))
+
+
+BRIGHT = "tests.finetune.test_agreement:Brightness"
+
+
+@pytest.fixture
+def flags(write_pictures, tmp_path):
+    people = [3.0, 1.0, 2.0, 2.0, 3.0, 1.0, 1.0, 2.0, 3.0]
+    folder = write_pictures(tmp_path / "pictures", count=9, people=people, word=["x"] * 9)
+
+    def make(**changes):
+        settings = {
+            "--pictures": str(folder),
+            "--rewards": json.dumps(
+                {
+                    "bright": BRIGHT,
+                    "dark": {"reward": BRIGHT, "kwargs": {"weight": -2.0}},
+                    "jpeg": "reward.others:JpegIncompressibility",
+                }
+            ),
+            "--labels": "people",
+            "--report": str(tmp_path / "agreement.json"),
+            "--reward_batch_size": "4",
+            "--use_cpu": "true",
+        } | {f"--{name}": value for name, value in changes.items()}
+        return [part for pair in settings.items() for part in pair if part is not None]
+
+    return make
+
+
+def test_the_figures_are_those_of_the_pictures(flags, tmp_path, capsys):
+    main(flags())
+    found = json.loads((tmp_path / "agreement.json").read_text())
+    assert (found["pictures"], found["prompts"]) == (9, 3)
+    assert found["raters"] == ["bright", "dark", "jpeg", "people"]
+    assert found["within"]["bright"]["dark"]["value"] == pytest.approx(-1)
+    assert found["across"]["dark"]["bright"]["value"] == pytest.approx(-1)
+    assert found["accuracy"].keys() == {"people"}
+    right = found["accuracy"]["people"]
+    assert right["bright"]["value"] + right["dark"]["value"] == pytest.approx(1)
+    assert right["bright"]["n"] == 9
+    assert found["values"]["people"] == [3.0, 1.0, 2.0, 2.0, 3.0, 1.0, 1.0, 2.0, 3.0]
+    assert found["spread"]["dark"] == pytest.approx(2 * found["spread"]["bright"])
+    assert found["noise"]["1 pixel"]["dark"] == pytest.approx(found["noise"]["1 pixel"]["bright"])
+    assert found["noise"]["jpeg 95"]["bright"] > 0
+    assert all(milliseconds > 0 for milliseconds in found["milliseconds"].values())
+    said = capsys.readouterr().out
+    assert "9 pictures of 3 prompts" in said
+    assert "rank correlation within prompts" in said
+
+
+def test_the_values_are_the_rewards_own(flags, tmp_path):
+    main(flags(most_pictures="5", against="jpeg"))
+    found = json.loads((tmp_path / "agreement.json").read_text())
+    pictures = read_pictures(open_pool(tmp_path / "pictures"), range(5))
+    assert found["values"]["bright"] == pytest.approx([float(p.float().mean()) / 255 for p in pictures])
+    assert found["accuracy"].keys() == {"jpeg"}
+    assert found["accuracy"]["jpeg"].keys() == {"bright", "dark"}
+
+
+def test_drawn_pictures_by_the_command_itself(pipeline_folder, prompt_file, tmp_path):
+    config = tmp_path / "agreement.yaml"
+    config.write_text(
+        f"""
+        pictures: {tmp_path}/drawn
+        policy: {pipeline_folder}
+        prompts: {prompt_file}
+        num_generations: 2
+        num_inference_steps: 2
+        use_cpu: true
+        report: {tmp_path}/agreement.json
+        rewards: {{bright: "{BRIGHT}", jpeg: "reward.others:JpegCompressibility"}}
+        """
+    )
+    run = [sys.executable, "-m", "finetune.agreement", "--config", str(config)]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "agreement.json").read_text())
+    assert (found["pictures"], found["prompts"]) == (6, 3)
+    assert found["accuracy"] == {}
+    assert "rank correlation within prompts" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards": "{}"}, "there is no reward to look at"),
+        ({"rewards": json.dumps({"people": BRIGHT})}, r"\['people'\] are names of rewards and of labels"),
+        ({"rewards": json.dumps({"b": BRIGHT + "er"})}, "has no attribute Brightnesser"),
+        ({"rewards": json.dumps({"b": {"reward": BRIGHT, "weight": 2}})}, "unknown key 'weight'"),
+        ({"against": "judge"}, r"against names \['judge'\]"),
+        ({"most_pictures": "1"}, "agreement needs at least 2"),
+        ({"reward_batch_size": "0"}, "reward_batch_size is 0"),
+        ({"labels": "votes"}, "has no column votes.*it has people, word"),
+        ({"labels": "word"}, "word of 0.png is 'x', no finite number"),
+        ({"pictures": "./nowhere"}, "there is no folder of pictures"),
+        ({"rewards": json.dumps({"b": "tests.finetune.test_agreement:Broken"})}, "total is nan for the prompt 'a red"),
+    ],
+)
+def test_mistakes_are_named(flags, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        main(flags(**changes))
+    assert not (tmp_path / "agreement.json").exists()
+
+
+def test_drawn_pictures_have_no_labels(flags, pipeline_folder, prompt_file, tmp_path):
+    drawn = {"policy": str(pipeline_folder), "prompts": str(prompt_file), "pictures": str(tmp_path / "drawn")}
+    with pytest.raises(ValueError, match=r"so they have no labels \['people'\]"):
+        main(flags(**drawn))
+
+
+def test_labels_are_what_rewards_are_held_against():
+    settings = {"pictures": "p", "report": "r", "rewards": {"b": BRIGHT}}
+    assert AgreementArguments(**settings, labels=["people"]).against == ["people"]
+    assert AgreementArguments(**settings).against == []

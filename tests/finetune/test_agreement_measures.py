@@ -1,0 +1,104 @@
+"""Against scipy's spearmanr, and against counts on a few fingers."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from finetune.agreement_measures import (
+    across_prompts,
+    groups_of,
+    noise_share,
+    pair_accuracy,
+    rank_correlation,
+    spread_within,
+    within_prompts,
+)
+from finetune.small_changes import as_jpeg, shifted
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def test_rank_correlation_is_scipys(rng):
+    values = rng.normal(size=(3, 40)).round(1)  # with ties
+    np.testing.assert_allclose(rank_correlation(values), spearmanr(values.T).statistic, atol=1e-12)
+    values[1] = 2.0
+    assert np.isnan(rank_correlation(values)[1]).all()
+    assert rank_correlation(values)[0, 2] == pytest.approx(spearmanr(values[0], values[2]).statistic)
+
+
+def test_within_prompts_is_the_mean_over_prompts(rng):
+    groups = groups_of([f"prompt {place % 6}" for place in range(30)])
+    values = rng.normal(size=(2, 30))
+    values[1, groups == 5] = 1.0  # this prompt tells nothing of the two
+    each = [spearmanr(*values[:, groups == group]).statistic for group in range(5)]
+    figures = within_prompts(values, groups)
+    assert figures[0][1].value == pytest.approx(np.mean(each))
+    assert figures[0][1].n == 5
+    assert figures[0][0].value == pytest.approx(1)
+    assert figures[0][1].low < figures[0][1].value < figures[0][1].high
+
+
+def test_raters_who_agree_across_prompts_need_not_agree_within(rng):
+    groups = np.repeat(np.arange(100), 4)
+    hard = np.repeat(rng.normal(size=100), 4) * 10
+    values = np.stack([hard + rng.normal(size=400), hard + rng.normal(size=400)])
+    within, across = within_prompts(values, groups)[0][1], across_prompts(values, groups)[0][1]
+    assert within.low < 0 < within.high
+    assert across.low > 0.9
+    assert across.value == pytest.approx(spearmanr(*values).statistic)
+
+
+def test_the_interval_knows_that_pictures_of_a_prompt_are_not_independent(rng):
+    values = np.repeat(rng.normal(size=(2, 40)), 10, axis=1)  # ten copies of each picture tell no more than one
+    copies = across_prompts(values, np.repeat(np.arange(40), 10))[0][1]
+    single = across_prompts(values[:, ::10], np.arange(40))[0][1]
+    assert copies.high - copies.low == pytest.approx(single.high - single.low, rel=0.05)
+
+
+def test_one_picture_a_prompt_says_nothing_within(rng):
+    groups = np.arange(10)
+    assert within_prompts(rng.normal(size=(2, 10)), groups)[0][1].value is None
+    assert pair_accuracy(rng.normal(size=10), rng.normal(size=10), groups).value is None
+
+
+def test_pair_accuracy_counts_pairs():
+    groups = np.array([0, 0, 0, 1, 1, 2])
+    true = np.array([1.0, 2.0, 3.0, 5.0, 5.0, 9.0])
+    said = np.array([0.1, 0.3, 0.3, 0.9, 0.2, 0.0])
+    figure = pair_accuracy(said, true, groups)  # pairs 1<2, 1<3 right, 2<3 half; 5 = 5 counts not; the last is alone
+    assert figure.value == pytest.approx(2.5 / 3)
+    assert figure.n == 3
+    assert pair_accuracy(-true, true, groups).value == 0
+    assert pair_accuracy(true, true, groups).value == 1
+
+
+def test_the_interval_of_pair_accuracy_holds_chance(rng):
+    groups = np.repeat(np.arange(200), 3)
+    figure = pair_accuracy(rng.normal(size=600), rng.normal(size=600), groups)
+    assert figure.low < 0.5 < figure.high
+    assert 0.03 < figure.high - figure.low < 0.15
+
+
+def test_noise_is_measured_against_the_spread_within_prompts(rng):
+    groups = np.repeat(np.arange(500), 4)
+    plain = np.repeat(rng.normal(size=500), 4) * 100 + rng.normal(size=2000) * 2
+    assert spread_within(plain, groups) == pytest.approx(2, rel=0.05)
+    changed = plain + 7 + rng.normal(size=2000) * 0.5  # what is common to all does not change the order
+    assert noise_share(plain, changed, groups) == pytest.approx(0.25, rel=0.05)
+    assert noise_share(np.ones(2000), np.ones(2000), groups) is None
+    assert spread_within(plain[::4], np.arange(500)) == pytest.approx(plain[::4].std(ddof=1))
+
+
+def test_small_changes_are_small_and_no_smaller():
+    images = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    images = torch.nn.functional.interpolate(images, size=(24, 40), mode="bilinear")
+    compressed, moved = as_jpeg(images), shifted(images)
+    assert compressed.shape == moved.shape == images.shape
+    assert 0 < (compressed - images).abs().mean() < 0.02
+    assert (as_jpeg(images, quality=5) - images).abs().mean() > (compressed - images).abs().mean()
+    assert torch.equal(moved[..., 1:], images[..., :-1])
+    assert torch.equal(moved[..., 0], images[..., 0])
