@@ -119,6 +119,21 @@ class Level(NamedTuple):
         return self.sigma / (self.alpha**2 + self.sigma**2) ** 0.5
 
 
+def make_scheduler(own, name: str | None):
+    """The scheduler that settings call `name`, with the noise schedule of the pipeline's own; None: its own.
+
+    Raises:
+        ValueError: it cannot be guided; see `check_scheduler`.
+    """
+    if name is None or isinstance(own, SCHEDULERS[name]):
+        check_scheduler(own)
+        return own
+    changes = {"clip_sample": False} if name == "ddim" else {}  # latents are not clipped; PNDM's config may not say so
+    scheduler = SCHEDULERS[name].from_config(own.config, **changes)
+    check_scheduler(scheduler)
+    return scheduler
+
+
 def check_scheduler(scheduler) -> None:
     """Complain about a scheduler that cannot be guided.
 

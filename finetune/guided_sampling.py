@@ -1,21 +1,10 @@
 """Sampling with guidance by a reward's gradient (`finetune.guidance`), from pipelines of Stable Diffusion 1.x, 2.x, XL.
 
 `sample` is the loop of diffusers' own pipelines with one thing more: where a step is guided, the network's estimate is
-pushed before the scheduler takes the step. Without guidance it makes the pipeline's pictures.
+pushed before the scheduler takes the step. Without guidance it makes the pipeline's pictures. For pipelines that others
+call, see `finetune.guidance_callback`.
 
-`GuidanceCallback` guides pipelines that are called by others, through `callback_on_step_end`. A callback is called
-*between* steps and may change the latents only: the estimate that made the last step is not shown to it, and the next
-one is not made yet. So it asks the network itself, at the point where the next step starts, and moves the latents there
-by as much as guidance would have moved that step's end (the guided path is followed by kicks and unguided steps in
-turn, a Lie-Trotter splitting, which comes to the same as the steps shrink). What that means:
-
-- one more pass of the network a guided step than `sample` needs;
-- the first step is not guided, and there is no recurrence: both would have to happen inside the step;
-- it sees prompts' embeddings, classifier-free guidance and XL's sizes; not what ControlNet or an IP-Adapter add, so its
-  estimate of the clean picture lacks them. The pictures themselves do not;
-- the kick is that of a deterministic step: with eta = 1 it guides half as much.
-
-Shapes: B pictures of H x W pixels, C latent channels, h x w the latent grid.
+Shapes: B pictures of H x W pixels, C latent channels, h x w the latent grid, S sampling steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,9 +53,7 @@ class Denoiser:
             sizes = time_ids(size).to(embeds.device).expand(len(prompts), -1)
         self.conditioning = Conditioning(embeds, pooled[0] if pooled else None, sizes)
         if self.guided:
-            self.conditioning = self.conditioning.after(
-                Conditioning(without, pooled[1] if pooled else None, sizes)
-            )
+            self.conditioning = self.conditioning.after(Conditioning(without, pooled[1] if pooled else None, sizes))
 
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """The network's output, noise or v as its scheduler says, (B, C, h, w) float32, for latents of that shape."""
@@ -224,14 +211,15 @@ def reward_of(
     return objective
 
 
-def guided_path(scheduler, guidance: Guidance) -> tuple[list[Level], list[float]]:
-    """The S + 1 noise levels of a scheduler whose timesteps are set, and the S scales of its steps.
+def guided_path(scheduler, guidance: Guidance, first: int = 0) -> tuple[list[Level], list[float]]:
+    """The S + 1 noise levels of a scheduler whose timesteps are set, and the S scales of its steps, 0 before `first`.
 
     Raises:
         ValueError: the scheduler cannot be guided, the window does not fit the steps, or a guided step starts in pure
             noise, where x0 cannot be told from x.
     """
     path, scales = levels(scheduler), guidance.scales(len(scheduler.timesteps))
+    scales[:first] = [0.0] * first
     for step, scale in enumerate(scales):
         if scale and path[step].alpha < _PURE_NOISE * path[step].sigma:
             raise ValueError(
