@@ -93,7 +93,9 @@ def table(found: list[list[dict]], kinds: dict[str, slice]) -> list[Row]:
                 rows.append(Row(f"{kind}: share that {name}", *paired_interval(shares), n=gains[0].size, goal=goal))
         fixed = [np.array([row["status"] == FIXED for row in one[places]], float) for one in found]
         rows.append(Row(f"{kind}: share that is drawn anew", float(np.mean(fixed)), n=fixed[0].size))
-        predicted = [np.array([row["after"]["reward"] - row["before"]["reward"] for row in one[places]]) for one in found]
+        predicted = [
+            np.array([row["after"]["reward"] - row["before"]["reward"] for row in one[places]]) for one in found
+        ]
         rows.append(Row(f"{kind}: predicted gain", *paired_interval(predicted), n=sum(map(len, predicted))))
     return rows
 

@@ -7,6 +7,7 @@ own, noised to that step ("Blended latent diffusion", Avrahami et al. 2022, arXi
 Shapes: N candidates, H x W pixels of the picture.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from finetune.region import cells, working_size
 from reward.data import resize
 from rl.pipelines import FAMILIES, load_pipeline
 
+_SIDES = 8  # diffusers' pipelines take sides that this divides
 _MASK_AND_PICTURE = 5  # channels of a mask and of the picture's latent
 
 
@@ -92,8 +94,7 @@ class Inpainter:
             (N, 3, H, W) float32 in [0, 1] on the CPU. Outside the region it is like the picture, not the same.
         """
         pipeline, size = self.pipeline, tuple(picture.shape[-2:])
-        halvings = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-        height, width = working_size(size, self.resolution, pipeline.vae_scale_factor * halvings)
+        height, width = working_size(size, self.resolution, math.lcm(_SIDES, pipeline.vae_scale_factor))
         image = resize(picture[None], (height, width)).clamp(0, 1)
         mask = cells(share, (height, width), pipeline.vae_scale_factor)
         drawn = []
