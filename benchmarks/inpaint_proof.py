@@ -5,7 +5,8 @@
 The pictures: 256 rendered scenes with one planted flaw of outline (warped, bitten, blotched), and 256 of the rated data
 set's test split, drawn by variants of the generator, as they come: some have natural flaws, some none. Each is mended
 by the config, as `python -m finetune.inpaint` does, once a seed. A picture gets worse if the judge's plausibility falls
-at all; by how much, and what becomes of its alignment, is shown too. Pictures that are done (`--work`) are not repeated.
+at all; by how much, and what becomes of its alignment, is shown too. Pictures that are done (`--work`) are not
+repeated.
 """
 
 import time

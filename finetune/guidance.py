@@ -138,7 +138,7 @@ def check_scheduler(scheduler) -> None:
     """Complain about a scheduler that cannot be guided.
 
     Raises:
-        ValueError: it is none of `SCHEDULERS`, or has settings that change its clean latent or its path behind our back.
+        ValueError: it is none of `SCHEDULERS`, or has settings that change its clean latent or its path.
     """
     name = type(scheduler).__name__
     if not isinstance(scheduler, tuple(SCHEDULERS.values())):
@@ -156,7 +156,7 @@ def check_scheduler(scheduler) -> None:
 
 
 def levels(scheduler) -> list[Level]:
-    """The S + 1 noise levels of a scheduler whose timesteps are set: where each step starts, and where the last ends."""
+    """The S + 1 noise levels of a scheduler whose timesteps are set: each step's start, and the last one's end."""
     check_scheduler(scheduler)
     if isinstance(scheduler, DDIMScheduler):
         ends = scheduler.timesteps[-1] - scheduler.config.num_train_timesteps // scheduler.num_inference_steps

@@ -5,14 +5,14 @@
              callback_on_step_end_tensor_inputs=callback.tensor_inputs(pipeline))
 
 A callback is called *between* steps and may change the latents only: the estimate that made the last step is not shown
-to it, and the next one is not made yet. So it asks the network itself, where the next step starts, and moves the latents
-there by as much as guidance would have moved that step's end: with the push p on the noise estimate, for a step from
-noise level (alpha, sigma) to (alpha', sigma'),
+to it, and the next one is not made yet. So it asks the network itself, where the next step starts, and moves the
+latents there by as much as guidance would have moved that step's end: with the push p on the noise estimate, for a step
+from noise level (alpha, sigma) to (alpha', sigma'),
 
     x  <-  x + p (sigma - sigma' alpha / alpha')
 
-Were the noise estimate the same at both points, the step would end exactly where `finetune.guided_sampling.sample` takes
-it; in general the two agree as steps shrink (kicks and unguided steps in turn are a Lie-Trotter splitting of the guided
+Were the noise estimate the same at both points, the step would end where `finetune.guided_sampling.sample` takes it; in
+general the two agree as steps shrink (kicks and unguided steps in turn are a Lie-Trotter splitting of the guided
 path). The other way, to wrap the network and the scheduler, would see all, and depend on how each pipeline calls them.
 
 What the callback can see: the latents, the prompts' embeddings, classifier-free guidance and its rescaling, XL's sizes.
@@ -70,8 +70,9 @@ class GuidanceCallback:
         unet = getattr(pipeline, "unet", None)
         if unet is None or not {"latents", "prompt_embeds"} <= set(offered):
             raise ValueError(
-                f"{type(pipeline).__name__} cannot be guided by a callback: it hands over {', '.join(offered) or 'none'}; "
-                "what can be guided are pipelines with a U-Net and `prompt_embeds`, of Stable Diffusion 1.x, 2.x and XL"
+                f"{type(pipeline).__name__} cannot be guided by a callback: it hands over "
+                f"{', '.join(offered) or 'none'}; what can be guided are pipelines with a U-Net and `prompt_embeds`, "
+                "of Stable Diffusion 1.x, 2.x and XL"
             )
         if unet.config.in_channels != unet.config.out_channels:
             raise ValueError(
@@ -80,8 +81,8 @@ class GuidanceCallback:
             )
         if unet.config.time_cond_proj_dim is not None:
             raise ValueError(
-                f"the U-Net of this {type(pipeline).__name__} is told the guidance scale, as those distilled to few steps "
-                "are, which a callback does not see; use one that is not distilled"
+                f"the U-Net of this {type(pipeline).__name__} is told the guidance scale, as those distilled to few "
+                "steps are, which a callback does not see; use one that is not distilled"
             )
         return [name for name in ("latents", "prompt_embeds", *_EMBEDDINGS.values()) if name in offered]
 

@@ -66,8 +66,8 @@ class GuideArguments:
     norm: str = field(
         default="unit",
         metadata={
-            "help": "unit: each picture's gradient is brought to root mean square 1, so that `scale` is the size of the "
-            "push on a noise estimate whose own is 1. raw: classifier guidance as it is written.",
+            "help": "unit: each picture's gradient is brought to root mean square 1, so that `scale` is the size of "
+            "the push on a noise estimate whose own is 1. raw: classifier guidance as it is written.",
             "choices": list(NORMS),
         },
     )
@@ -87,8 +87,8 @@ class GuideArguments:
     through_network: bool = field(
         default=True,
         metadata={
-            "help": "Gradient through the network; false: its noise estimate counts as constant, which saves its backward "
-            "pass and its memory."
+            "help": "Gradient through the network; false: its noise estimate counts as constant, which saves its "
+            "backward pass and its memory."
         },
     )
 
@@ -137,8 +137,8 @@ class GuideArguments:
         first, colon, last = self.guided_steps.partition(":")
         if not colon or not all(part.strip().isdigit() for part in (first, last) if part.strip()):
             raise ValueError(
-                f"guided_steps is {self.guided_steps!r}; write a window of the {self.num_inference_steps} steps such as "
-                "`2:8`, which is steps 2 to 7, or `:`"
+                f"guided_steps is {self.guided_steps!r}; write a window of the {self.num_inference_steps} steps such "
+                "as `2:8`, which is steps 2 to 7, or `:`"
             )
         names = ("scale", "norm", "max_norm", "schedule", "recurrence", "through_network")
         window = {"first": int(first or 0), "last": int(last) if last.strip() else None}

@@ -44,20 +44,21 @@ FIXED, NOTHING, TOO_LARGE, NO_BETTER = "fixed", "nothing found", "region too lar
 
 @dataclass
 class InpaintArguments:
-    """Which pictures, where they are drawn again, and how. The reward is in RewardArguments: its penalty maps say where,
-    its objective says which candidate is kept."""
+    """Which pictures, where they are drawn again, and how. The reward is in RewardArguments: its penalty maps say
+    where, its objective says which candidate is kept."""
 
     pipeline: str = field(
         metadata={
-            "help": "Folder of a pipeline of diffusers, or the hub's name of one: Stable Diffusion 1.x, 2.x or XL, made "
-            "for inpainting or not."
+            "help": "Folder of a pipeline of diffusers, or the hub's name of one: Stable Diffusion 1.x, 2.x or XL, "
+            "made for inpainting or not."
         }
     )
     output_dir: str = field(metadata={"help": "Folder of the results."})
     pictures: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of pictures with a metadata.jsonl or CSV of their prompts; or a data set of one picture a row."
+            "help": "Folder of pictures with a metadata.jsonl or CSV of their prompts; or a data set of one picture a "
+            "row, or of Pick-a-Pic's two."
         },
     )
     prompts_table: str | None = field(
@@ -106,8 +107,8 @@ class InpaintArguments:
     resolution: int | None = field(
         default=None,
         metadata={
-            "help": "Pictures are brought to the area of a square of this side to be drawn again, and back. Default: they "
-            "are drawn at their own size, rounded to what the pipeline takes."
+            "help": "Pictures are brought to the area of a square of this side to be drawn again, and back. Default: "
+            "they are drawn at their own size, rounded to what the pipeline takes."
         },
     )
     batch_size: int = field(default=8, metadata={"help": "Candidates drawn at once."})
@@ -120,8 +121,8 @@ class InpaintArguments:
     def __post_init__(self):
         if bool(self.pictures) == bool(self.images):
             raise ValueError(
-                f"`pictures` names a folder, `images` single files: {'both are' if self.images else 'neither is'} given; "
-                "give one of them"
+                "`pictures` names a folder, `images` single files: "
+                f"{'both are' if self.images else 'neither is'} given; give one of them"
             )
         if self.pictures:
             warn_of_ignored(self, ("prompts",), "the folder's prompts are in its table")
@@ -278,7 +279,7 @@ def check_maps(said: Reward, thresholds: Mapping[str, float]) -> None:
     if unknown := sorted(set(thresholds) - set(said.penalties)):
         raise ValueError(
             f"thresholds names {', '.join(unknown)}, but the reward's penalty maps are "
-            f"{', '.join(sorted(said.penalties)) or 'none'}; a map of RichReward is there if its penalty_weights name it"
+            f"{', '.join(sorted(said.penalties)) or 'none'}; RichReward has those that its penalty_weights name"
         )
 
 

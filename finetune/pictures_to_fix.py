@@ -15,7 +15,7 @@ _NAMED = 5
 
 @dataclass(frozen=True)
 class NamedPictures:
-    """Picture files and a prompt for each, as a `reward.sources.Source`; the uid is the file's name without its suffix."""
+    """Picture files, a prompt for each, as a `reward.sources.Source`; the uid is a file's name, less its suffix."""
 
     files: Sequence[str]
     prompts: Sequence[str]
@@ -74,7 +74,7 @@ def check_source(source: Source) -> list[str]:
     if without:
         more = ", ..." if len(without) > _NAMED else ""
         raise ValueError(
-            f"{len(without)} of {len(uids)} pictures have no prompt: {', '.join(without[:_NAMED])}{more}; give each a line "
-            "in the table of prompts (its file_name and prompt), or name another by --prompts_table"
+            f"{len(without)} of {len(uids)} pictures have no prompt: {', '.join(without[:_NAMED])}{more}; give each a "
+            "line in the table of prompts (its file_name and prompt), or name another by --prompts_table"
         )
     return uids

@@ -32,8 +32,8 @@ class Results:
         """Look whether the folder is free, or holds results of the same settings; touches nothing.
 
         Raises:
-            ValueError: it holds those of other settings (they are listed) and may not be overwritten, is a file, or cannot
-                be written to.
+            ValueError: it holds those of other settings (they are listed) and may not be overwritten, is a file, or
+                cannot be written to.
         """
         self.folder, self._parts, self._overwrite = Path(folder), parts, overwrite
         self._settings = json.loads(json.dumps(settings, default=str))

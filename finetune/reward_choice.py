@@ -41,7 +41,7 @@ class RewardArguments:
         self.rewards, self.eval_rewards = self.rewards or {}, self.eval_rewards or {}
         if bool(self.reward) == bool(self.rewards):
             raise ValueError(
-                f"`reward` names one reward, `rewards` a weighted sum of several: "
+                "`reward` names one reward, `rewards` a weighted sum of several: "
                 f"{'both are' if self.reward else 'neither is'} given; give one of them"
             )
         if self.rewards:
@@ -56,7 +56,7 @@ class RewardArguments:
         """Complain about rewards that cannot be made, before any of them is.
 
         Args:
-            differentiable: whether the reward must be; as far as its class says, since `make` looks at the reward itself.
+            differentiable: whether the reward must be; as far as its class says; `make` looks at the reward itself.
 
         Raises:
             ValueError: see `reward.by_name`; or the reward is not differentiable.
@@ -92,6 +92,6 @@ class RewardArguments:
 
 def _refuse(name: str) -> None:
     raise ValueError(
-        f"the reward {name} is not differentiable, so its gradient cannot guide; give one whose `differentiable` is true, "
-        "such as reward.rich:RichReward"
+        f"the reward {name} is not differentiable, so its gradient cannot guide; give one whose `differentiable` is "
+        "true, such as reward.rich:RichReward"
     )

@@ -166,7 +166,7 @@ def test_a_scheduler_that_cannot_be_guided_is_named_with_those_that_can():
 
 def test_a_window_that_starts_in_pure_noise_is_refused():
     scheduler = make("ddim", "v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    with pytest.raises(ValueError, match="step 0 starts in pure noise .* begin at 1"):
+    with pytest.raises(ValueError, match=r"step 0 starts in pure noise .* begin at 1"):
         guided_path(scheduler, Guidance(1.0))
     assert guided_path(scheduler, Guidance(1.0, first=1))[1] == [0, 1, 1, 1, 1, 1, 1]
 
@@ -231,8 +231,8 @@ def latents_of(images):
 
 
 SHIFT = SCALE * PULL * 0.025 * STD**2
-"""Tilting N(m, s^2) by exp(a x) gives N(m + a s^2, s^2), and for a linear reward and Gaussian data universal guidance is
-exact."""
+"""Tilting N(m, s^2) by exp(a x) gives N(m + a s^2, s^2), and for a linear reward and Gaussian data universal guidance
+is exact."""
 
 
 def moved_by(scheduler):

@@ -95,7 +95,8 @@ def test_pictures_without_guidance_are_the_pipelines_own(folder, tmp_path):
 def test_a_pipeline_whose_own_scheduler_cannot_be_guided(folder, tmp_path):
     other = tmp_path / "pndm"
     shutil.copytree(folder, other)
-    PNDMScheduler(skip_prk_steps=True, steps_offset=1, prediction_type="v_prediction").save_pretrained(other / "scheduler")
+    scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1, prediction_type="v_prediction")
+    scheduler.save_pretrained(other / "scheduler")
     index = json.loads((other / "model_index.json").read_text())
     (other / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "PNDMScheduler"]}))
     with pytest.raises(ValueError, match="PNDMScheduler cannot be guided; set `scheduler` to one of ddim"):
@@ -135,7 +136,7 @@ def test_an_unsupported_family_and_an_unknown_setting_are_refused(folder, tmp_pa
     (other / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
     with pytest.raises(ValueError, match=r"is a FluxPipeline; what works here is StableDiffusionPipeline .*XLPipeline"):
         guide.main(command(str(other), tmp_path / "out"))
-    with pytest.raises(ArgumentsError, match="`--guided_step` .nearest valid name: `guided_steps`"):
+    with pytest.raises(ArgumentsError, match=r"`--guided_step` .nearest valid name: `guided_steps`"):
         guide.main(command(folder, tmp_path / "out", "--guided_step", "1:2"))
 
 

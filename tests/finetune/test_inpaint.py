@@ -217,7 +217,8 @@ def command(folders, album, out, *more, source=None):
     source = source or ["--pictures", str(album)]
     return [
         *source, "--pipeline", folders["sd"], "--output_dir", str(out), *REWARD, "--thresholds", '{"blue": 0.5}',
-        "--num_inference_steps", "2", "--num_candidates", "2", "--guidance_scale", "1", "--dilate", "0", "--feather", "0", *more,
+        "--num_inference_steps", "2", "--num_candidates", "2", "--guidance_scale", "1", "--dilate", "0",
+        "--feather", "0", *more,
     ]  # fmt: skip
 
 
@@ -226,8 +227,8 @@ def test_pictures_without_prompts_are_named(folders, album, tmp_path):
     with pytest.raises(ValueError, match="2 of 3 pictures have no prompt: clean, wide; give each a line"):
         inpaint.main(command(folders, album, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+    images = ["--images", str(album / "spot.png"), str(album / "wide.png"), "--prompts", "a red circle"]
     with pytest.raises(ValueError, match="2 images were given with 1 prompts"):
-        images = ["--images", str(album / "spot.png"), str(album / "wide.png"), "--prompts", "a red circle"]
         inpaint.main(command(folders, album, tmp_path / "out", source=images))
 
 
@@ -235,8 +236,8 @@ def test_an_unreadable_picture_is_named(folders, album, tmp_path):
     (album / "clean.png").write_bytes((album / "clean.png").read_bytes()[:40])
     with pytest.raises(ValueError, match="the picture clean cannot be used"):
         inpaint.main(command(folders, album, tmp_path / "out"))
+    nowhere = ["--images", str(album / "nowhere.png"), "--prompts", "a red circle"]
     with pytest.raises(ValueError, match="there is no picture file for nowhere"):
-        nowhere = ["--images", str(album / "nowhere.png"), "--prompts", "a red circle"]
         inpaint.main(command(folders, album, tmp_path / "out", source=nowhere))
 
 
@@ -250,7 +251,7 @@ def test_an_unsupported_family_is_named_with_those_that_work(folders, album, tmp
 
 
 def test_an_unknown_setting_and_missing_maps_are_refused(folders, album, tmp_path):
-    with pytest.raises(ArgumentsError, match="`--treshold` .nearest valid name: `thresholds`"):
+    with pytest.raises(ArgumentsError, match=r"`--treshold` .nearest valid name: `thresholds`"):
         inpaint.main(command(folders, album, tmp_path / "out", "--treshold", "1"))
     with pytest.raises(ValueError, match="the reward's penalty maps are none"):
         inpaint.main(command(folders, album, tmp_path / "out", "--reward", "tests.finetune.test_inpaint:NoMaps"))
@@ -297,7 +298,7 @@ def test_the_command_mends_a_folder_and_goes_on_where_it_was_stopped(folders, al
     inpaint.main(argv)
     assert "nothing to do" in capsys.readouterr().out
 
-    with pytest.raises(ValueError, match="holds results of other settings .*seed: 0 -> 1"):
+    with pytest.raises(ValueError, match=r"holds results of other settings .*seed: 0 -> 1"):
         inpaint.main([*argv, "--seed", "1"])
     inpaint.main([*argv, "--seed", "1", "--overwrite_output_dir", "true"])
     assert lines(out)["spot"]["rounds"] != rows["spot"]["rounds"]
