@@ -14,29 +14,35 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from finetune.guidance import NORMS, SCHEDULERS, SCHEDULES, Guidance, make_scheduler
-from finetune.guided_sampling import guided_path, sample
-from finetune.results import Results
-from finetune.reward_choice import RewardArguments
-from reward.arguments import main_guard, parse_arguments
-from reward.data import to_tensor
-from reward.draw import to_image
-from reward.feedback import RewardFn
-from reward.pictures import decode as decode_picture
-from reward.predict import read_prompts
-from rl.ddpo_checks import warn_of_ignored
-from rl.experience import Samples
-from rl.pictures import before_after_sheet
-from rl.pipelines import check_pipeline_folder, load_pipeline, load_scheduler
-from rl.report import paired_change
-from rl.rollout import check_pictures, keyed_generator
-from rl.scoring import score
+transformers.logging.set_verbosity_error()  # says on import what does not concern us
+transformers.logging.disable_progress_bar()
+diffusers.logging.disable_progress_bar()
+
+from finetune.guidance import NORMS, SCHEDULERS, SCHEDULES, Guidance, make_scheduler  # noqa: E402
+from finetune.guided_sampling import guided_path, sample  # noqa: E402
+from finetune.results import Results  # noqa: E402
+from finetune.reward_choice import RewardArguments  # noqa: E402
+from reward.arguments import main_guard, parse_arguments  # noqa: E402
+from reward.data import to_tensor  # noqa: E402
+from reward.draw import to_image  # noqa: E402
+from reward.feedback import RewardFn  # noqa: E402
+from reward.pictures import decode as decode_picture  # noqa: E402
+from reward.predict import read_prompts  # noqa: E402
+from rl.ddpo_checks import warn_of_ignored  # noqa: E402
+from rl.experience import Samples  # noqa: E402
+from rl.pictures import before_after_sheet  # noqa: E402
+from rl.pipelines import check_pipeline_folder, load_pipeline, load_scheduler  # noqa: E402
+from rl.report import paired_change  # noqa: E402
+from rl.rollout import keyed_generator  # noqa: E402
+from rl.scoring import score  # noqa: E402
 
 PARTS = ("without", "with", "sheet.png", "summary.json")
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -240,7 +246,7 @@ def _draw_both(
         )
         images = (images * 255).round() / 255  # as the files hold them
         seconds = (time.perf_counter() - began) / run.num_inference_steps / len(places)
-        check_pictures(images, images, prompts, f"sampling {side} guidance")
+        check_finite(images, prompts, side)
         said = opinions(reward, others, images, prompts)
         for index, place in enumerate(places):
             name = f"{side}/{_uid(place)}.png"
@@ -249,6 +255,23 @@ def _draw_both(
             files[index][name] = to_image(images[index])
     for index, place in enumerate(places):
         results.add(_uid(place), rows[index], files[index])
+
+
+def check_finite(images: torch.Tensor, prompts: Sequence[str], side: str) -> None:
+    """Look whether images (B, 3, H, W), drawn `side` ("with", "without") guidance, are finite.
+
+    Raises:
+        ValueError: they are not; a prompt is named.
+    """
+    broken = ~images.isfinite().flatten(1).all(dim=1)
+    if broken.any():
+        remedy = "with model_dtype float16, try bfloat16"
+        if side == "with":
+            remedy = f"lower `scale`, or set `max_norm`; {remedy}"
+        raise ValueError(
+            f"the picture {side} guidance of {prompts[int(broken.nonzero()[0])]!r} is not finite "
+            f"({int(broken.sum())} of {len(images)} pictures); {remedy}"
+        )
 
 
 def opinions(

@@ -17,25 +17,31 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+import diffusers
 import torch
+import transformers
 from PIL import Image
 from rich.console import Console
 from tqdm.auto import tqdm
 
-from finetune.inpainter import INPAINTING, Inpainter
-from finetune.pictures_to_fix import NamedPictures, check_source, read_picture
-from finetune.region import put_in, region
-from finetune.results import Results
-from finetune.reward_choice import RewardArguments
-from reward.arguments import main_guard, parse_arguments
-from reward.draw import caption, grid, heatmap_image, overlay, to_image
-from reward.feedback import Reward, RewardFn
-from reward.predict import read_prompts
-from reward.sources import Columns, Source, open_source
-from rl.ddpo_checks import warn_of_ignored
-from rl.pipelines import check_pipeline_folder
-from rl.rollout import keyed_generator
-from rl.scoring import score
+transformers.logging.set_verbosity_error()  # says on import what does not concern us
+transformers.logging.disable_progress_bar()
+diffusers.logging.disable_progress_bar()
+
+from finetune.inpainter import INPAINTING, Inpainter  # noqa: E402
+from finetune.pictures_to_fix import NamedPictures, check_source, read_picture  # noqa: E402
+from finetune.region import put_in, region  # noqa: E402
+from finetune.results import Results  # noqa: E402
+from finetune.reward_choice import RewardArguments  # noqa: E402
+from reward.arguments import main_guard, parse_arguments  # noqa: E402
+from reward.draw import caption, grid, heatmap_image, overlay, to_image  # noqa: E402
+from reward.feedback import Reward, RewardFn  # noqa: E402
+from reward.predict import read_prompts  # noqa: E402
+from reward.sources import Columns, Source, open_source  # noqa: E402
+from rl.ddpo_checks import warn_of_ignored  # noqa: E402
+from rl.pipelines import check_pipeline_folder  # noqa: E402
+from rl.rollout import keyed_generator  # noqa: E402
+from rl.scoring import score  # noqa: E402
 
 PARTS = ("pictures", "masks", "sheets", "summary.json")
 FIXED, NOTHING, TOO_LARGE, NO_BETTER = "fixed", "nothing found", "region too large", "no candidate better"

@@ -92,6 +92,9 @@ class Inpainter:
 
         Returns:
             (N, 3, H, W) float32 in [0, 1] on the CPU. Outside the region it is like the picture, not the same.
+
+        Raises:
+            ValueError: what is drawn is not finite.
         """
         pipeline, size = self.pipeline, tuple(picture.shape[-2:])
         height, width = working_size(size, self.resolution, math.lcm(_SIDES, pipeline.vae_scale_factor))
@@ -111,4 +114,8 @@ class Inpainter:
                 **self.arguments,
             )
             drawn.append(output.images.float().cpu())
+            if not drawn[-1].isfinite().all():
+                raise ValueError(
+                    f"what the pipeline draws for {prompt!r} is not finite; with model_dtype float16, try bfloat16"
+                )
         return resize(torch.cat(drawn), size).clamp(0, 1)
