@@ -116,7 +116,7 @@ def main() -> None:
         run, _ = parse_arguments([InpaintArguments, RewardArguments], flags_)
         pairs = zip(planted(count), natural(run.source(), count), strict=True)
         pictures = [picture for pair in pairs for picture in pair]
-        rows, _ = mended(pictures, options.work / f"seed{seed}_{count}", flags_)
+        rows, _ = mended(pictures, options.work / f"seed{seed}", flags_)
         found.append(rows)
     kinds = {"planted": slice(0, None, 2), "natural": slice(1, None, 2)}
     publish(table(found, kinds), began, options.json, options.quick)

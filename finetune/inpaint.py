@@ -29,7 +29,7 @@ transformers.logging.disable_progress_bar()
 diffusers.logging.disable_progress_bar()
 
 from finetune.inpainter import INPAINTING, Inpainter  # noqa: E402
-from finetune.pictures_to_fix import NamedPictures, check_source, read_picture  # noqa: E402
+from finetune.pictures_to_fix import NamedPictures, check_source, digest, read_picture  # noqa: E402
 from finetune.region import put_in, region  # noqa: E402
 from finetune.results import Results  # noqa: E402
 from finetune.reward_choice import RewardArguments  # noqa: E402
@@ -300,10 +300,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {name: value for name, value in (asdict(run) | asdict(choice)).items() if name not in _FREE}
     results = Results(run.output_dir, settings, PARTS, run.overwrite_output_dir)
     source = run.source()
-    uids = check_source(source)
-    wanted = {uid for uid in uids if uid not in results.rows}
+    found = check_source(source)
+    check_same(results, found)
+    wanted = {uid for uid in found if uid not in results.rows}
     if not wanted:
-        console.print(f"nothing to do: {run.output_dir} holds all {len(uids)} pictures")
+        console.print(f"nothing to do: {run.output_dir} holds all {len(found)} pictures")
         return
 
     reward, others = choice.make(run.device)
@@ -314,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for item in tqdm(source.pictures(wanted), total=len(wanted), dynamic_ncols=True):
         picture = read_picture(item)
         mended = mend(picture, item.prompt, item.uid, run, reward, draw)
-        row = {"prompt": item.prompt, **as_row(mended)}
+        row = {"prompt": item.prompt, "sha256": digest(item), **as_row(mended)}
         for side, one in (("before", picture), ("after", mended.picture)):
             for name, other in others.items():
                 said = judge(other, one[None], item.prompt, run)
@@ -333,6 +334,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     gain = summary["after"]["reward"] - summary["before"]["reward"]
     console.print(f"{summary['n']} pictures: {counts}; reward {gain:+.4f}", soft_wrap=True)
     console.print(f"pictures, masks, sheets, results.jsonl: {run.output_dir}", soft_wrap=True, markup=False)
+
+
+def check_same(results: Results, found: Mapping[str, str]) -> None:
+    """Complain if a picture that is done is not the one of that name now.
+
+    Raises:
+        ValueError: names the first.
+    """
+    changed = [uid for uid, sha256 in found.items() if uid in results.rows and results.rows[uid]["sha256"] != sha256]
+    if changed:
+        raise ValueError(
+            f"output_dir {results.folder} holds the results of another picture or prompt called {changed[0]} "
+            f"({len(changed)} such pictures); give another --output_dir, or --overwrite_output_dir true"
+        )
 
 
 def as_row(mended: Mended) -> dict:

@@ -1,5 +1,6 @@
 """Pictures and their prompts, as `finetune.inpaint` is given them."""
 
+import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,28 +54,32 @@ def read_picture(picture: Picture) -> torch.Tensor:
         raise ValueError(f"the picture {picture.uid} cannot be used: {error}") from error
 
 
-def check_source(source: Source) -> list[str]:
-    """The uids of a source's pictures, in its order, once each of them was looked at.
+def digest(picture: Picture) -> str:
+    """SHA-256 of a picture's file and prompt: whether it is the same picture as before."""
+    return hashlib.sha256((picture.data or b"") + (picture.prompt or "").encode()).hexdigest()
+
+
+def check_source(source: Source) -> dict[str, str]:
+    """Uid -> `digest` of a source's pictures, in its order, once each of them was looked at.
 
     Raises:
         ValueError: there is none, one cannot be read, has no prompt, or has the name of another.
     """
-    uids: list[str] = []
-    without, seen = [], set()
+    found: dict[str, str] = {}
+    without = []
     for picture in source.pictures(Everything()):
         read_picture(picture)
-        if picture.uid in seen:
+        if picture.uid in found:
             raise ValueError(f"two pictures are called {picture.uid}; results go by that name, so rename one")
-        seen.add(picture.uid)
-        uids.append(picture.uid)
+        found[picture.uid] = digest(picture)
         if not (picture.prompt or "").strip():
             without.append(picture.uid)
-    if not uids:
+    if not found:
         raise ValueError("there are no pictures; are their files .png, .jpg or .webp?")
     if without:
         more = ", ..." if len(without) > _NAMED else ""
         raise ValueError(
-            f"{len(without)} of {len(uids)} pictures have no prompt: {', '.join(without[:_NAMED])}{more}; give each a "
+            f"{len(without)} of {len(found)} pictures have no prompt: {', '.join(without[:_NAMED])}{more}; give each a "
             "line in the table of prompts (its file_name and prompt), or name another by --prompts_table"
         )
-    return uids
+    return found

@@ -298,6 +298,11 @@ def test_the_command_mends_a_folder_and_goes_on_where_it_was_stopped(folders, al
     inpaint.main(argv)
     assert "nothing to do" in capsys.readouterr().out
 
+    lines_of_table = (album / "metadata.jsonl").read_text()
+    (album / "metadata.jsonl").write_text(lines_of_table.replace("red", "green"))
+    with pytest.raises(ValueError, match=r"results of another picture or prompt called \w+ \(3 such pictures\)"):
+        inpaint.main(argv)
+    (album / "metadata.jsonl").write_text(lines_of_table)
     with pytest.raises(ValueError, match=r"holds results of other settings .*seed: 0 -> 1"):
         inpaint.main([*argv, "--seed", "1"])
     inpaint.main([*argv, "--seed", "1", "--overwrite_output_dir", "true"])
