@@ -104,7 +104,7 @@ def check_pipeline_folder(path: str, families: Mapping[str, Family] = FAMILIES) 
     if not folder.exists():
         if path.count("/") == 1 and not path.startswith((".", "/", "~")):
             return  # may be a name on the hub
-        raise ValueError(f"no pipeline folder {path}; `policy` is a diffusers folder or the hub's name of one")
+        raise ValueError(f"no pipeline folder {path}; give a diffusers folder, or the hub's name of one")
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{path} is not a diffusers pipeline: it holds no model_index.json")
     family = _family(_read_json(folder / "model_index.json"), path, families)
@@ -125,14 +125,15 @@ def check_network(config: Mapping[str, Any], path: str, family: Family) -> None:
     """
     channels, out_channels = config.get("in_channels", 4), config.get("out_channels", 4)
     if channels - out_channels not in family.more_channels:
+        works = " or ".join(str(out_channels + more) for more in family.more_channels)
         raise ValueError(
             f"the U-Net of {path} takes {channels} channels and returns {out_channels}, so it is one for inpainting or "
-            "editing; `policy` must be a text-to-image pipeline, whose U-Net takes and returns a latent"
+            f"editing; what works here takes {works}"
         )
     if config.get("time_cond_proj_dim") is not None:
         raise ValueError(
             f"the U-Net of {path} is told the guidance scale (time_cond_proj_dim is {config['time_cond_proj_dim']}), "
-            "as those distilled to few steps are; `policy` must be a pipeline that is not distilled"
+            "as those distilled to few steps are; give a pipeline that is not distilled"
         )
 
 
