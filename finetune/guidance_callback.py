@@ -104,7 +104,7 @@ class GuidanceCallback:
         if following == len(scales) or not scales[following]:
             return {}
         start, end = path[following], path[following + 1]
-        _, gradient, _ = reward_gradient(
+        _, gradient = reward_gradient(
             lambda point: _predict(pipeline, point, scheduler.timesteps[following], tensors),
             reward_of(pipeline, self.reward_fn, self.prompts),
             latents.float(),

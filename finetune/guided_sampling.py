@@ -91,7 +91,7 @@ def reward_gradient(
     level: Level,
     prediction_type: str,
     through_network: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient, by noisy latents, of what is said of the clean picture that the network predicts from them.
 
     Args:
@@ -101,7 +101,7 @@ def reward_gradient(
         through_network: see `Guidance`.
 
     Returns:
-        The network's output and the gradient, both (B, C, h, w), and the objective (B,); none with a graph.
+        The network's output and the gradient, both (B, C, h, w), without a graph.
     """
     with torch.enable_grad():
         point = latents.detach().requires_grad_()
@@ -113,9 +113,8 @@ def reward_gradient(
                 output = predict(point)
                 _, noise = clean_and_noise(output, point, level, prediction_type)
             clean = (point - level.sigma * noise) / level.alpha
-        value = objective(clean)
-        (gradient,) = torch.autograd.grad(value.sum(), point)
-    return output.detach(), gradient, value.detach()
+        (gradient,) = torch.autograd.grad(objective(clean).sum(), point)
+    return output.detach(), gradient
 
 
 @torch.no_grad()
@@ -131,7 +130,6 @@ def sample(
     guidance_scale: float = 1.0,
     negative_prompt: str = "",
     size: tuple[int, int] | None = None,
-    on_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Sample one picture a prompt.
 
@@ -143,7 +141,6 @@ def sample(
         eta: share of the noise of DDPM in each step of DDIM; other schedulers have no such setting.
         guidance_scale: of classifier-free guidance.
         size: height and width of the pictures; None: what the pipeline was trained at.
-        on_step: called after every step.
 
     Returns:
         Pictures (B, 3, H, W) float32 in [0, 1].
@@ -169,7 +166,7 @@ def sample(
 
     def guided_output(latents: torch.Tensor, timestep: torch.Tensor, step: int) -> torch.Tensor:
         kind = scheduler.config.prediction_type
-        output, gradient, _ = reward_gradient(
+        output, gradient = reward_gradient(
             lambda point: denoiser(point, timestep), objective, latents, path[step], kind, guidance.through_network
         )
         _, noise = clean_and_noise(output, latents, path[step], kind)
@@ -188,7 +185,6 @@ def sample(
                 noise = torch.stack([torch.randn(end.shape[1:], generator=one) for one in again]).to(end.device)
                 end = noised_back(end, path[step + 1], path[step], noise)
             latents = end
-        on_step()
     return decode(pipeline, latents)
 
 
