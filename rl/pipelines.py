@@ -52,6 +52,7 @@ class Family:
         text_encoders: the parts that turn a prompt into embeddings.
         parts: all that its folder must hold.
         left_out: arguments of `from_pretrained` that leave out what training does not need.
+        more_channels: how many channels its U-Net may take more than it returns.
     """
 
     name: str
@@ -59,10 +60,11 @@ class Family:
     text_encoders: tuple[str, ...]
     parts: tuple[str, ...]
     left_out: Mapping[str, Any]
+    more_channels: tuple[int, ...] = (0,)
 
     @property
     def is_xl(self) -> bool:
-        return self.pipeline is StableDiffusionXLPipeline
+        return "text_encoder_2" in self.text_encoders
 
 
 _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -88,8 +90,11 @@ FAMILIES = {
 """By the class that a folder's `model_index.json` names."""
 
 
-def check_pipeline_folder(path: str) -> None:
+def check_pipeline_folder(path: str, families: Mapping[str, Family] = FAMILIES) -> None:
     """Complain about a pipeline folder before anything is loaded from it.
+
+    Args:
+        families: those that work, by the class that a folder names.
 
     Raises:
         ValueError: the folder, its `model_index.json`, or a part of it is missing, and the message names the part; or
@@ -99,63 +104,70 @@ def check_pipeline_folder(path: str) -> None:
     if not folder.exists():
         if path.count("/") == 1 and not path.startswith((".", "/", "~")):
             return  # may be a name on the hub
-        raise ValueError(f"no pipeline folder {path}; `policy` is a diffusers folder or the hub's name of one")
+        raise ValueError(f"no pipeline folder {path}; give a diffusers folder, or the hub's name of one")
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{path} is not a diffusers pipeline: it holds no model_index.json")
-    family = _family(_read_json(folder / "model_index.json"), path)
+    family = _family(_read_json(folder / "model_index.json"), path, families)
     for part in family.parts:
         if not (folder / part).is_dir():
             raise ValueError(f"the pipeline {path} lacks its part `{part}`: no folder {folder / part}")
         config = folder / part / _config_name(part)
         if not config.is_file():
             raise ValueError(f"the pipeline {path} lacks its part `{part}`: no file {config}")
-    check_network(_read_json(folder / "unet" / "config.json"), path)
+    check_network(_read_json(folder / "unet" / "config.json"), path, family)
 
 
-def check_network(config: Mapping[str, Any], path: str) -> None:
-    """Complain about a U-Net that is no plain text-to-image network, from its config.
+def check_network(config: Mapping[str, Any], path: str, family: Family) -> None:
+    """Complain about a U-Net that is told what its family does not know of, from its config.
 
     Raises:
         ValueError: it wants more than latents (inpainting, image editing) or the guidance scale (distilled networks).
     """
     channels, out_channels = config.get("in_channels", 4), config.get("out_channels", 4)
-    if channels != out_channels:
+    if channels - out_channels not in family.more_channels:
+        works = " or ".join(str(out_channels + more) for more in family.more_channels)
         raise ValueError(
             f"the U-Net of {path} takes {channels} channels and returns {out_channels}, so it is one for inpainting or "
-            "editing; `policy` must be a text-to-image pipeline, whose U-Net takes and returns a latent"
+            f"editing; what works here takes {works}"
         )
     if config.get("time_cond_proj_dim") is not None:
         raise ValueError(
             f"the U-Net of {path} is told the guidance scale (time_cond_proj_dim is {config['time_cond_proj_dim']}), "
-            "as those distilled to few steps are; `policy` must be a pipeline that is not distilled"
+            "as those distilled to few steps are; give a pipeline that is not distilled"
         )
 
 
-def load_pipeline(path: str, dtype: torch.dtype, unet_dtype: torch.dtype | None = None) -> DiffusionPipeline:
+def load_pipeline(
+    path: str,
+    dtype: torch.dtype,
+    unet_dtype: torch.dtype | None = None,
+    families: Mapping[str, Family] = FAMILIES,
+) -> DiffusionPipeline:
     """Load a pipeline folder, or the hub's name of one, without what training does not need.
 
     Args:
         dtype: of the weights. Where the VAE of Stable Diffusion XL says that float16 overflows in it
             (`force_upcast`), it is float32 instead.
         unet_dtype: of the U-Net's weights; None: as the others.
+        families: those that work, by the class that a folder names.
 
     Raises:
         ValueError: the folder or a part of it is missing or unreadable, and the message names the part; or see
             `check_pipeline_folder`.
     """
-    check_pipeline_folder(path)
+    check_pipeline_folder(path, families)
     try:
         index = DiffusionPipeline.load_config(path)
     except OSError as error:
         raise ValueError(f"cannot load the pipeline {path}: {error}") from error
-    family = _family(index, path)
+    family = _family(index, path, families)
     try:
         pipeline = family.pipeline.from_pretrained(
             path, dtype={"default": dtype, "unet": unet_dtype or dtype}, **family.left_out
         )
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"cannot load the Stable Diffusion pipeline {path}: {error}") from error
-    check_network(pipeline.unet.config, path)
+    check_network(pipeline.unet.config, path, family)
     if family.is_xl and pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
         pipeline.vae.to(torch.float32)
     return pipeline
@@ -207,12 +219,12 @@ def time_ids(
     return torch.tensor([*(original_size or size), *crop_top_left, *(target_size or size)], dtype=torch.float32)
 
 
-def _family(index: Mapping[str, Any], path: str) -> Family:
+def _family(index: Mapping[str, Any], path: str, families: Mapping[str, Family]) -> Family:
     name = index.get("_class_name")
-    if name not in FAMILIES:
-        known = " and ".join(f"{known} ({family.name})" for known, family in FAMILIES.items())
-        raise ValueError(f"{path} is a {name}; what can be trained is {known}")
-    return FAMILIES[name]
+    if name not in families:
+        known = ", ".join(f"{known} ({family.name})" for known, family in families.items())
+        raise ValueError(f"{path} is a {name}; what works here is {known}")
+    return families[name]
 
 
 def _config_name(part: str) -> str:

@@ -1,0 +1,85 @@
+"""Pictures and their prompts, as `finetune.inpaint` is given them."""
+
+import hashlib
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from reward.data import to_tensor
+from reward.pictures import decode
+from reward.sources import Picture, Source
+
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class NamedPictures:
+    """Picture files, a prompt for each, as a `reward.sources.Source`; the uid is a file's name, less its suffix."""
+
+    files: Sequence[str]
+    prompts: Sequence[str]
+
+    def pictures(self, wanted: Collection[str]) -> Iterator[Picture]:
+        for file, prompt in zip(self.files, self.prompts, strict=True):
+            if (path := Path(file)).stem in wanted:
+                yield Picture(path.stem, path.read_bytes() if path.is_file() else None, prompt)
+
+
+class Everything(Collection[str]):
+    """What every uid is in."""
+
+    def __contains__(self, uid: object) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+def read_picture(picture: Picture) -> torch.Tensor:
+    """A picture of a source, (3, H, W) uint8.
+
+    Raises:
+        ValueError: there is none, or it cannot be read; with its uid.
+    """
+    if picture.data is None:
+        raise ValueError(f"there is no picture file for {picture.uid}")
+    try:
+        return to_tensor(decode(picture.data))
+    except ValueError as error:
+        raise ValueError(f"the picture {picture.uid} cannot be used: {error}") from error
+
+
+def digest(picture: Picture) -> str:
+    """SHA-256 of a picture's file and prompt: whether it is the same picture as before."""
+    return hashlib.sha256((picture.data or b"") + (picture.prompt or "").encode()).hexdigest()
+
+
+def check_source(source: Source) -> dict[str, str]:
+    """Uid -> `digest` of a source's pictures, in its order, once each of them was looked at.
+
+    Raises:
+        ValueError: there is none, one cannot be read, has no prompt, or has the name of another.
+    """
+    found: dict[str, str] = {}
+    without = []
+    for picture in source.pictures(Everything()):
+        read_picture(picture)
+        if picture.uid in found:
+            raise ValueError(f"two pictures are called {picture.uid}; results go by that name, so rename one")
+        found[picture.uid] = digest(picture)
+        if not (picture.prompt or "").strip():
+            without.append(picture.uid)
+    if not found:
+        raise ValueError("there are no pictures; are their files .png, .jpg or .webp?")
+    if without:
+        more = ", ..." if len(without) > _NAMED else ""
+        raise ValueError(
+            f"{len(without)} of {len(found)} pictures have no prompt: {', '.join(without[:_NAMED])}{more}; give each a "
+            "line in the table of prompts (its file_name and prompt), or name another by --prompts_table"
+        )
+    return found

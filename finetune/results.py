@@ -1,0 +1,101 @@
+"""A folder of results that grows by a picture at a time, and goes on where it was stopped.
+
+`results.jsonl` holds a line for each picture that is done. The line is written when the picture's files are in their
+places, so what has a line is whole; what has none is made again.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from rl.checkpoints import BESIDE, RUN_CONFIG, check_writable, differing_keys, written_beside
+
+RESULTS = "results.jsonl"
+
+
+class Results:
+    """The results of one command in one folder.
+
+    Args:
+        folder: made if it is not there.
+        settings: what the results depend on; JSON can hold it.
+        parts: files and folders in `folder` that the command writes besides `results.jsonl`.
+        overwrite: results of other settings that are there may be deleted.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any], parts: tuple[str, ...], overwrite: bool):
+        """Look whether the folder is free, or holds results of the same settings; touches nothing.
+
+        Raises:
+            ValueError: it holds those of other settings (they are listed) and may not be overwritten, is a file, or
+                cannot be written to.
+        """
+        self.folder, self._parts, self._overwrite = Path(folder), parts, overwrite
+        self._settings = json.loads(json.dumps(settings, default=str))
+        self.rows: dict[str, dict] = {}
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"output_dir {folder} is a file; name a folder")
+        check_writable(folder)
+        if overwrite or not self.folder.is_dir():
+            return
+        if (self.folder / RUN_CONFIG).is_file():
+            before = json.loads((self.folder / RUN_CONFIG).read_text(encoding="utf-8"))
+            if changed := differing_keys(before, self._settings):
+                raise ValueError(
+                    f"output_dir {folder} holds results of other settings ({'; '.join(changed)}); "
+                    "give another --output_dir, or --overwrite_output_dir true"
+                )
+            self.rows = {row["uid"]: row for row in _whole_lines(self.folder / RESULTS)}
+        elif there := [name for name in (RESULTS, *parts) if (self.folder / name).exists()]:
+            raise ValueError(
+                f"output_dir {folder} holds {', '.join(there)} of something else; "
+                "give another --output_dir, or --overwrite_output_dir true"
+            )
+
+    def begin(self) -> None:
+        """Make the folder these results', once nothing else can be wrong; if it may be overwritten, it is cleared."""
+        if self._overwrite:
+            for name in (RESULTS, RUN_CONFIG, *self._parts, BESIDE):
+                path = self.folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self.write({RUN_CONFIG: self._settings})
+        lines = self.folder / RESULTS
+        if lines.exists():  # the last line may have been cut short
+            os.truncate(lines, _whole_length(lines.read_bytes()))
+
+    def add(self, uid: str, row: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> None:
+        """Put a picture's files, path in the folder -> image, in their places, and then its line."""
+        with written_beside(self.folder) as beside:
+            for name, image in pictures.items():
+                (beside / name).parent.mkdir(parents=True, exist_ok=True)
+                image.save(beside / name)
+        self.rows[uid] = {"uid": uid, **row}
+        with (self.folder / RESULTS).open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(self.rows[uid]) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
+
+    def write(self, files: Mapping[str, Mapping | Image.Image]) -> None:
+        """Write files of the whole run, name -> an image, or a mapping that becomes JSON."""
+        with written_beside(self.folder) as beside:
+            for name, content in files.items():
+                if isinstance(content, Mapping):
+                    (beside / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+                else:
+                    content.save(beside / name)
+
+
+def _whole_lines(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    return [json.loads(line) for line in data[: _whole_length(data)].decode("utf-8").splitlines()]
+
+
+def _whole_length(data: bytes) -> int:
+    return data.rfind(b"\n") + 1

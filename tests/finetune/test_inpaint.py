@@ -1,0 +1,317 @@
+"""The problem region drawn again: choice, bookkeeping, pipelines, bad input, the command."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
+from PIL import Image
+
+from finetune import inpaint
+from finetune.inpaint import FIXED, NO_BETTER, NOTHING, TOO_LARGE, InpaintArguments, mend
+from finetune.inpainter import Inpainter
+from reward.arguments import ArgumentsError
+from reward.feedback import Reward
+from rl.rollout import keyed_generator
+from tests.rl.conftest import make_pipeline, make_unet, make_xl_pipeline
+
+REWARD = ["--reward", "tests.finetune.test_inpaint:Blue"]
+
+
+class Blue:
+    """Blue is wrong, where it is; a picture without is worth 1."""
+
+    differentiable = True
+
+    def __call__(self, images, prompts):
+        blue = images[:, 2]
+        return Reward(total=torch.ones(len(images)), penalties={"blue": blue}, terms={"blue": blue.mean((1, 2))})
+
+
+class NoMaps:
+    def __call__(self, images, prompts):
+        return Reward(total=images.mean(dim=(1, 2, 3)))
+
+
+def blue_spot(size=(16, 16), rows=slice(4, 8), columns=slice(4, 8)):
+    picture = torch.zeros(3, *size, dtype=torch.uint8)
+    picture[0] = 40
+    picture[2, rows, columns] = 255
+    return picture
+
+
+def arguments(**changes):
+    settings = {
+        "pipeline": "none", "output_dir": "none", "images": ["a.png"], "prompts": ["a red circle"],
+        "thresholds": {"blue": 0.5}, "dilate": 0.0, "feather": 0.0, "num_candidates": 3, "rounds": 2,
+    }  # fmt: skip
+    return InpaintArguments(**(settings | changes))
+
+
+class Painter:
+    """Draws candidates of one grey after another, those of each call by its number."""
+
+    def __init__(self, *calls):
+        self.calls, self.shares, self.seeds = list(calls), [], []
+
+    def __call__(self, picture, share, prompt, generators):
+        self.shares.append(share)
+        self.seeds.append([one.initial_seed() for one in generators])
+        return torch.stack([torch.full_like(picture, value) for value in self.calls.pop(0)])
+
+
+# ---- Which candidate is kept ----
+
+
+def test_the_best_candidate_is_kept_and_mended_again():
+    painter = Painter([0.9, 0.6, 0.8], [0.3, 0.2, 0.4])
+    picture = blue_spot()
+    mended = mend(picture, "a red circle", "one", arguments(), Blue(), painter)
+    assert mended.status == FIXED
+    assert [one.kept for one in mended.rounds] == [1, 1]
+    inside = torch.zeros(16, 16, dtype=torch.bool)
+    inside[4:8, 4:8] = True
+    assert (mended.picture[:, inside] == 51).all()
+    assert torch.equal(mended.picture[:, ~inside], picture[:, ~inside])
+    assert torch.equal(mended.share, inside.float())
+    assert float(mended.before.objective) == pytest.approx(1 - 1 / 16)
+    assert float(mended.after.objective) == pytest.approx(1 - 0.2 / 16, abs=1e-4)
+    assert len({seed for call in painter.seeds for seed in call}) == 6
+
+
+def test_a_picture_is_never_kept_that_is_not_better():
+    picture = blue_spot()
+    picture[2, 4:8, 4:8] = 200
+    mended = mend(picture, "a", "one", arguments(), Blue(), Painter([1.0, 0.9, 1.0]))
+    assert mended.status == NO_BETTER
+    assert torch.equal(mended.picture, picture)
+    assert torch.equal(mended.after.objective, mended.before.objective)
+    assert [one.kept for one in mended.rounds] == [None]
+    assert mended.share.sum() == 16  # what was tried
+
+
+def test_min_gain_and_a_second_round_that_is_no_better():
+    gain = 0.5 / 16  # from full to half blue
+    kept = mend(blue_spot(), "a", "one", arguments(min_gain=gain - 0.01), Blue(), Painter([0.9, 0.5, 1.0], [0.9] * 3))
+    assert kept.status == FIXED
+    assert [one.kept for one in kept.rounds] == [1, None] or len(kept.rounds) == 2
+    assert (kept.picture[2, 4:8, 4:8] == 128).all()
+    left = mend(blue_spot(), "a", "one", arguments(min_gain=gain + 0.01), Blue(), Painter([0.9, 0.5, 1.0]))
+    assert left.status == NO_BETTER
+
+
+def test_an_empty_region_and_one_that_is_too_large_keep_the_picture():
+    red = blue_spot(rows=slice(0, 0))
+    nothing = mend(red, "a", "one", arguments(), Blue(), Painter())
+    assert nothing.status == NOTHING
+    assert torch.equal(nothing.picture, red)
+    assert nothing.share.sum() == 0
+    full = blue_spot(rows=slice(0, 16), columns=slice(0, 16))
+    kept = mend(full, "a", "one", arguments(), Blue(), Painter())
+    assert kept.status == TOO_LARGE
+    assert torch.equal(kept.picture, full)
+    allowed = mend(full, "a", "one", arguments(max_area=1.0), Blue(), Painter([0.1] * 3))
+    assert allowed.status == FIXED
+    assert (allowed.picture == 26).all()
+
+
+def test_thresholds_of_maps_that_the_reward_has_not():
+    with pytest.raises(ValueError, match="thresholds names blue, but the reward's penalty maps are none"):
+        mend(blue_spot(), "a", "one", arguments(), NoMaps(), Painter())
+    with pytest.raises(ValueError, match="thresholds names implausibility, but the reward's penalty maps are blue"):
+        mend(blue_spot(), "a", "one", arguments(thresholds={"implausibility": 0.1}), Blue(), Painter())
+
+
+# ---- Pipelines ----
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Every family that works, with 4 channels and with 9."""
+    root = tmp_path_factory.mktemp("inpaint")
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
+    folders = {"sd": make_pipeline(root / "sd", scheduler), "xl": make_xl_pipeline(root / "xl")}
+    for name, kind, changes in (
+        ("sd", StableDiffusionInpaintPipeline, {"requires_safety_checker": False, "safety_checker": None}),
+        ("xl", StableDiffusionXLInpaintPipeline, {"add_watermarker": False}),
+    ):
+        pipeline = kind.from_pretrained(folders[name], **changes)
+        pipeline.unet = make_unet(**dict(pipeline.unet.config) | {"in_channels": 9})
+        pipeline.save_pretrained(root / f"{name}9")
+        folders[f"{name}9"] = str(root / f"{name}9")
+    return folders
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
+@pytest.mark.parametrize("family", ["sd", "sd9", "xl", "xl9"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_every_family_draws_by_its_noise_alone(folders, family, guidance_scale):
+    draw = Inpainter.load(
+        folders[family], dtype=torch.float32, device="cpu", steps=2, guidance_scale=guidance_scale, batch_size=2
+    )
+    picture = blue_spot((20, 37)).float() / 255  # of no multiple of anything
+    share = torch.zeros(20, 37)
+    share[3:9, 5:20] = 1
+    sources = [[keyed_generator(0, one) for one in order] for order in ((0, 1, 2), (0, 1), (5, 6))]
+    three, two, others = (draw(picture, share, "a red circle", source) for source in sources)
+    assert three.shape == (3, 3, 20, 37)
+    assert 0 <= three.min() <= three.max() <= 1
+    assert torch.allclose(three[:2], two, atol=1e-5)
+    assert not torch.allclose(two, others, atol=1e-3)
+    assert not torch.allclose(two[0], two[1], atol=1e-3)
+
+
+def test_latents_outside_the_mask_are_the_pictures_own(folders):
+    """With a text-to-image network the blended latent decodes, far from the mask, to what the picture's own does."""
+    draw = Inpainter.load(folders["sd"], dtype=torch.float32, device="cpu", steps=3)
+    picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    share = torch.zeros(64, 64)
+    share[:8, :8] = 1
+    first, second = draw(picture, share, "a red circle", [keyed_generator(0, 0), keyed_generator(0, 1)])
+    changed = (first - second).abs().amax(dim=0)
+    assert changed[:8, :8].max() > 20 * changed[40:, 40:].max()
+
+
+# ---- Bad input ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"images": []}, "neither is given"),
+        ({"pictures": "somewhere"}, "both are given"),
+        ({"thresholds": {}}, "thresholds is empty"),
+        ({"thresholds": {"blue": "high"}}, "that of 'blue' is 'high'"),
+        ({"thresholds": {"blue": -0.1}}, "that of 'blue' is -0.1"),
+        ({"num_candidates": 0}, "num_candidates is 0; it must be at least 1"),
+        ({"rounds": 0}, "rounds is 0"),
+        ({"strength": 0.0}, r"strength is 0.0; it must lie in \(0, 1\]"),
+        ({"strength": 0.01}, "strength 0.01 of 50 steps is less than one step"),
+        ({"max_area": 1.5}, "max_area is 1.5"),
+        ({"feather": -0.1}, "feather is -0.1; it must not be negative"),
+        ({"eta": 2.0}, "eta is 2.0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        arguments(**changes)
+
+
+@pytest.fixture
+def album(tmp_path):
+    """Three pictures with prompts: two with a blue spot, one without."""
+    folder = tmp_path / "album"
+    folder.mkdir()
+    pictures = {"spot": blue_spot(), "clean": blue_spot(rows=slice(0, 0)), "wide": blue_spot((16, 24))}
+    for name, picture in pictures.items():
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{name}.png")
+    rows = [json.dumps({"file_name": f"{name}.png", "prompt": "a red circle"}) for name in pictures]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def command(folders, album, out, *more, source=None):
+    source = source or ["--pictures", str(album)]
+    return [
+        *source, "--pipeline", folders["sd"], "--output_dir", str(out), *REWARD, "--thresholds", '{"blue": 0.5}',
+        "--num_inference_steps", "2", "--num_candidates", "2", "--guidance_scale", "1", "--dilate", "0",
+        "--feather", "0", *more,
+    ]  # fmt: skip
+
+
+def test_pictures_without_prompts_are_named(folders, album, tmp_path):
+    (album / "metadata.jsonl").write_text(json.dumps({"file_name": "spot.png", "prompt": "a red circle"}))
+    with pytest.raises(ValueError, match="2 of 3 pictures have no prompt: clean, wide; give each a line"):
+        inpaint.main(command(folders, album, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    images = ["--images", str(album / "spot.png"), str(album / "wide.png"), "--prompts", "a red circle"]
+    with pytest.raises(ValueError, match="2 images were given with 1 prompts"):
+        inpaint.main(command(folders, album, tmp_path / "out", source=images))
+
+
+def test_an_unreadable_picture_is_named(folders, album, tmp_path):
+    (album / "clean.png").write_bytes((album / "clean.png").read_bytes()[:40])
+    with pytest.raises(ValueError, match="the picture clean cannot be used"):
+        inpaint.main(command(folders, album, tmp_path / "out"))
+    nowhere = ["--images", str(album / "nowhere.png"), "--prompts", "a red circle"]
+    with pytest.raises(ValueError, match="there is no picture file for nowhere"):
+        inpaint.main(command(folders, album, tmp_path / "out", source=nowhere))
+
+
+def test_an_unsupported_family_is_named_with_those_that_work(folders, album, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folders["sd"], other)
+    index = json.loads((other / "model_index.json").read_text())
+    (other / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+    with pytest.raises(ValueError, match=r"is a FluxPipeline; what works here is StableDiffusionPipeline .*XLInpaint"):
+        inpaint.main(command(folders, album, tmp_path / "out", "--pipeline", str(other)))
+
+
+def test_an_unknown_setting_and_missing_maps_are_refused(folders, album, tmp_path):
+    with pytest.raises(ArgumentsError, match=r"`--treshold` .nearest valid name: `thresholds`"):
+        inpaint.main(command(folders, album, tmp_path / "out", "--treshold", "1"))
+    with pytest.raises(ValueError, match="the reward's penalty maps are none"):
+        inpaint.main(command(folders, album, tmp_path / "out", "--reward", "tests.finetune.test_inpaint:NoMaps"))
+    assert not (tmp_path / "out").exists()
+
+
+# ---- The command ----
+
+
+def lines(out):
+    return {row["uid"]: row for row in map(json.loads, (out / "results.jsonl").read_text().splitlines())}
+
+
+def pixels(file):
+    return np.asarray(Image.open(file))
+
+
+def test_the_command_mends_a_folder_and_goes_on_where_it_was_stopped(folders, album, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = command(folders, album, out, "--eval_rewards", '{"other": "tests.finetune.test_inpaint:NoMaps"}')
+    inpaint.main(argv)
+    rows = lines(out)
+    assert set(rows) == {"spot", "clean", "wide"}
+    assert rows["clean"]["status"] == NOTHING
+    for uid, row in rows.items():
+        assert row["after"]["reward"] >= row["before"]["reward"]
+        old, new, mask = pixels(album / f"{uid}.png"), *(pixels(out / row["files"][one]) for one in ("picture", "mask"))
+        assert np.array_equal(new[mask == 0], old[mask == 0])
+        assert (row["status"] == FIXED) == (not np.array_equal(new, old))
+        assert row["after"]["other.total"] == pytest.approx(new.mean() / 255, abs=1e-3)
+        assert (out / row["files"]["sheet"]).is_file()
+    assert rows["spot"]["status"] == rows["wide"]["status"] == FIXED
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["n"], summary["status"][FIXED]) == (3, 2)
+
+    whole = (out / "results.jsonl").read_text()
+    kept = whole.splitlines(keepends=True)
+    (out / "results.jsonl").write_text(kept[0] + kept[1][:30])  # killed while it wrote the second line
+    pictures = {uid: (out / row["files"]["picture"]).read_bytes() for uid, row in rows.items()}
+    inpaint.main(argv)
+    assert lines(out) == rows
+    assert {uid: (out / row["files"]["picture"]).read_bytes() for uid, row in rows.items()} == pictures
+    capsys.readouterr()
+    inpaint.main(argv)
+    assert "nothing to do" in capsys.readouterr().out
+
+    lines_of_table = (album / "metadata.jsonl").read_text()
+    (album / "metadata.jsonl").write_text(lines_of_table.replace("red", "green"))
+    with pytest.raises(ValueError, match=r"results of another picture or prompt called \w+ \(3 such pictures\)"):
+        inpaint.main(argv)
+    (album / "metadata.jsonl").write_text(lines_of_table)
+    with pytest.raises(ValueError, match=r"holds results of other settings .*seed: 0 -> 1"):
+        inpaint.main([*argv, "--seed", "1"])
+    inpaint.main([*argv, "--seed", "1", "--overwrite_output_dir", "true"])
+    assert lines(out)["spot"]["rounds"] != rows["spot"]["rounds"]
+
+
+def test_single_pictures_are_mended_as_in_a_folder(folders, album, tmp_path):
+    inpaint.main(command(folders, album, tmp_path / "folder"))
+    single = ["--images", str(album / "spot.png"), "--prompts", "a red circle"]
+    inpaint.main(command(folders, album, tmp_path / "single", source=single))
+    file = Path("pictures/spot.png")
+    assert (tmp_path / "single" / file).read_bytes() == (tmp_path / "folder" / file).read_bytes()
