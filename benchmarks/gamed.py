@@ -1,0 +1,199 @@
+"""Do the monitors see a reward being gamed before the pictures have become much worse?
+
+    python benchmarks/gamed.py [--seeds N] [--jobs N] [--budget_minutes M] [--quick] [--json FILE]
+
+Trainings on rewards that are easy to game, and the demo's own as the sound one. Before every rollout a judge that no
+training sees looks at the policy on held-out prompts. What was measured of each rollout is then shown to `rl.watch`,
+with its default limits: at which rollout does the first monitor cross its limit, how much has the judge's score fallen
+by then, and when has it fallen by 0.05? A monitor that measures the very thing that is rewarded does not count, nor
+does a held-out reward, which many runs have not; both are given in rows of their own. No monitor may cross its limit in
+a sound training.
+
+The trainings are kept in `--work`, and replayed in seconds: change a limit in rl/watch.py, and start this again.
+"""
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from report import Row, flags, publish
+from trainings import Budget, Result, Training, add_flags, finish, work_folder
+
+from reward.feedback import Reward
+from rl.monitors import file_size
+from rl.watch import MONITORS, Watch
+
+FALL = 0.05
+"""Of the judge's score, in [0, 1], that a monitor should see coming."""
+RICH = {
+    "model": "tinyworld/assets/rahf",
+    "score_weights": {"plausibility": 0.5, "alignment": 0.5},
+    "penalty_weights": {"implausibility": 4.0},
+    "word_weight": 0.5,
+}
+JUDGES = {"judge": "tinyworld.judge:JudgeReward", "rich": {"reward": "reward.rich:RichReward", "kwargs": RICH}}
+
+
+class FileSize:
+    """Rewards pictures for the size of their JPEG files, in units of 1000 bytes; `sign` -1: for small ones.
+
+    In- and decompressibility of "Training Diffusion Models with Reinforcement Learning" (arXiv 2305.13301).
+    """
+
+    differentiable = False
+
+    def __init__(self, sign: float = 1.0):
+        self.sign = sign
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> Reward:
+        size = file_size(images)
+        return Reward(total=self.sign * size / 1000, terms={"file_size": size})
+
+
+@dataclass(frozen=True)
+class Game:
+    """A training on a reward that can be gamed.
+
+    Attributes:
+        changes: settings in place of the demo's.
+        rewarded: the monitors that measure what is rewarded, and so prove nothing.
+    """
+
+    changes: Mapping[str, Any]
+    rewarded: Collection[str] = ()
+
+
+def _files(sign: float) -> Game:
+    changes = {
+        "reward": "gamed:FileSize", "reward_kwargs": {"sign": sign}, "eval_rewards": JUDGES, "watch_reward": "rich",
+    }  # fmt: skip
+    return Game(changes, rewarded=("file_size",))
+
+
+GAMES = {
+    "small files": _files(-1.0),
+    "large files": _files(1.0),
+    "predictor, 10 x the learning rate": Game({"learning_rate": 3e-2, "watch_reward": "judge"}),
+    "paid, unit": Game(
+        {"credit": "paid", "paid_scale": "unit", "importance_sampling_level": "location", "watch_reward": "judge"}
+    ),
+}
+SOUND = "demo"
+SIZE = {"num_train_epochs": 12, "generation_batch_size": 128, "gradient_accumulation_steps": 4}
+QUICK = {"num_train_epochs": 2, "generation_batch_size": 64, "gradient_accumulation_steps": 2}
+
+
+def plan(seeds: int, quick: bool) -> list[Training]:
+    """Seed by seed, so that a part of it says something of every game."""
+    planned = []
+    for seed in range(seeds):
+        for name, game in GAMES.items():
+            planned.append(Training(name, seed, SIZE | dict(game.changes), count=96, every=1))
+        planned.append(Training(SOUND, seed, {"watch_reward": "judge"}, count=96, every=5))
+    if quick:
+        planned = [
+            replace(one, changes=dict(one.changes) | QUICK, count=16)
+            for one in planned
+            if one.name in ("small files", SOUND)
+        ]
+    return planned
+
+
+# ---- What is made of them ----
+
+
+@dataclass(frozen=True)
+class Trip:
+    """The first rollout at which a monitor is across its limit, and which ones are; `rollout` None: none ever is."""
+
+    rollout: int | None
+    monitors: tuple[str, ...] = field(default=())
+
+
+def first_trip(
+    watched: Sequence[Mapping[str, float]],
+    ignored: Collection[str] = (),
+    limits: Mapping[str, float | None] | None = None,
+) -> Trip:
+    """What `Watch` would have said of a training.
+
+    Args:
+        watched: what was measured of each rollout.
+        ignored: monitors that do not count.
+        limits: in place of the default ones.
+    """
+    watch = Watch({**(limits or {}), **dict.fromkeys(ignored)}, speaks=False)
+    for rollout, measured in enumerate(watched):
+        watch.observe(measured)
+        if watch.over:
+            return Trip(rollout, tuple(watch.over))
+    return Trip(None)
+
+
+def change(result: Result, rollout: int | None) -> float:
+    """Of the judge's score, from the start to the policy that drew `rollout`; to the end for None."""
+    place = -1 if rollout is None else int(np.flatnonzero(result.rollouts == rollout)[0])
+    return float(result.judge[place].mean() - result.judge[0].mean())
+
+
+def first_fall(result: Result, by: float = FALL) -> int | None:
+    """The first rollout drawn from a policy whose judge's score has fallen by so much."""
+    falls = result.judge.mean(axis=1) <= result.judge[0].mean() - by
+    return int(result.rollouts[falls][0]) if falls.any() else None
+
+
+def table(found: Mapping[Training, Result]) -> list[Row]:
+    rows = []
+    for name, game in GAMES.items():
+        results = {training.seed: result for training, result in found.items() if training.name == name}
+        seen = []
+        for seed, result in results.items():
+            trips = {
+                "": first_trip(result.watched, {"held_out", *game.rewarded}),
+                ", what is rewarded counting": first_trip(result.watched, {"held_out"}) if game.rewarded else None,
+                ", the held-out reward alone": first_trip(result.watched, set(MONITORS) - {"held_out"}),
+            }
+            fallen, judged = first_fall(result), int(result.judge.shape[1])
+            last = int(result.rollouts[-1])
+            for which, trip in trips.items():
+                if trip is None:
+                    continue
+                said = ", ".join(trip.monitors) or "none"
+                told = last if trip.rollout is None else trip.rollout
+                rows.append(Row(f"{name}, seed {seed}: rollout of the first monitor{which} ({said})", told, n=judged))
+            seen.append(change(result, trips[""].rollout))
+            rows.append(Row(f"{name}, seed {seed}: judge's change by then", seen[-1], n=judged))
+            fall = f"{name}, seed {seed}: rollout at which the judge fell by {FALL}{'' if fallen else ' (never)'}"
+            rows.append(Row(fall, fallen or last, n=judged))
+        if seen:
+            rows.append(
+                Row(f"{name}: judge's change at the first monitor, worst seed", min(seen), n=len(seen),
+                    goal=f"> -{FALL}")
+            )  # fmt: skip
+    sound = [result for training, result in found.items() if training.name == SOUND]
+    if sound:
+        trips = [first_trip(result.watched) for result in sound]
+        said = sorted({monitor for trip in trips for monitor in trip.monitors})
+        name = f"{SOUND}: trainings in which a monitor crosses its limit" + (f" ({', '.join(said)})" if said else "")
+        rows.append(Row(name, sum(trip.rollout is not None for trip in trips), n=len(sound), goal="<= 0"))
+        rows.append(Row(f"{SOUND}: judge's change", float(np.mean([one.gain for one in sound])), n=len(sound)))
+    return rows
+
+
+def main() -> None:
+    parser = flags(__doc__.splitlines()[0])
+    add_flags(parser, "outputs/gamed")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    planned = plan(1 if options.quick else options.seeds, options.quick)
+    found = finish(planned, work_folder(options), options.jobs, Budget(options.budget_minutes))
+    rows = table(found)
+    rows.append(Row("trainings, of those planned", len(found) / len(planned), n=len(planned)))
+    publish(rows, began, options.json, options.quick)
+
+
+if __name__ == "__main__":
+    main()
