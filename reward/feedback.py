@@ -100,6 +100,25 @@ class RewardError(ValueError):
     """A reward function returned something that cannot be trained on, or could not be asked."""
 
 
+def check_question(images: torch.Tensor, prompts: Sequence[str]) -> None:
+    """Look whether a reward function is asked about B images (B, 3, H, W) float and their B prompts, B at least 1.
+
+    Raises:
+        ValueError: they are not of that form.
+    """
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts must be a list with a prompt for each image, not the one text {prompts!r}")
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            f"images must be a float tensor (B, 3, H, W) with values in [0, 1], not {images.dtype} "
+            f"{tuple(images.shape)}"
+        )
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(images)} images were given with {len(prompts)} prompts; give one prompt an image")
+    if not len(prompts):
+        raise ValueError("there are no images to judge")
+
+
 def check_reward(reward: Reward, prompts: Sequence[str]) -> None:
     """Look whether what a reward function returned for B prompts is a reward of B images.
 

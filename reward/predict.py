@@ -26,7 +26,7 @@ from reward import draw, keywords
 from reward.arguments import main_guard, parse_arguments, read_prompt_file
 from reward.checks import check_pictures, check_weights, model_type
 from reward.data import describe_unread, encode_prompts, preprocess, to_tensor, unread_words
-from reward.feedback import HEATMAPS, SCORES, RichFeedback
+from reward.feedback import HEATMAPS, SCORES, RichFeedback, check_question
 from reward.model import RahfModel
 from reward.pictures import decode
 
@@ -92,25 +92,15 @@ class RichFeedbackPredictor:
         Raises:
             ValueError: shapes or counts that do not fit.
         """
-        if isinstance(prompts, str):
-            raise ValueError(f"prompts must be a list with a prompt for each image, not the one text {prompts!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(
-                f"images must be a float tensor (B, 3, H, W) with values in [0, 1], not {images.dtype} "
-                f"{tuple(images.shape)}"
-            )
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images were given with {len(prompts)} prompts; give one prompt an image")
+        check_question(images, prompts)
         tokens = [keywords.tokenize(prompt) for prompt in prompts]
         with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
             parts = [
                 self._predict(images[start : start + batch_size], tokens[start : start + batch_size], heatmap_size)
                 for start in range(0, len(prompts), batch_size)
             ]
-        if not parts:
-            raise ValueError("there are no images to judge")
         scores, heatmaps = (torch.cat([part[index] for part in parts]) for index in (0, 1))
         return RichFeedback(
             scores={name: scores[:, index] for index, name in enumerate(SCORES)},
@@ -128,6 +118,26 @@ class RichFeedbackPredictor:
             for start in range(0, len(images), batch_size)
         ]
         return torch.cat(parts)
+
+    def with_features(
+        self,
+        images: torch.Tensor,
+        prompts: Sequence[str],
+        batch_size: int = 64,
+        heatmap_size: int | tuple[int, int] | None = None,
+    ) -> tuple[RichFeedback, torch.Tensor]:
+        """What a call says and what `features` says, (B, D), from one pass of the vision encoder."""
+        seen: list[torch.Tensor] = []
+
+        def keep(module: torch.nn.Module, patches: tuple[torch.Tensor]) -> None:
+            seen.append(patches[0].detach().float().mean(dim=1))
+
+        hook = self.model.project.register_forward_pre_hook(keep)
+        try:
+            feedback = self(images, prompts, batch_size, heatmap_size)
+        finally:
+            hook.remove()
+        return feedback, torch.cat(seen)
 
     def _pixels(self, images: torch.Tensor) -> torch.Tensor:
         return preprocess(images.to(self.device, torch.float32), self.model.config).to(self.model.dtype)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 PAIR_COLUMNS = ("image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "caption")
-_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _TABLE_SUFFIXES = (".csv", ".jsonl")
 _BATCH = 16  # rows: a few megabytes of pictures
 
@@ -117,13 +117,13 @@ class PictureFolder:
 
     def pictures(self, wanted: Collection[str]) -> Iterator[Picture]:
         prompts = {}
-        for row in _table_rows(self.table):
+        for row in table_rows(self.table):
             if (uid := _uid(row.get(self.uid_column))) in wanted:
                 prompts.setdefault(uid, row.get(self.prompt_column))
         for folder, _, names in os.walk(self.folder):
             for name in sorted(names):
                 path = Path(folder) / name
-                if path.suffix.lower() in _PICTURE_SUFFIXES and path.stem in wanted:
+                if path.suffix.lower() in PICTURE_SUFFIXES and path.stem in wanted:
                     prompt = prompts.get(path.stem)
                     yield Picture(path.stem, path.read_bytes(), prompt if isinstance(prompt, str) else None)
 
@@ -172,7 +172,7 @@ def _open_folder(folder: Path, table: Path, columns: Columns) -> PictureFolder:
         raise ValueError(f"{folder} is no folder of pictures")
     if not table.is_file() or table.suffix.lower() not in _TABLE_SUFFIXES:
         raise ValueError(f"{table} is no table of prompts; it must be a .csv or .jsonl file")
-    found = list(next(iter(_table_rows(table)), {}))
+    found = list(next(iter(table_rows(table)), {}))
     uid = "file_name" if columns.uid not in found and "file_name" in found else columns.uid  # `datasets`' image folder
     _check_columns(table, found, (uid, columns.prompt))
     return PictureFolder(folder, table, uid, columns.prompt)
@@ -250,7 +250,7 @@ def _any_wanted(uids: Sequence[object], wanted: Collection[str]) -> bool:
 def _uid(value: object) -> str:
     """A uid as it stands; of a picture file's name, the stem."""
     text = "" if value is None else str(value)
-    return Path(text).stem if text.lower().endswith(_PICTURE_SUFFIXES) else text
+    return Path(text).stem if text.lower().endswith(PICTURE_SUFFIXES) else text
 
 
 def _picture_data(value: object, folder: Path) -> bytes | None:
@@ -264,7 +264,7 @@ def _picture_data(value: object, folder: Path) -> bytes | None:
     return value if isinstance(value, bytes) else None
 
 
-def _table_rows(table: Path) -> Iterator[dict]:
+def table_rows(table: Path) -> Iterator[dict]:
     """The rows of a CSV or JSONL file, one at a time."""
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:

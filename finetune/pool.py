@@ -1,0 +1,215 @@
+"""Pictures with prompts to choose from: a folder with a table of prompts, or a `datasets` data set.
+
+Nothing is decoded here; a picture is read when it is asked for.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+
+from reward.pictures import decode
+from reward.sources import PICTURE_SUFFIXES, table_rows
+
+TABLES = ("metadata.jsonl", "metadata.csv")
+PROMPT_COLUMNS = ("text", "prompt", "caption")
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One picture of a pool.
+
+    Attributes:
+        name: of the picture's file; unique in its pool, with `/` between folders.
+        prompt: never blank.
+        stamp: another one if the picture has changed.
+        columns: what else the pool says of it, by column.
+    """
+
+    name: str
+    prompt: str
+    stamp: str
+    columns: Mapping[str, Any]
+
+
+class Pool(Protocol):
+    """Pictures with prompts, in a fixed order."""
+
+    place: Path
+    entries: Sequence[Entry]
+
+    def read(self, index: int) -> bytes:
+        """The encoded picture of `entries[index]`.
+
+        Raises:
+            ValueError: it is not there; the message names it.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FolderPool:
+    """Picture files in a folder, and `metadata.jsonl` or `metadata.csv` with their names and prompts there: what
+    `datasets` calls an image folder."""
+
+    place: Path
+    entries: Sequence[Entry]
+
+    def read(self, index: int) -> bytes:
+        file = self.place / self.entries[index].name
+        try:
+            return file.read_bytes()
+        except OSError as error:
+            raise ValueError(f"the picture {file} cannot be read: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class RowPool:
+    """The rows of a data set; pictures are named by their rows."""
+
+    place: Path
+    entries: Sequence[Entry]
+    rows: datasets.Dataset
+    image_column: str
+
+    def read(self, index: int) -> bytes:
+        cell = self.rows.select_columns([self.image_column])[index][self.image_column]
+        if cell and cell["bytes"] is not None:
+            return cell["bytes"]
+        try:
+            return Path((cell or {})["path"]).read_bytes()
+        except (OSError, KeyError, TypeError) as error:
+            raise ValueError(f"row {index} of {self.place} holds no picture: {cell}") from error
+
+
+def open_pool(place: str | Path, prompt_column: str | None = None, split: str = "train") -> Pool:
+    """The pictures of `place`, in the order of its table or rows.
+
+    Args:
+        place: a folder of pictures with a table, what `Dataset.save_to_disk` wrote, or a folder of parquet files.
+        prompt_column: where the prompts are; None: the first of `PROMPT_COLUMNS` that there is.
+        split: which one, where a saved data set has several.
+
+    Raises:
+        ValueError: it is none of these, lacks a column, or pictures lack prompts (five are named).
+    """
+    place = Path(place)
+    if not place.is_dir():
+        raise ValueError(f"there is no folder of pictures {place}")
+    if tables := [place / name for name in TABLES if (place / name).is_file()]:
+        return _open_folder(place, tables[0], prompt_column)
+    if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file() or list(place.rglob("*.parquet")):
+        return _open_rows(place, prompt_column, split)
+    if pictures := _picture_files(place):
+        raise ValueError(
+            f"the {len(pictures)} pictures of {place} have no prompts: write a metadata.jsonl there, a line a picture: "
+            f'{{"file_name": "{pictures[0]}", "text": "its prompt"}}'
+        )
+    raise ValueError(
+        f"{place} holds no pictures: neither a metadata.jsonl or metadata.csv with pictures, nor a saved data set, nor "
+        "parquet files"
+    )
+
+
+def suffix_of(data: bytes, name: str) -> str:
+    """What a picture's file is to be called at its end: as it is, or as its contents are."""
+    return Path(name).suffix or f".{decode(data).format.lower()}"
+
+
+def _open_folder(place: Path, table: Path, prompt_column: str | None) -> FolderPool:
+    rows = list(table_rows(table))
+    found = list(rows[0]) if rows else []
+    column = _prompt_column(found, prompt_column, table)
+    if "file_name" not in found:
+        raise ValueError(f"{table} lacks the column file_name; it has {', '.join(found) or 'none'}")
+    names = [str(row.get("file_name")) for row in rows]
+    _refuse([name for name, count in Counter(names).items() if count > 1], f"{table} names pictures twice")
+    _refuse([name for name in names if not _inside(place, name)], f"{table} names pictures outside its folder")
+    _refuse([name for name in names if not (place / name).is_file()], f"{table} names pictures that are not there")
+    _refuse_without_prompts(names, [row.get(column) for row in rows], table, column)
+    listed = set(names)
+    _refuse(
+        [name for name in _picture_files(place) if name not in listed],
+        f"pictures of {place} have no prompts; give them a line in {table.name}, or take them away",
+    )
+    stats = [(place / name).stat() for name in names]
+    return FolderPool(
+        place,
+        [
+            Entry(name, row[column], f"{stat.st_size}:{stat.st_mtime_ns}", _without(row, "file_name", column))
+            for name, row, stat in zip(names, rows, stats, strict=True)
+        ],
+    )
+
+
+def _open_rows(place: Path, prompt_column: str | None, split: str) -> RowPool:
+    rows = _load_rows(place, split)
+    images = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    if not images:
+        raise ValueError(f"{place} has no column of pictures; its columns are {', '.join(rows.column_names)}")
+    column = _prompt_column(rows.column_names, prompt_column, place)
+    rows = rows.cast_column(images[0], datasets.Image(decode=False))
+    table = rows.remove_columns(images)
+    names = [f"{index:08d}" for index in range(len(rows))]
+    _refuse_without_prompts([f"row {index}" for index in range(len(rows))], table[column][:], place, column)
+    files = sorted(path for path in place.rglob("*") if path.suffix in (".arrow", ".parquet"))
+    stamp = ",".join(f"{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
+    entries = [Entry(name, row[column], stamp, _without(row, column)) for name, row in zip(names, table, strict=True)]
+    return RowPool(place, entries, rows, images[0])
+
+
+def _load_rows(place: Path, split: str) -> datasets.Dataset:
+    if list(place.rglob("*.parquet")):
+        files = sorted(map(str, place.rglob("*.parquet")))
+        return datasets.load_dataset("parquet", data_files=files, split="train")
+    loaded = datasets.load_from_disk(str(place))
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if split not in loaded:
+        raise ValueError(f"{place} has no split {split!r}; it has {', '.join(loaded)}")
+    return loaded[split]
+
+
+def _prompt_column(found: Sequence[str], asked: str | None, where: Path) -> str:
+    wanted = PROMPT_COLUMNS if asked is None else (asked,)
+    column = next((name for name in wanted if name in found), None)
+    if column is None:
+        raise ValueError(
+            f"the pictures of {where} have no prompts: it has no column {' or '.join(wanted)}, only "
+            f"{', '.join(found) or 'nothing'}; name the column by --prompt_column"
+        )
+    return column
+
+
+def _refuse_without_prompts(names: Sequence[str], prompts: Sequence[object], where: Path, column: str) -> None:
+    _refuse(
+        [
+            name
+            for name, prompt in zip(names, prompts, strict=True)
+            if not isinstance(prompt, str) or not prompt.strip()
+        ],
+        f"{where} says no prompts (column {column}) of some pictures",
+    )
+
+
+def _refuse(names: Sequence[str], what: str) -> None:
+    if names:
+        more = ", ..." if len(names) > _NAMED else ""
+        raise ValueError(f"{what}: {len(names)} of them, {', '.join(names[:_NAMED])}{more}")
+
+
+def _picture_files(place: Path) -> list[str]:
+    files = (path for path in place.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    return sorted(path.relative_to(place).as_posix() for path in files)
+
+
+def _inside(place: Path, name: str) -> bool:
+    return (place / name).resolve().is_relative_to(place.resolve())
+
+
+def _without(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in names}

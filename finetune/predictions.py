@@ -1,0 +1,234 @@
+"""Rich feedback of a pool's pictures, predicted once and kept as parquet beside them.
+
+A part holds `PART` consecutive pictures of the pool and is one file, written when it is whole, so that a run that was
+interrupted loses no more than a part, and processes share parts without talking to each other. The folder's name holds
+the predictor's fingerprint: another predictor's feedback does not replace this one's.
+
+Shapes: N pictures of the pool, D features of the predictor's vision encoder, S = `MAP_SIDE`.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+
+from finetune.files import write_whole
+from finetune.pool import Entry, Pool
+from reward.data import resize_maps, to_tensor
+from reward.feedback import HEATMAPS, SCORES
+from reward.pictures import decode
+from reward.predict import RichFeedbackPredictor
+
+PART = 256
+MAP_SIDE = 32
+_FACTS = b"rich_feedback"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a predictor says of N pictures.
+
+    Attributes:
+        names, prompts: of the pictures, in the pool's order.
+        values: name of `SCORES` or `HEATMAPS` (the map's mean), or `misaligned_words` (the mean over the prompt's
+            words; 0 for none) -> (N,) float32 in [0, 1].
+        tokens: the words of each prompt.
+        misaligned: for each picture (T,) float32, the words' probabilities of being misaligned.
+        maps: name of `HEATMAPS` -> (N, S, S) uint8, 255 for 1.
+        features: (N, D) float16, as `RichFeedbackPredictor.features`.
+        word_threshold: above it the predictor takes a word for misaligned.
+    """
+
+    names: Sequence[str]
+    prompts: Sequence[str]
+    values: Mapping[str, np.ndarray]
+    tokens: Sequence[Sequence[str]]
+    misaligned: Sequence[np.ndarray]
+    maps: Mapping[str, np.ndarray]
+    features: np.ndarray
+    word_threshold: float
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class Store:
+    """The parts of one pool's feedback by one predictor.
+
+    Args:
+        pool: the pictures.
+        model: folder of the predictor.
+        folder: where feedback is kept; None: beside the pictures, in a folder of their name with `_feedback` behind it.
+    """
+
+    def __init__(self, pool: Pool, model: str | Path, folder: str | Path | None = None):
+        self.pool = pool
+        place = Path(folder) if folder else pool.place.with_name(pool.place.name + "_feedback")
+        self.folder = place / fingerprint(model)
+
+    def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
+        """The parts that are not there, or of pictures that have changed; of every `world_size` the one of `rank`."""
+        parts = range(rank, -(-len(self.pool.entries) // PART), world_size)
+        return [part for part in parts if not self._is_valid(part)]
+
+    def predict(
+        self,
+        parts: Sequence[int],
+        predictor: RichFeedbackPredictor,
+        batch_size: int,
+        on_picture: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        """Predict and write `parts`.
+
+        Args:
+            batch_size: pictures judged at once, where they are of one size.
+            on_picture: called with the number of pictures that are done.
+
+        Raises:
+            ValueError: pictures that cannot be read, five of a part are named; parts written before are kept.
+        """
+        facts = {"word_threshold": predictor.word_threshold}
+        for part in parts:
+            places = self.places(part)
+            entries = [self.pool.entries[place] for place in places]
+            images = read_pictures(self.pool, places)
+            rows = _predict(predictor, images, entries, batch_size, on_picture)
+            table = pa.Table.from_pylist(rows, schema=_schema(len(rows[0]["features"])))
+            table = table.replace_schema_metadata({_FACTS: json.dumps(facts).encode()})
+            sink = pa.BufferOutputStream()
+            pyarrow.parquet.write_table(table, sink)
+            write_whole(self._file(part), sink.getvalue().to_pybytes())
+
+    def load(self) -> Predictions:
+        """All parts, which must be there."""
+        tables = [pyarrow.parquet.read_table(self._file(part)) for part in range(-(-len(self.pool.entries) // PART))]
+        facts = json.loads(tables[0].schema.metadata[_FACTS])
+        table = pa.concat_tables(tables)
+
+        def column(name: str) -> np.ndarray:
+            return table[name].combine_chunks().to_numpy(zero_copy_only=False)
+
+        def block(name: str, dtype: type) -> np.ndarray:
+            return np.stack([np.frombuffer(row, dtype=dtype) for row in table[name].to_pylist()])
+
+        return Predictions(
+            names=table["name"].to_pylist(),
+            prompts=table["prompt"].to_pylist(),
+            values={name: column(name) for name in (*SCORES, *HEATMAPS, "misaligned_words")},
+            tokens=table["tokens"].to_pylist(),
+            misaligned=[np.array(row, dtype=np.float32) for row in table["misaligned"].to_pylist()],
+            maps={name: block(f"{name}_map", np.uint8).reshape(-1, MAP_SIDE, MAP_SIDE) for name in HEATMAPS},
+            features=block("features", np.float16),
+            word_threshold=facts["word_threshold"],
+        )
+
+    def places(self, part: int) -> range:
+        """The pictures of a part."""
+        return range(part * PART, min((part + 1) * PART, len(self.pool.entries)))
+
+    def _file(self, part: int) -> Path:
+        return self.folder / f"part-{part:05d}.parquet"
+
+    def _is_valid(self, part: int) -> bool:
+        file = self._file(part)
+        if not file.is_file():
+            return False
+        known = pyarrow.parquet.read_table(file, columns=["name", "prompt", "stamp"]).to_pylist()
+        entries = [self.pool.entries[place] for place in self.places(part)]
+        return known == [{"name": one.name, "prompt": one.prompt, "stamp": one.stamp} for one in entries]
+
+
+def fingerprint(model: str | Path) -> str:
+    """Twelve digits that differ where the files of a checkpoint do."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in Path(model).iterdir() if path.suffix in (".json", ".safetensors", ".model")):
+        digest.update(file.name.encode())
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
+def read_pictures(pool: Pool, places: Sequence[int]) -> list[torch.Tensor]:
+    """The pictures at `places` of the pool, each (3, H, W) uint8.
+
+    Raises:
+        ValueError: some cannot be read; five are named, with what is wrong with the first.
+    """
+    images, wrong = [], {}
+    for place in places:
+        try:
+            images.append(to_tensor(decode(pool.read(place))))
+        except ValueError as error:
+            wrong[pool.entries[place].name] = error
+    if wrong:
+        names = list(wrong)
+        more = f" ({len(wrong)} of {len(places)} cannot: {', '.join(names[:5])})" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"the picture {names[0]} of {pool.place} cannot be read: {wrong[names[0]]}{more}; mend it, or take it away "
+            "with its line in the table; what has been predicted is kept"
+        )
+    return images
+
+
+def _predict(
+    predictor: RichFeedbackPredictor,
+    images: Sequence[torch.Tensor],
+    entries: Sequence[Entry],
+    batch_size: int,
+    on_picture: Callable[[int], None],
+) -> list[dict]:
+    """A row of the table for each picture; those of one size are judged together."""
+    by_size = defaultdict(list)
+    for index, image in enumerate(images):
+        by_size[image.shape].append(index)
+    rows: dict[int, dict] = {}
+    for places in by_size.values():
+        for first in range(0, len(places), batch_size):
+            chunk = places[first : first + batch_size]
+            pictures = torch.stack([images[index] for index in chunk]).float() / 255
+            feedback, features = predictor.with_features(
+                pictures, [entries[index].prompt for index in chunk], batch_size, predictor.model.config.map_size
+            )
+            small = {
+                name: resize_maps(maps[:, None], (MAP_SIDE,) * 2)[:, 0] for name, maps in feedback.heatmaps.items()
+            }
+            for row, index in enumerate(chunk):
+                words = feedback.misaligned[row].cpu()
+                rows[index] = {
+                    "name": entries[index].name,
+                    "prompt": entries[index].prompt,
+                    "stamp": entries[index].stamp,
+                    **{name: float(values[row]) for name, values in feedback.scores.items()},
+                    **{name: float(maps[row].mean()) for name, maps in feedback.heatmaps.items()},
+                    "misaligned_words": float(words.sum()) / max(len(words), 1),
+                    "tokens": list(feedback.tokens[row]),
+                    "misaligned": words.tolist(),
+                    **{f"{name}_map": _as_bytes(maps[row]) for name, maps in small.items()},
+                    "features": features[row].cpu().numpy().astype(np.float16).tobytes(),
+                }
+            on_picture(len(chunk))
+    return [rows[index] for index in range(len(images))]
+
+
+def _as_bytes(heatmap: torch.Tensor) -> bytes:
+    return (heatmap.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy().tobytes()
+
+
+def _schema(feature_bytes: int) -> pa.Schema:
+    numbers = [(name, pa.float32()) for name in (*SCORES, *HEATMAPS, "misaligned_words")]
+    return pa.schema(
+        [
+            *(("name", pa.string()), ("prompt", pa.string()), ("stamp", pa.string())),
+            *numbers,
+            *(("tokens", pa.list_(pa.string())), ("misaligned", pa.list_(pa.float32()))),
+            *((f"{name}_map", pa.binary(MAP_SIDE**2)) for name in HEATMAPS),
+            ("features", pa.binary(feature_bytes)),
+        ]
+    )

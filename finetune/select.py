@@ -1,0 +1,187 @@
+"""Choose pictures to train on by their predicted rich feedback.
+
+    python -m finetune.select --config configs/select_tinyworld.yaml [--any_setting value]
+
+Pictures with prompts are taken from a folder or a `datasets` data set, or drawn first; their rich feedback is predicted
+once and kept beside them; rules choose (`finetune/rule_reading.py` lists them). The paper's own use of its predictor
+(Liang et al. 2024, arXiv 2312.10240, section 5.1): eight pictures a prompt, the best kept if its score passes.
+
+`output_dir` gets `data`, an image folder with `metadata.jsonl` (columns file_name, text, and the predicted feedback)
+that `datasets.load_dataset("imagefolder", data_dir=...)` and diffusers' `train_text_to_image` scripts read, and a
+report. Another run with other rules predicts nothing again. Several processes share the drawing and predicting:
+`accelerate launch -m finetune.select ...`.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import diffusers
+import transformers
+from accelerate import PartialState
+from rich.console import Console
+from tqdm.auto import tqdm
+
+transformers.logging.set_verbosity_error()  # says on import what does not concern us
+transformers.logging.disable_progress_bar()
+diffusers.logging.disable_progress_bar()
+
+from finetune.files import replaced_whole  # noqa: E402
+from finetune.generate import TABLE, Generation, GenerationArguments  # noqa: E402
+from finetune.pool import Pool, open_pool, suffix_of  # noqa: E402
+from finetune.predictions import Predictions, Store  # noqa: E402
+from finetune.rule_reading import read_rules  # noqa: E402
+from finetune.rules import Step, select  # noqa: E402
+from finetune.selection_report import REPORT, print_steps, write_report  # noqa: E402
+from reward.arguments import main_guard, parse_arguments, read_prompt_file  # noqa: E402
+from reward.predict import RichFeedbackPredictor, check_model_folder  # noqa: E402
+
+DATA = "data"
+
+
+@dataclass
+class SelectArguments:
+    """What to choose from, by whose opinion, by which rules."""
+
+    pictures: str = field(
+        metadata={
+            "help": "Pictures with prompts: a folder with metadata.jsonl or metadata.csv (columns file_name, text), a "
+            "saved `datasets` data set, or a folder of parquet files. With `policy`: where the pictures are drawn to."
+        }
+    )
+    model: str = field(metadata={"help": "The predictor: folder of a RAHF checkpoint."})
+    rules: dict = field(
+        metadata={
+            "help": "Name -> rule, gone through in this order: e.g. {best: {best_of: overall}, good: {score: overall, "
+            "at_least: 0.8}}. finetune/rule_reading.py lists them all."
+        }
+    )
+    output_dir: str = field(metadata={"help": "Folder for what is chosen, and the report."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace an earlier selection in `output_dir`."}
+    )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Column of the prompts; default: text, prompt or caption."}
+    )
+    split: str = field(default="train", metadata={"help": "Which split of a saved data set that has several."})
+    feedback_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where predictions are kept; default: beside `pictures`, in `<pictures>_feedback`."},
+    )
+    prediction_batch_size: int = field(default=64, metadata={"help": "Pictures that the predictor judges at once."})
+    use_cpu: bool = field(default=False, metadata={"help": "Use no GPU."})
+    num_examples: int = field(default=12, metadata={"help": "Pictures in each of kept.png and rejected.png."})
+
+    def __post_init__(self):
+        for name in ("prediction_batch_size", "num_examples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        read_rules(self.rules)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    arguments, generation = parse_arguments([SelectArguments, GenerationArguments], argv)
+
+    # Whatever can be wrong with the input is found out before models are loaded.
+    rules = read_rules(arguments.rules)
+    check_output_dir(arguments)
+    check_model_folder(arguments.model)
+    drawing = None
+    if generation.policy is not None:
+        drawing = Generation(arguments.pictures, generation, read_prompt_file(generation.prompts))
+        generation.check()
+    else:
+        open_pool(arguments.pictures, arguments.prompt_column, arguments.split)
+
+    state = PartialState(cpu=arguments.use_cpu)
+    console = Console(quiet=not state.is_main_process, highlight=False)
+    if drawing is not None:
+        draw_missing(drawing, state, console)
+    pool = open_pool(arguments.pictures, arguments.prompt_column, arguments.split)
+    store = Store(pool, arguments.model, arguments.feedback_dir)
+    predict_missing(store, arguments, state, console)
+    if state.is_main_process:
+        predictions = store.load()
+        steps = select(rules, predictions)
+        write_selection(arguments, pool, predictions, steps)
+        print_steps(console, steps)
+        kept, folder = len(steps[-1].kept), Path(arguments.output_dir)
+        console.print(f"{kept} of {len(predictions)} pictures kept: {folder / DATA}", soft_wrap=True, markup=False)
+        console.print(f"report: {folder / REPORT}; predictions: {store.folder}", soft_wrap=True, markup=False)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+def draw_missing(drawing: Generation, state: PartialState, console: Console) -> None:
+    """Draw what is not there yet, shared among the processes."""
+    with state.main_process_first():  # whose the folder is stands there before anyone draws
+        if state.is_main_process:
+            drawing.claim()
+    batches = drawing.missing(state.process_index, state.num_processes)
+    if batches:
+        console.print(f"[bold]drawing[/] {len(drawing)} pictures")
+        policy = drawing.settings.load().to(state.device)
+        with _bar(sum(map(len, batches)), state) as bar:
+            drawing.draw(batches, policy, bar.update)
+    state.wait_for_everyone()
+    if state.is_main_process and not (drawing.folder / TABLE).is_file():
+        drawing.finish()
+    state.wait_for_everyone()
+
+
+def predict_missing(store: Store, arguments: SelectArguments, state: PartialState, console: Console) -> None:
+    """Predict what is not there yet, shared among the processes."""
+    parts = store.missing(state.process_index, state.num_processes)
+    if parts:
+        count = sum(map(len, map(store.places, parts)))
+        console.print(f"[bold]predicting[/] the rich feedback of {len(store.pool.entries)} pictures")
+        predictor = RichFeedbackPredictor.from_pretrained(arguments.model, state.device)
+        with _bar(count, state) as bar:
+            store.predict(parts, predictor, arguments.prediction_batch_size, bar.update)
+    state.wait_for_everyone()
+
+
+def check_output_dir(arguments: SelectArguments) -> None:
+    """Complain about an `output_dir` that holds anything but an earlier selection that may be replaced.
+
+    Raises:
+        ValueError: it does, or it is a file.
+    """
+    folder = Path(arguments.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / REPORT).is_file():
+            raise ValueError(f"output_dir {folder} holds other files; give another --output_dir")
+        if not arguments.overwrite_output_dir:
+            raise ValueError(
+                f"output_dir {folder} holds a selection; give another --output_dir, or --overwrite_output_dir true"
+            )
+
+
+def write_selection(arguments: SelectArguments, pool: Pool, predictions: Predictions, steps: Sequence[Step]) -> None:
+    """Write the chosen pictures as an image folder, and the report, in place of what was in `output_dir`."""
+    with replaced_whole(Path(arguments.output_dir)) as folder:
+        lines = []
+        for place in steps[-1].kept:
+            entry, data = pool.entries[place], pool.read(place)
+            name = str(Path(entry.name).with_suffix(suffix_of(data, entry.name)))
+            file = folder / DATA / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+            said = {value: round(float(numbers[place]), 6) for value, numbers in predictions.values.items()}
+            lines.append(json.dumps({"file_name": name, "text": entry.prompt, **said}, ensure_ascii=False))
+        (folder / DATA / TABLE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_report(folder, pool, predictions, steps, asdict(arguments), arguments.num_examples)
+
+
+def _bar(total: int, state: PartialState) -> tqdm:
+    """Of this process's share; the main process's is shown."""
+    return tqdm(total=total, disable=not state.is_main_process, dynamic_ncols=True, unit="picture")
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,72 @@
+"""A pool of a few pictures, a predictor of a few kilobytes, and predictions made by hand."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from finetune.predictions import MAP_SIDE, Predictions
+from reward.feedback import HEATMAPS, SCORES, tokenize
+from tests.reward.conftest import make_config, model, model_folder, predictor, tokenizer  # noqa: F401
+from tests.rl.conftest import make_pipeline
+
+PROMPTS = ["a red circle", "a blue square", "a red square"]
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory):
+    return make_pipeline(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(PROMPTS))
+    return file
+
+
+@pytest.fixture
+def write_pictures():
+    """Picture files with a table, of random pixels; `sizes` are heights and widths."""
+
+    def write(folder, count=6, sizes=((16, 16), (16, 24)), prompts=PROMPTS, **columns):
+        rng = np.random.default_rng(0)
+        folder.mkdir(parents=True)
+        lines = []
+        for index in range(count):
+            height, width = sizes[index % len(sizes)]
+            Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+            more = {name: values[index] for name, values in columns.items()}
+            lines.append(json.dumps({"file_name": f"{index}.png", "text": prompts[index % len(prompts)], **more}))
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def make_predictions():
+    """Predictions in which every value is 0.5 and no word is misaligned, but for what is given: (N,) each, or `maps`,
+    `features`, `misaligned`."""
+
+    def make(count, prompts=None, **given):
+        prompts = prompts or ["a red circle"] * count
+        values = {name: np.full(count, 0.5, dtype=np.float32) for name in (*SCORES, *HEATMAPS, "misaligned_words")}
+        values |= {name: np.array(given[name], dtype=np.float32) for name in values.keys() & given.keys()}
+        tokens = [tokenize(prompt) for prompt in prompts]
+        maps = {name: np.zeros((count, MAP_SIDE, MAP_SIDE), dtype=np.uint8) for name in HEATMAPS}
+        features = torch.randn(count, 8, generator=torch.Generator().manual_seed(0)).numpy()
+        return Predictions(
+            names=[f"{index}.png" for index in range(count)],
+            prompts=prompts,
+            values=values,
+            tokens=tokens,
+            misaligned=given.get("misaligned", [np.zeros(len(words), dtype=np.float32) for words in tokens]),
+            maps=maps | given.get("maps", {}),
+            features=np.array(given.get("features", features), dtype=np.float16),
+            word_threshold=0.4,
+        )
+
+    return make

@@ -1,0 +1,79 @@
+import json
+
+import datasets
+import pytest
+from PIL import Image
+
+from finetune.pool import open_pool
+
+
+def test_a_folder_and_the_same_as_a_data_set_hold_the_same_pictures(write_pictures, tmp_path):
+    folder = write_pictures(tmp_path / "pictures", uid=list("abcdef"))
+    pool = open_pool(folder)
+    rows = [
+        {"picture": {"bytes": pool.read(place), "path": None}, "prompt": entry.prompt, "uid": entry.columns["uid"]}
+        for place, entry in enumerate(pool.entries)
+    ]
+    features = datasets.Features(
+        {"picture": datasets.Image(), "prompt": datasets.Value("string"), "uid": datasets.Value("string")}
+    )
+    saved = datasets.Dataset.from_list(rows, features=features)
+    saved.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"dev": saved}).save_to_disk(str(tmp_path / "dict"))
+    (tmp_path / "parquet").mkdir()
+    saved.to_parquet(str(tmp_path / "parquet" / "0.parquet"))
+    for name, split in (("saved", "train"), ("dict", "dev"), ("parquet", "train")):
+        other = open_pool(tmp_path / name, split=split)
+        assert [(entry.prompt, entry.columns) for entry in other.entries] == [
+            (entry.prompt, entry.columns) for entry in pool.entries
+        ]
+        assert [other.read(place) for place in range(6)] == [pool.read(place) for place in range(6)]
+    with pytest.raises(ValueError, match="no split 'train'; it has dev"):
+        open_pool(tmp_path / "dict")
+
+
+def test_a_stamp_changes_with_its_picture(write_pictures, tmp_path):
+    folder = write_pictures(tmp_path / "pictures")
+    before = [entry.stamp for entry in open_pool(folder).entries]
+    Image.new("RGB", (8, 8)).save(folder / "2.png")
+    after = [entry.stamp for entry in open_pool(folder).entries]
+    assert [place for place in range(6) if before[place] != after[place]] == [2]
+
+
+def test_pictures_without_prompts(write_pictures, tmp_path):
+    folder = write_pictures(tmp_path / "pictures")
+    table = folder / "metadata.jsonl"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join(lines[:4]))
+    with pytest.raises(ValueError, match=r"pictures of .* have no prompts; .*: 2 of them, 4\.png, 5\.png"):
+        open_pool(folder)
+    table.write_text("\n".join([*lines[:5], json.dumps({"file_name": "5.png", "text": "  "})]))
+    with pytest.raises(ValueError, match=r"says no prompts \(column text\) of some pictures: 1 of them, 5\.png"):
+        open_pool(folder)
+    table.unlink()
+    with pytest.raises(ValueError, match=r'6 pictures of .* have no prompts: write a metadata\.jsonl .*"0\.png"'):
+        open_pool(folder)
+
+
+def test_tables_that_do_not_fit_their_folder(write_pictures, tmp_path):
+    folder = write_pictures(tmp_path / "pictures")
+    table = folder / "metadata.jsonl"
+    lines = table.read_text().splitlines()
+    for more, message in (
+        (lines[0], "names pictures twice: 1 of them, 0.png"),
+        (json.dumps({"file_name": "gone.png", "text": "a"}), "that are not there: 1 of them, gone.png"),
+        (json.dumps({"file_name": "../prompts.txt", "text": "a"}), "outside its folder"),
+    ):
+        table.write_text("\n".join([*lines, more]))
+        with pytest.raises(ValueError, match=message):
+            open_pool(folder)
+    table.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="no column description, only file_name, text; name the column"):
+        open_pool(folder, prompt_column="description")
+
+
+def test_no_pool_at_all(tmp_path):
+    with pytest.raises(ValueError, match="there is no folder of pictures"):
+        open_pool(tmp_path / "none")
+    with pytest.raises(ValueError, match="holds no pictures"):
+        open_pool(tmp_path)

@@ -1,0 +1,226 @@
+"""The real command, on a tiny pipeline and a tiny predictor."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+
+from finetune import generate, predictions, select
+from reward.arguments import main_guard
+from reward.predict import RichFeedbackPredictor
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*argv):
+    """Exit code of `python -m finetune.select argv`, in this process."""
+    with pytest.raises(SystemExit) as caught:
+        main_guard(select.main, [str(part) for part in argv])
+    return caught.value.code
+
+
+def flags(**settings):
+    settings["rules"] = json.dumps(settings["rules"])
+    return [part for name, value in settings.items() for part in (f"--{name}", value)]
+
+
+@pytest.fixture
+def given(write_pictures, model_folder, tmp_path):
+    """Settings of a selection from a folder."""
+    return {
+        "pictures": write_pictures(tmp_path / "pictures"), "model": model_folder, "output_dir": tmp_path / "chosen",
+        "rules": {"some": {"random": 3}}, "use_cpu": True,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def drawn(pipeline_folder, model_folder, prompt_file, tmp_path):
+    """Settings of a selection from pictures that are drawn: 6 of them, in batches of 4."""
+    return {
+        "pictures": tmp_path / "pool", "policy": pipeline_folder, "prompts": prompt_file, "model": model_folder,
+        "num_generations": 2, "num_inference_steps": 2, "generation_batch_size": 4, "use_cpu": True,
+        "output_dir": tmp_path / "chosen", "rules": {"best": {"best_of": "overall"}},
+    }  # fmt: skip
+
+
+def test_from_prompts_to_an_image_folder(drawn, tmp_path, capsys):
+    assert command(*flags(**drawn)) == 0
+    said = capsys.readouterr().out
+    for phrase in ("drawing 6 pictures", "predicting", "best of each prompt", "3 of 6 pictures kept"):
+        assert phrase in said
+    chosen = tmp_path / "chosen"
+    report = json.loads((chosen / "selection.json").read_text())
+    assert report["rules"] == [
+        {"name": "best", "rule": "the best of each prompt by overall", "of": 6, "kept": 3},
+    ]
+    assert report["means"]["overall"]["kept"] > report["means"]["overall"]["all"]
+    for name in ("histograms.png", "kept.png", "rejected.png"):
+        assert (chosen / name).stat().st_size > 1000, name
+    # As diffusers' train_text_to_image scripts read it.
+    loaded = datasets.load_dataset(
+        "imagefolder", data_files={"train": str(chosen / "data" / "**")}, cache_dir=str(tmp_path / "cache")
+    )["train"]
+    assert {"image", "text", "overall"} <= set(loaded.column_names)
+    assert sorted(loaded["text"][:]) == ["a blue square", "a red circle", "a red square"]
+    assert loaded[0]["image"].size == (16, 16)
+
+
+def test_another_rule_needs_no_new_prediction(given, monkeypatch):
+    assert command(*flags(**given)) == 0
+    monkeypatch.setattr(RichFeedbackPredictor, "from_pretrained", lambda *arguments: pytest.fail("predicts again"))
+    given |= {"rules": {"more": {"random": 5}}, "overwrite_output_dir": True}
+    assert command(*flags(**given)) == 0
+    report = json.loads((given["output_dir"] / "selection.json").read_text())
+    assert (report["kept"], report["pictures"]) == (5, 6)
+
+
+def test_predictions_are_the_predictors_own(given, predictor):
+    assert command(*flags(**given)) == 0
+    pool = select.open_pool(given["pictures"])
+    stored = predictions.Store(pool, given["model"]).load()
+    for place in (0, 1):  # of two sizes
+        (image,) = predictions.read_pictures(pool, [place])
+        feedback = predictor(image[None].float() / 255, [pool.entries[place].prompt], heatmap_size=16)
+        features = predictor.features(image[None].float() / 255)[0]
+        assert stored.values["overall"][place] == pytest.approx(float(feedback.scores["overall"][0]), abs=1e-5)
+        assert stored.misaligned[place].tolist() == pytest.approx(feedback.misaligned[0].tolist(), abs=1e-5)
+        assert stored.features[place].tolist() == pytest.approx(features.tolist(), abs=2e-3)
+        mean = float(feedback.heatmaps["implausibility"][0].mean())
+        assert stored.values["implausibility"][place] == pytest.approx(mean, abs=2e-3)
+        assert stored.maps["implausibility"][place].mean() / 255 == pytest.approx(mean, abs=4e-3)
+
+
+def test_only_what_changed_is_predicted_anew(given, monkeypatch):
+    monkeypatch.setattr(predictions, "PART", 2)
+    assert command(*flags(**given)) == 0
+    (given["pictures"] / "3.png").write_bytes((given["pictures"] / "1.png").read_bytes())
+    store = predictions.Store(select.open_pool(given["pictures"]), given["model"])
+    assert store.missing() == [1]
+    config = given["model"] / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert predictions.Store(store.pool, given["model"]).missing() == [0, 1, 2]  # another predictor's are kept apart
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_interrupted_drawing_goes_on_to_the_same_bits_and_so_do_many_processes(drawn, tmp_path, monkeypatch):
+    settings = generate.GenerationArguments(
+        **{name: drawn[name] for name in ("policy", "num_generations", "num_inference_steps")},
+        prompts=str(drawn["prompts"]), generation_batch_size=4,
+    )  # fmt: skip
+    prompts = ["a red circle", "a blue square", "a red square", "two green star", "a red circle"]  # one twice
+    policy = settings.load()
+
+    def draw(folder, ranks, order=None):
+        pool = generate.Generation(tmp_path / folder, settings, prompts)
+        pool.claim()
+        for rank in order or range(ranks):
+            pool.draw(pool.missing(rank, ranks), policy)
+        pool.finish()
+        return pool
+
+    draw("one", 1)
+    draw("three", 3, order=[2, 0, 1])
+    written, write = [], generate.write_whole
+
+    def stop_at_the_sixth(file, data):
+        if len(written) == 6:
+            raise KeyboardInterrupt
+        written.append(file)
+        write(file, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "write_whole", stop_at_the_sixth)
+        with pytest.raises(KeyboardInterrupt):
+            draw("stopped", 1)
+    assert not (tmp_path / "stopped" / "metadata.jsonl").exists()
+    resumed = generate.Generation(tmp_path / "stopped", settings, prompts)
+    assert resumed.missing() == [range(4, 8), range(8, 10)]  # the table of settings and pictures 0-4 are there
+    draw("stopped", 1)
+    whole = files_of(tmp_path / "one")
+    assert len(whole) == 12
+    assert files_of(tmp_path / "three") == whole
+    assert files_of(tmp_path / "stopped") == whole
+    assert whole["000000_00.png"] != whole["000004_00.png"]  # the same prompt, other noise
+
+
+def test_a_pool_of_other_settings_is_left_alone(drawn, capsys):
+    assert command(*flags(**drawn)) == 0
+    before = files_of(drawn["pictures"])
+    drawn |= {"overwrite_output_dir": True}
+    assert command(*flags(**drawn, seed=5)) == 2
+    assert "drawn with other settings (seed: 0 -> 5)" in capsys.readouterr().err
+    assert files_of(drawn["pictures"]) == before
+    assert command(*flags(**{**drawn, "pictures": drawn["model"]})) == 2
+    assert "holds other files, and `policy` would draw into it" in capsys.readouterr().err
+
+
+def test_an_unreadable_picture_is_named_and_nothing_is_lost(given, monkeypatch, capsys):
+    monkeypatch.setattr(predictions, "PART", 2)
+    broken = given["pictures"] / "2.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:60])
+    assert command(*flags(**given)) == 2
+    assert "the picture 2.png of" in (error := capsys.readouterr().err)
+    assert "what has been predicted is kept" in error
+    assert not given["output_dir"].exists()
+    store = predictions.Store(select.open_pool(given["pictures"]), given["model"])
+    assert store.missing() == [1, 2]
+    broken.write_bytes(whole)
+    assert command(*flags(**given)) == 0
+
+
+def test_an_empty_selection_keeps_the_last_one(given, capsys):
+    assert command(*flags(**given)) == 0
+    before = (given["output_dir"] / "selection.json").read_bytes()
+    given |= {"rules": {"strict": {"score": "overall", "at_least": 2}}, "overwrite_output_dir": True}
+    assert command(*flags(**given)) == 2
+    assert "no picture is left: the rule `strict` (overall at least 2) removed the last 6" in capsys.readouterr().err
+    assert (given["output_dir"] / "selection.json").read_bytes() == before
+
+
+def test_other_mistakes(given, drawn, capsys, tmp_path):
+    (tmp_path / "flux").mkdir()
+    (tmp_path / "flux" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    for settings, message in (
+        (given | {"rules": {"r": {"score": "overal", "at_least": 1}}}, "nearest name: `overall`"),
+        (given | {"colour": 1}, "unknown setting on the command line: `--colour`"),
+        (given | {"pictures": tmp_path / "none"}, "there is no folder of pictures"),
+        (given | {"model": tmp_path / "none"}, "there is no model folder"),
+        (given | {"output_dir": tmp_path / "full"}, "holds other files; give another --output_dir"),
+        (given | {"num_examples": 0}, "num_examples is 0; it must be at least 1"),
+        (drawn | {"policy": tmp_path / "flux"}, "is a FluxPipeline; what can be trained is StableDiffusionPipeline"),
+        (drawn | {"num_generations": 0}, "num_generations is 0"),
+        (drawn | {"prompts": tmp_path / "none.txt"}, "cannot read the prompt file"),
+        (drawn | {"num_inference_steps": 2000}, "it must lie between 1 and 1000"),
+    ):
+        assert command(*flags(**settings)) == 2
+        assert message in capsys.readouterr().err
+    assert not drawn["pictures"].exists()
+    assert command(*flags(**given)) == 0
+    assert command(*flags(**given)) == 2
+    assert "holds a selection; give another --output_dir, or --overwrite_output_dir true" in capsys.readouterr().err
+
+
+def test_settings_of_drawing_are_ignored_where_nothing_is_drawn(given, caplog):
+    assert command(*flags(**given, seed=3)) == 0
+    assert "seed=3 is ignored: there is no policy" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["tinyworld", "sd15", "sdxl"])
+def test_presets_are_valid(name):
+    path = str(ROOT / f"configs/select_{name}.yaml")
+    lines = Path(path).read_text().splitlines()
+    assert all(line.startswith("# ") for line in lines[:3])
+    assert f"--config configs/select_{name}.yaml" in lines[0]
+    arguments, generation = select.parse_arguments(
+        [select.SelectArguments, generate.GenerationArguments], ["--config", path]
+    )
+    assert generation.num_generations == 8
+    assert len(select.read_rules(arguments.rules)) == len(yaml.safe_load(Path(path).read_text())["rules"])
