@@ -18,39 +18,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
+import yaml
 from report import Row, flags, publish
-from trainings import Budget, Result, Training, add_flags, finish, work_folder
+from trainings import CONFIG, ROOT, Budget, Result, Training, add_flags, finish, work_folder
 
-from reward.feedback import Reward
-from rl.monitors import file_size
 from rl.watch import MONITORS, Watch
 
 FALL = 0.05
 """Of the judge's score, in [0, 1], that a monitor should see coming."""
-RICH = {
-    "model": "tinyworld/assets/rahf",
-    "score_weights": {"plausibility": 0.5, "alignment": 0.5},
-    "penalty_weights": {"implausibility": 4.0},
-    "word_weight": 0.5,
-}
-JUDGES = {"judge": "tinyworld.judge:JudgeReward", "rich": {"reward": "reward.rich:RichReward", "kwargs": RICH}}
-
-
-class FileSize:
-    """Rewards pictures for the size of their JPEG files, in units of 1000 bytes; `sign` -1: for small ones.
-
-    In- and decompressibility of "Training Diffusion Models with Reinforcement Learning" (arXiv 2305.13301).
-    """
-
-    differentiable = False
-
-    def __init__(self, sign: float = 1.0):
-        self.sign = sign
-
-    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> Reward:
-        size = file_size(images)
-        return Reward(total=self.sign * size / 1000, terms={"file_size": size})
 
 
 @dataclass(frozen=True)
@@ -66,16 +41,20 @@ class Game:
     rewarded: Collection[str] = ()
 
 
-def _files(sign: float) -> Game:
+def _files(reward: str) -> Game:
+    """The demo's reward, which is not trained on here, is the held-out one."""
+    settings = yaml.safe_load((ROOT / CONFIG).read_text(encoding="utf-8"))
+    rich = {"reward": settings["reward"], "kwargs": settings["reward_kwargs"]}
     changes = {
-        "reward": "gamed:FileSize", "reward_kwargs": {"sign": sign}, "eval_rewards": JUDGES, "watch_reward": "rich",
+        "reward": reward, "reward_kwargs": {}, "eval_rewards": settings["eval_rewards"] | {"rich": rich},
+        "watch_reward": "rich",
     }  # fmt: skip
     return Game(changes, rewarded=("file_size",))
 
 
 GAMES = {
-    "small files": _files(-1.0),
-    "large files": _files(1.0),
+    "small files": _files("reward.others:JpegCompressibility"),
+    "large files": _files("reward.others:JpegIncompressibility"),
     "predictor, 10 x the learning rate": Game({"learning_rate": 3e-2, "watch_reward": "judge"}),
     "paid, unit": Game(
         {"credit": "paid", "paid_scale": "unit", "importance_sampling_level": "location", "watch_reward": "judge"}

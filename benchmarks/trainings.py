@@ -16,8 +16,9 @@ import tempfile
 import threading
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from transformers import TrainerCallback
 from reward.arguments import parse_arguments, read_prompt_file
 from rl.ddpo import DDPOConfig, DDPOTrainer
 from rl.evaluate import evaluate
+from rl.timing import PhaseClock
 from run_ddpo import RunArguments, load_policy
 
 ROOT = Path(__file__).parents[1]
@@ -39,9 +41,9 @@ MODEL_WORK = ("rollout", "decode", "reward", "probe", "update")
 """The phases whose seconds are the training's own; watching is not."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Training:
-    """What is trained, and how it is looked at.
+    """What is trained, and how it is looked at; a dictionary's key by itself, not by what it says.
 
     Attributes:
         name: of what is compared.
@@ -84,7 +86,8 @@ class Result:
 
     Attributes:
         rollouts, pictures: (L,), drawn for training before each look.
-        seconds: (L,), of the models' work before each look, see `MODEL_WORK`.
+        seconds: (L,), of the processor, for the models' work before each look (`MODEL_WORK`): on one thread they are
+            the wall's, and what runs beside it does not count.
         judge, satisfied: (L, P), the judge's score, and whether all is as asked for.
         reward: (L,), the mean of the reward trained on.
         watched: what was measured of each rollout, for `rl.watch.Watch`.
@@ -110,6 +113,18 @@ class Result:
     def gain(self) -> float:
         """By the judge's score, over the whole training."""
         return float(self.judge[-1].mean() - self.judge[0].mean())
+
+
+class ProcessorClock(PhaseClock):
+    """Counts the processor's seconds instead of the wall's."""
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.process_time()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.process_time() - start
 
 
 class Looks(TrainerCallback):
@@ -166,6 +181,7 @@ def train(training: Training) -> dict[str, Any]:
         held_out = rewards[run.watch_reward] if run.watch_reward else None
         policy = load_policy(run, args)
         trainer = DDPOTrainer(policy, rewards["reward"], args, read_prompt_file(run.prompts), held_out=held_out)
+        trainer.clock = ProcessorClock()
         looks = Looks(trainer, rewards, prompts, run, training.every)
         trainer.add_callback(looks)
         trainer.train()
@@ -218,7 +234,7 @@ def finish(trainings: Sequence[Training], work: Path, jobs: int, budget: Budget)
     """Do those that are not done yet, in their order, as far as the budget goes.
 
     Returns:
-        All that are done, in the order of `trainings`; `Training` is its own key by identity of its settings.
+        All that are done, in the order of `trainings`.
     """
     missing = [training for training in trainings if not (work / training.file).exists()]
     done, lock = len(trainings) - len(missing), threading.Lock()
@@ -250,9 +266,7 @@ def finish(trainings: Sequence[Training], work: Path, jobs: int, budget: Budget)
 
 
 def results_of(trainings: Sequence[Training], work: Path) -> dict["Training", Result]:
-    return {
-        training: Result.read(work / training.file) for training in trainings if (work / training.file).exists()
-    }
+    return {training: Result.read(work / training.file) for training in trainings if (work / training.file).exists()}
 
 
 def start(training: Training, work: Path) -> bool:
@@ -263,7 +277,10 @@ def start(training: Training, work: Path) -> bool:
         command = [sys.executable, __file__, str(description), str((work / training.file).absolute())]
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        return subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode == 0
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if ended.returncode != 0:
+            print(ended.stderr, file=sys.stderr)
+        return ended.returncode == 0
 
 
 if __name__ == "__main__":
