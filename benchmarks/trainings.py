@@ -236,8 +236,11 @@ def finish(trainings: Sequence[Training], work: Path, jobs: int, budget: Budget)
     Returns:
         All that are done, in the order of `trainings`.
     """
-    missing = [training for training in trainings if not (work / training.file).exists()]
-    done, lock = len(trainings) - len(missing), threading.Lock()
+    there = results_of(trainings, work)
+    for result in there.values():
+        budget.note(result.wall)
+    missing = [training for training in trainings if training not in there]
+    done, lock = len(there), threading.Lock()
     failed: list[Training] = []
 
     def one(training: Training) -> None:
@@ -265,7 +268,7 @@ def finish(trainings: Sequence[Training], work: Path, jobs: int, budget: Budget)
     return results_of(trainings, work)
 
 
-def results_of(trainings: Sequence[Training], work: Path) -> dict["Training", Result]:
+def results_of(trainings: Sequence[Training], work: Path) -> dict[Training, Result]:
     return {training: Result.read(work / training.file) for training in trainings if (work / training.file).exists()}
 
 
