@@ -12,6 +12,7 @@ a sound training.
 The trainings are kept in `--work`, and replayed in seconds: change a limit in rl/watch.py, and start this again.
 """
 
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -112,6 +113,21 @@ def first_trip(
     return Trip(None)
 
 
+def curves(result: Result) -> dict[str, list[float]]:
+    """Monitor -> its curve `watch/<name>`, a value a rollout; of those that were measured."""
+    watch = Watch({}, speaks=False)
+    found = [watch.observe(measured) for measured in result.watched]
+    return {name: [values[name] for values in found] for name in MONITORS if name in found[0]}
+
+
+def nearest_to_limit(name: str, values: Sequence[float]) -> float:
+    """Of a monitor's values the one that is the furthest on the way to its limit, or beyond it."""
+    monitor = MONITORS[name]
+    if monitor.below and monitor.above:  # ratios to the start
+        return max(values, key=lambda value: abs(math.log(max(value, 1e-8))))
+    return min(values) if monitor.below else max(values)
+
+
 def change(result: Result, rollout: int | None) -> float:
     """Of the judge's score, from the start to the policy that drew `rollout`; to the end for None."""
     place = -1 if rollout is None else int(np.flatnonzero(result.rollouts == rollout)[0])
@@ -159,6 +175,26 @@ def table(found: Mapping[Training, Result]) -> list[Row]:
         name = f"{SOUND}: trainings in which a monitor crosses its limit" + (f" ({', '.join(said)})" if said else "")
         rows.append(Row(name, sum(trip.rollout is not None for trip in trips), n=len(sound), goal="<= 0"))
         rows.append(Row(f"{SOUND}: judge's change", float(np.mean([one.gain for one in sound])), n=len(sound)))
+    return rows + limit_rows(found)
+
+
+def limit_rows(found: Mapping[Training, Result]) -> list[Row]:
+    """What a limit should lie between: how far a monitor ever goes in sound trainings, and how far it has gone in the
+    others before the judge's score has fallen (the mean over seeds)."""
+    rows = []
+    for name in MONITORS:
+        reach: dict[str, list[float]] = {}
+        for training, result in found.items():
+            curve = curves(result).get(name)
+            fall = first_fall(result)
+            if curve is None or (training.name != SOUND and fall is None):
+                continue
+            reach.setdefault(training.name, []).append(nearest_to_limit(name, curve[:fall]))
+        for which, values in reach.items():
+            sound = which == SOUND
+            text = f"watch/{name}, limit {MONITORS[name].limit:g}, {which}: furthest"
+            value = nearest_to_limit(name, values) if sound else float(np.mean(values))
+            rows.append(Row(text if sound else f"{text} before the judge fell", value, n=len(values)))
     return rows
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from gamed import GAMES, SOUND, Trip, change, first_fall, first_trip, plan, table
+from gamed import GAMES, SOUND, Trip, change, first_fall, first_trip, limit_rows, nearest_to_limit, plan, table
 from trainings import Result, Training
 
 FADING = [
@@ -65,3 +65,18 @@ def test_every_seed_has_every_game():
     assert [one.name for one in planned] == [*GAMES, SOUND] * 2
     assert [one.seed for one in planned] == [0] * 5 + [1] * 5
     assert {one.name for one in plan(1, quick=True)} == {"small files", SOUND}
+
+
+def test_a_limit_lies_between_what_is_sound_and_what_is_not():
+    found = {
+        Training(SOUND, 0): training_of([0.8] * 4, FADING[:3]),
+        Training(SOUND, 1): training_of([0.8] * 3, FADING[:2]),
+        Training("paid, unit", 0): training_of([0.8] * 6 + [0.7] * 3, FADING),  # it falls at 6, 5 is the last before
+    }
+    rows = {row.name: row.value for row in limit_rows(found)}
+    assert rows["watch/drawn, limit 0.6, demo: furthest"] == pytest.approx(0.8)
+    assert rows["watch/drawn, limit 0.6, paid, unit: furthest before the judge fell"] == pytest.approx(0.5)
+    assert not any("map_entropy" in name for name in rows)
+    assert nearest_to_limit("file_size", [0.9, 1.2, 0.8]) == 0.8
+    assert nearest_to_limit("file_size", [0.9, 1.3, 0.8]) == 1.3
+    assert nearest_to_limit("kl", [0.0, 0.3, 0.1]) == 0.3
