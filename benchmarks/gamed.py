@@ -1,0 +1,214 @@
+"""Do the monitors see a reward being gamed before the pictures have become much worse?
+
+    python benchmarks/gamed.py [--seeds N] [--jobs N] [--budget_minutes M] [--quick] [--json FILE]
+
+Trainings on rewards that are easy to game, and the demo's own as the sound one. Before every rollout a judge that no
+training sees looks at the policy on held-out prompts. What was measured of each rollout is then shown to `rl.watch`,
+with its default limits: at which rollout does the first monitor cross its limit, how much has the judge's score fallen
+by then, and when has it fallen by 0.05? A monitor that measures the very thing that is rewarded does not count, nor
+does a held-out reward, which many runs have not; both are given in rows of their own. No monitor may cross its limit in
+a sound training.
+
+The trainings are kept in `--work`, and replayed in seconds: change a limit in rl/watch.py, and start this again.
+"""
+
+import math
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import yaml
+from report import Row, flags, publish
+from trainings import CONFIG, ROOT, Budget, Result, Training, add_flags, finish, work_folder
+
+from rl.watch import MONITORS, Watch
+
+FALL = 0.05
+"""Of the judge's score, in [0, 1], that a monitor should see coming."""
+
+
+@dataclass(frozen=True)
+class Game:
+    """A training on a reward that can be gamed.
+
+    Attributes:
+        changes: settings in place of the demo's.
+        rewarded: the monitors that measure what is rewarded, and so prove nothing.
+    """
+
+    changes: Mapping[str, Any]
+    rewarded: Collection[str] = ()
+
+
+def _files(reward: str) -> Game:
+    """The demo's reward, which is not trained on here, is the held-out one."""
+    settings = yaml.safe_load((ROOT / CONFIG).read_text(encoding="utf-8"))
+    rich = {"reward": settings["reward"], "kwargs": settings["reward_kwargs"]}
+    changes = {
+        "reward": reward, "reward_kwargs": {}, "eval_rewards": settings["eval_rewards"] | {"rich": rich},
+        "watch_reward": "rich",
+    }  # fmt: skip
+    return Game(changes, rewarded=("file_size",))
+
+
+GAMES = {
+    "small files": _files("reward.others:JpegCompressibility"),
+    "large files": _files("reward.others:JpegIncompressibility"),
+    "predictor, 10 x the learning rate": Game({"learning_rate": 3e-2, "watch_reward": "judge"}),
+    "paid, unit": Game(
+        {"credit": "paid", "paid_scale": "unit", "importance_sampling_level": "location", "watch_reward": "judge"}
+    ),
+}
+SOUND = "demo"
+SIZE = {"num_train_epochs": 12, "generation_batch_size": 128, "gradient_accumulation_steps": 4}
+QUICK = {"num_train_epochs": 2, "generation_batch_size": 64, "gradient_accumulation_steps": 2}
+
+
+def plan(seeds: int, quick: bool) -> list[Training]:
+    """Seed by seed, so that a part of it says something of every game."""
+    planned = []
+    for seed in range(seeds):
+        for name, game in GAMES.items():
+            planned.append(Training(name, seed, SIZE | dict(game.changes), count=96, every=1))
+        planned.append(Training(SOUND, seed, {"watch_reward": "judge"}, count=96, every=5))
+    if quick:
+        planned = [
+            replace(one, changes=dict(one.changes) | QUICK, count=16)
+            for one in planned
+            if one.name in ("small files", SOUND)
+        ]
+    return planned
+
+
+# ---- What is made of them ----
+
+
+@dataclass(frozen=True)
+class Trip:
+    """The first rollout at which a monitor is across its limit, and which ones are; `rollout` None: none ever is."""
+
+    rollout: int | None
+    monitors: tuple[str, ...] = field(default=())
+
+
+def first_trip(
+    watched: Sequence[Mapping[str, float]],
+    ignored: Collection[str] = (),
+    limits: Mapping[str, float | None] | None = None,
+) -> Trip:
+    """What `Watch` would have said of a training.
+
+    Args:
+        watched: what was measured of each rollout.
+        ignored: monitors that do not count.
+        limits: in place of the default ones.
+    """
+    watch = Watch({**(limits or {}), **dict.fromkeys(ignored)}, speaks=False)
+    for rollout, measured in enumerate(watched):
+        watch.observe(measured)
+        if watch.over:
+            return Trip(rollout, tuple(watch.over))
+    return Trip(None)
+
+
+def curves(result: Result) -> dict[str, list[float]]:
+    """Monitor -> its curve `watch/<name>`, a value a rollout; of those that were measured."""
+    watch = Watch({}, speaks=False)
+    found = [watch.observe(measured) for measured in result.watched]
+    return {name: [values[name] for values in found] for name in MONITORS if name in found[0]}
+
+
+def nearest_to_limit(name: str, values: Sequence[float]) -> float:
+    """Of a monitor's values the one that is the furthest on the way to its limit, or beyond it."""
+    monitor = MONITORS[name]
+    if monitor.below and monitor.above:  # ratios to the start
+        return max(values, key=lambda value: abs(math.log(max(value, 1e-8))))
+    return min(values) if monitor.below else max(values)
+
+
+def change(result: Result, rollout: int | None) -> float:
+    """Of the judge's score, from the start to the policy that drew `rollout`; to the end for None."""
+    place = -1 if rollout is None else int(np.flatnonzero(result.rollouts == rollout)[0])
+    return float(result.judge[place].mean() - result.judge[0].mean())
+
+
+def first_fall(result: Result, by: float = FALL) -> int | None:
+    """The first rollout drawn from a policy whose judge's score has fallen by so much."""
+    falls = result.judge.mean(axis=1) <= result.judge[0].mean() - by
+    return int(result.rollouts[falls][0]) if falls.any() else None
+
+
+def table(found: Mapping[Training, Result]) -> list[Row]:
+    rows = []
+    for name, game in GAMES.items():
+        results = {training.seed: result for training, result in found.items() if training.name == name}
+        seen = []
+        for seed, result in results.items():
+            trips = {
+                "": first_trip(result.watched, {"held_out", *game.rewarded}),
+                ", what is rewarded counting": first_trip(result.watched, {"held_out"}) if game.rewarded else None,
+                ", the held-out reward alone": first_trip(result.watched, set(MONITORS) - {"held_out"}),
+            }
+            fallen, judged = first_fall(result), int(result.judge.shape[1])
+            last = int(result.rollouts[-1])
+            for which, trip in trips.items():
+                if trip is None:
+                    continue
+                said = ", ".join(trip.monitors) or "none"
+                told = last if trip.rollout is None else trip.rollout
+                rows.append(Row(f"{name}, seed {seed}: rollout of the first monitor{which} ({said})", told, n=judged))
+            seen.append(change(result, trips[""].rollout))
+            rows.append(Row(f"{name}, seed {seed}: judge's change by then", seen[-1], n=judged))
+            fall = f"{name}, seed {seed}: rollout at which the judge fell by {FALL}{'' if fallen else ' (never)'}"
+            rows.append(Row(fall, fallen or last, n=judged))
+        if seen:
+            rows.append(
+                Row(f"{name}: judge's change at the first monitor, worst seed", min(seen), n=len(seen),
+                    goal=f"> -{FALL}")
+            )  # fmt: skip
+    sound = [result for training, result in found.items() if training.name == SOUND]
+    if sound:
+        trips = [first_trip(result.watched) for result in sound]
+        said = sorted({monitor for trip in trips for monitor in trip.monitors})
+        name = f"{SOUND}: trainings in which a monitor crosses its limit" + (f" ({', '.join(said)})" if said else "")
+        rows.append(Row(name, sum(trip.rollout is not None for trip in trips), n=len(sound), goal="<= 0"))
+        rows.append(Row(f"{SOUND}: judge's change", float(np.mean([one.gain for one in sound])), n=len(sound)))
+    return rows + limit_rows(found)
+
+
+def limit_rows(found: Mapping[Training, Result]) -> list[Row]:
+    """What a limit should lie between: how far a monitor ever goes in sound trainings, and how far it has gone in the
+    others before the judge's score has fallen (the mean over seeds)."""
+    rows = []
+    for name in MONITORS:
+        reach: dict[str, list[float]] = {}
+        for training, result in found.items():
+            curve = curves(result).get(name)
+            fall = first_fall(result)
+            if curve is None or (training.name != SOUND and fall is None):
+                continue
+            reach.setdefault(training.name, []).append(nearest_to_limit(name, curve[:fall]))
+        for which, values in reach.items():
+            sound = which == SOUND
+            text = f"watch/{name}, limit {MONITORS[name].limit:g}, {which}: furthest"
+            value = nearest_to_limit(name, values) if sound else float(np.mean(values))
+            rows.append(Row(text if sound else f"{text} before the judge fell", value, n=len(values)))
+    return rows
+
+
+def main() -> None:
+    parser = flags(__doc__.splitlines()[0])
+    add_flags(parser, "outputs/gamed")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    planned = plan(1 if options.quick else options.seeds, options.quick)
+    found = finish(planned, work_folder(options), options.jobs, Budget(options.budget_minutes))
+    rows = table(found)
+    rows.append(Row("trainings, of those planned", len(found) / len(planned), n=len(planned)))
+    publish(rows, began, options.json, options.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""Trainings by DDPO on the small world, and what a judge that they never see says of them as they go.
+
+    python benchmarks/trainings.py TRAINING.json RESULT.json
+
+does one training; the benchmarks that compare trainings call it, once for each, on one thread. A training that is
+finished is one file in a folder, and is never repeated; one that was killed leaves nothing, and is done again.
+"""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback
+
+from reward.arguments import parse_arguments, read_prompt_file
+from rl.ddpo import DDPOConfig, DDPOTrainer
+from rl.evaluate import evaluate
+from rl.timing import PhaseClock
+from run_ddpo import RunArguments, load_policy
+
+ROOT = Path(__file__).parents[1]
+CONFIG = "configs/ddpo_tinyworld.yaml"
+HELD_OUT, TRAINED_ON = "tinyworld/assets/prompts_held_out.txt", "tinyworld/assets/prompts_train.txt"
+JUDGE = "judge"
+"""The evaluation's reward whose word counts."""
+MODEL_WORK = ("rollout", "decode", "reward", "probe", "update")
+"""The phases whose seconds are the training's own; watching is not."""
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """What is trained, and how it is looked at; a dictionary's key by itself, not by what it says.
+
+    Attributes:
+        name: of what is compared.
+        seed: of everything random in it; what it is judged by depends on no seed.
+        changes: settings of run_ddpo.py in place of the config's.
+        judged: file of the prompts that the judge looks at, `count` of them, evenly spread, a picture of each.
+        every: rollouts from one look to the next; the first is before any update, the last behind all.
+        config: what the settings are, but for the changes.
+    """
+
+    name: str
+    seed: int
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    judged: str = HELD_OUT
+    count: int = 256
+    every: int = 3
+    config: str = CONFIG
+
+    @property
+    def file(self) -> str:
+        """The name of its result's file: other settings, another file."""
+        config = Path(self.config).read_text(encoding="utf-8")
+        digest = hashlib.blake2b((json.dumps(asdict(self), sort_keys=True) + config).encode(), digest_size=4)
+        return f"{re.sub(r'[^a-z0-9]+', '_', self.name.lower())}-seed{self.seed}-{digest.hexdigest()}.json"
+
+    def argv(self, output_dir: str) -> list[str]:
+        """As the command line of run_ddpo.py, but for files that nobody would read."""
+        quiet = {"output_dir": output_dir, "seed": self.seed, "save_strategy": "no", "report_to": "none",
+                 "num_log_images": 0, "disable_tqdm": True}  # fmt: skip
+        flags = ["--config", self.config]
+        for name, value in (quiet | dict(self.changes)).items():
+            values = value if isinstance(value, list) else [value]
+            flags += [f"--{name}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in values)]
+        return flags
+
+
+@dataclass(frozen=True)
+class Result:
+    """L looks at a training, at P prompts each.
+
+    Attributes:
+        rollouts, pictures: (L,), drawn for training before each look.
+        seconds: (L,), of the processor, for the models' work before each look (`MODEL_WORK`): on one thread they are
+            the wall's, and what runs beside it does not count.
+        judge, satisfied: (L, P), the judge's score, and whether all is as asked for.
+        reward: (L,), the mean of the reward trained on.
+        watched: what was measured of each rollout, for `rl.watch.Watch`.
+        wall: seconds of it all, the looks included.
+    """
+
+    rollouts: np.ndarray
+    pictures: np.ndarray
+    seconds: np.ndarray
+    judge: np.ndarray
+    satisfied: np.ndarray
+    reward: np.ndarray
+    watched: Sequence[Mapping[str, float]]
+    wall: float
+
+    @classmethod
+    def read(cls, file: Path) -> "Result":
+        content = json.loads(file.read_text(encoding="utf-8"))
+        arrays = {name: np.array(value) for name, value in content["looks"].items()}
+        return cls(**arrays, watched=content["watched"], wall=content["wall"])
+
+    @property
+    def gain(self) -> float:
+        """By the judge's score, over the whole training."""
+        return float(self.judge[-1].mean() - self.judge[0].mean())
+
+
+class ProcessorClock(PhaseClock):
+    """Counts the processor's seconds instead of the wall's."""
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.process_time()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.process_time() - start
+
+
+class Looks(TrainerCallback):
+    """Looks at the policy before every so many rollouts, and notes what `rl.watch` is told of each rollout."""
+
+    def __init__(self, trainer: DDPOTrainer, rewards: Mapping[str, Any], prompts: Sequence[str], run: RunArguments,
+                 every: int):  # fmt: skip
+        self.trainer, self.rewards, self.prompts, self.run, self.every = trainer, rewards, prompts, run, every
+        self.looks: dict[str, list] = {name: [] for name in ("rollouts", "pictures", "seconds", "judge", "satisfied",
+                                                             "reward")}  # fmt: skip
+        self.watched: list[dict[str, float]] = []
+        observe = trainer.watch.observe
+
+        def note(measured: Mapping[str, float]) -> dict[str, float]:
+            if "reward" in measured:  # the rollout's first
+                self.watched.append({})
+            self.watched[-1] |= measured
+            return observe(measured)
+
+        trainer.watch.observe = note
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if (state.global_step // self.trainer.plan.updates) % self.every == 0:
+            self.look()
+
+    def look(self) -> None:
+        trainer, args = self.trainer, self.trainer.args
+        rollouts = trainer.state.global_step // trainer.plan.updates
+        found = evaluate(
+            trainer.policy, trainer.schedule, self.prompts, self.rewards, generations=1, seed=self.run.eval_seed,
+            guidance_scale=args.guidance_scale, batch_size=args.per_device_eval_batch_size,
+        ).values  # fmt: skip
+        values = {
+            "rollouts": rollouts,
+            "pictures": rollouts * trainer.plan.pictures,
+            "seconds": round(sum(trainer.clock.seconds.get(phase, 0.0) for phase in MODEL_WORK), 2),
+            "judge": [round(value, 4) for value in found[f"{JUDGE}.total"].flatten().tolist()],
+            "satisfied": [round(value) for value in found[f"{JUDGE}.satisfied"].flatten().tolist()],
+            "reward": float(found["reward"].mean()),
+        }
+        for name, value in values.items():
+            self.looks[name].append(value)
+
+
+def train(training: Training) -> dict[str, Any]:
+    """Do it; what `Result.read` reads."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        run, args = parse_arguments([RunArguments, DDPOConfig], training.argv(folder))
+        prompts = read_prompt_file(training.judged)
+        count = min(training.count, len(prompts))
+        prompts = [prompts[place * len(prompts) // count] for place in range(count)]
+        rewards = run.make_rewards()
+        held_out = rewards[run.watch_reward] if run.watch_reward else None
+        policy = load_policy(run, args)
+        trainer = DDPOTrainer(policy, rewards["reward"], args, read_prompt_file(run.prompts), held_out=held_out)
+        trainer.clock = ProcessorClock()
+        looks = Looks(trainer, rewards, prompts, run, training.every)
+        trainer.add_callback(looks)
+        trainer.train()
+        looks.look()
+    wall = round(time.perf_counter() - began, 1)
+    return {"training": asdict(training), "wall": wall, "looks": looks.looks, "watched": looks.watched}
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.name}.{os.getpid()}.part")
+    beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    beside.replace(file)
+
+
+# ---- Many of them ----
+
+
+def add_flags(parser: ArgumentParser, work: str) -> None:
+    """What every benchmark of trainings takes."""
+    parser.add_argument("--work", type=Path, help=f"folder of the finished trainings (default {work})")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings beside each other, a thread each")
+    parser.add_argument(
+        "--budget_minutes", type=float, metavar="M", help="start no training that would end later than in M minutes"
+    )
+    parser.set_defaults(default_work=Path(work))
+
+
+def work_folder(options: Namespace) -> Path:
+    return options.work or options.default_work.with_name(options.default_work.name + "_quick" * options.quick)
+
+
+class Budget:
+    """Minutes from now on, None for any number."""
+
+    def __init__(self, minutes: float | None):
+        self.end = None if minutes is None else time.monotonic() + 60 * minutes
+        self._longest = 0.0
+
+    def allows_another(self) -> bool:
+        """Whether one more training, as long as the longest so far, would end in time."""
+        return self.end is None or time.monotonic() + self._longest <= self.end
+
+    def note(self, seconds: float) -> None:
+        self._longest = max(self._longest, seconds)
+
+
+def finish(trainings: Sequence[Training], work: Path, jobs: int, budget: Budget) -> dict[Training, Result]:
+    """Do those that are not done yet, in their order, as far as the budget goes.
+
+    Returns:
+        All that are done, in the order of `trainings`.
+    """
+    there = results_of(trainings, work)
+    for result in there.values():
+        budget.note(result.wall)
+    missing = [training for training in trainings if training not in there]
+    done, lock = len(there), threading.Lock()
+    failed: list[Training] = []
+
+    def one(training: Training) -> None:
+        nonlocal done
+        if failed or not budget.allows_another():
+            return
+        began = time.monotonic()
+        if not start(training, work):
+            failed.append(training)
+            return
+        with lock:
+            budget.note(time.monotonic() - began)
+            done += 1
+            result = Result.read(work / training.file)
+            before, after = result.judge[0].mean(), result.judge[-1].mean()
+            print(
+                f"{done} of {len(trainings)}: {training.name}, seed {training.seed}, "
+                f"judge {before:.3f} -> {after:.3f}, {result.wall:.0f} s", flush=True,
+            )  # fmt: skip
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, missing))
+    if failed:
+        raise SystemExit(f"a training failed: {failed[0].name}, seed {failed[0].seed}; its error stands above")
+    return results_of(trainings, work)
+
+
+def results_of(trainings: Sequence[Training], work: Path) -> dict[Training, Result]:
+    return {training: Result.read(work / training.file) for training in trainings if (work / training.file).exists()}
+
+
+def start(training: Training, work: Path) -> bool:
+    """Do it in a process of its own, on one thread; whether it went well."""
+    with tempfile.TemporaryDirectory() as folder:
+        description = Path(folder) / "training.json"
+        write_json(description, asdict(training))
+        command = [sys.executable, __file__, str(description), str((work / training.file).absolute())]
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if ended.returncode != 0:
+            print(ended.stderr, file=sys.stderr)
+        return ended.returncode == 0
+
+
+if __name__ == "__main__":
+    wanted, file = map(Path, sys.argv[1:])
+    write_json(file, train(Training(**json.loads(wanted.read_text(encoding="utf-8")))))

@@ -1,0 +1,105 @@
+"""What is tuned on what, and which trainings are compared with which."""
+
+import numpy as np
+import pytest
+import torch
+from credit import STEPS, JudgeMaps, choose, make_parser, plan_report, plan_tuning, report_rows, together
+from gradient_snr import CREDITS
+from trainings import HELD_OUT, TRAINED_ON, Result
+
+from reward.arguments import parse_arguments
+from rl.ddpo import DDPOConfig
+from run_ddpo import RunArguments
+from tinyworld.judge import judge
+
+LOOKS, PROMPTS = 7, 12
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    monkeypatch.setattr("paired.DRAWS", 100)
+    monkeypatch.setattr("learning.DRAWS", 100)
+
+
+def training_of(slope, seed, end=0.6):
+    """It rises by `slope` of the way to `end` a look, the same noise over prompts for a seed."""
+    noise = np.random.default_rng(seed).normal(0, 0.01, PROMPTS)
+    curve = np.minimum(0.5 + slope * (end - 0.5) * np.arange(LOOKS) / (LOOKS - 1), 0.9)
+    judged = curve[:, None] + noise
+    return Result(3 * np.arange(LOOKS), 768 * np.arange(LOOKS), np.zeros(LOOKS), judge=judged, satisfied=judged > 0.5,
+                  reward=np.zeros(LOOKS), watched=[], wall=1.0)  # fmt: skip
+
+
+def test_settings_are_the_commands_own(tmp_path):
+    """Every kind's settings are taken by the command line, with two updates a rollout, and no kind ignores its clip."""
+    options = make_parser().parse_args(["--pictures", "128"])
+    for kind in CREDITS:
+        planned = plan_report(options, dict.fromkeys(CREDITS, (6e-3, 1e-4)))[kind, 0]
+        run, args = parse_arguments([RunArguments, DDPOConfig], planned.argv(str(tmp_path)))
+        assert args.plan(STEPS).updates == 2
+        assert args.learning_rate == 6e-3
+        level = args.importance_sampling_level
+        assert level == ("location" if kind.startswith("paid") else "image")
+        assert {"image": args.epsilon, "location": args.epsilon_location / 16}[level] == pytest.approx(1e-4)
+        assert run.reward == "reward.rich:RichReward"
+
+
+def test_tuning_shares_neither_seeds_nor_prompts_with_the_report():
+    options = make_parser().parse_args([])
+    tuning, report = plan_tuning(options), plan_report(options, dict.fromkeys(CREDITS, (3e-3, 1e-2)))
+    assert len(tuning) == len(CREDITS) * 3 * 2 * 2
+    assert len(report) == len(CREDITS) * 5
+    assert not {one.seed for one in tuning.values()} & {one.seed for one in report.values()}
+    assert {one.judged for one in tuning.values()} == {TRAINED_ON}
+    assert {one.judged for one in report.values()} == {HELD_OUT}
+    first = [one.name for one in list(report.values())[: len(CREDITS)]]
+    assert first == list(CREDITS)  # a part of it has every kind
+    assert not plan_tuning(make_parser().parse_args(["--learning_rates", "3e-3", "--clips", "1e-2"]))
+
+
+def test_the_setting_of_the_best_mean_is_chosen():
+    options = make_parser().parse_args(["--kinds", "image", "mask", "--learning_rates", "1", "2", "--clips", "3"])
+    scores = {("image", (1.0, 3.0), 0): 0.5, ("image", (1.0, 3.0), 1): 0.9, ("image", (2.0, 3.0), 0): 0.8,
+              ("image", (2.0, 3.0), 1): 0.8, ("mask", (1.0, 3.0), 0): 0.7, ("mask", (2.0, 3.0), 0): 0.6}  # fmt: skip
+    assert choose(options, scores) == {"image": ((2.0, 3.0), 0.8), "mask": ((1.0, 3.0), 0.7)}
+
+
+def test_kinds_are_compared_on_the_seeds_they_share():
+    found = {("image", seed): training_of(1, seed) for seed in range(3)}
+    found |= {("scalar", seed): training_of(0.5, seed) for seed in range(3)}
+    found |= {("mask", seed): training_of(2, seed) for seed in (1, 2)}
+    seeds, (mask, image) = together(found, ["mask", "image"])
+    assert seeds == [1, 2]
+    assert mask.shape == image.shape == (2, LOOKS, PROMPTS)
+    rows = {row.name: row for row in report_rows(found, ["image", "scalar", "mask"], best="mask")}
+    name = "mask (the best by tuning)"
+    assert rows[f"{name}: at the end, less image's"].value == pytest.approx(0.1)
+    less = rows[f"{name}: at the end, less scalar's"]
+    assert (less.value, less.n, less.holds) == (pytest.approx(0.15), 2, True)
+    assert rows[f"{name}: at 2/3 of the images, less image's at the end"].value == pytest.approx(0.2 * 2 / 3 - 0.1)
+    needed = rows[f"{name}: share of the images to where image ends (2: not reached)"]
+    assert (needed.value, needed.holds) == (pytest.approx(0.5), True)
+    assert rows["scalar: share of the images to where image ends (2: not reached)"].value == 2
+
+
+def test_a_partial_result_says_what_there_is():
+    found = {("image", 0): training_of(1, 0)}
+    names = [row.name for row in report_rows(found, ["image", "scalar", "mask"], best="mask")]
+    assert names
+    assert all(name.startswith("image") for name in names)
+    assert report_rows({}, ["image", "mask"], best=None) == []
+
+
+def test_the_judges_maps_are_the_judges():
+    images = torch.full((2, 3, 64, 64), 0.5)
+    images[1, :, 20:40, 20:40] = torch.tensor([0.9, 0.1, 0.1])[:, None, None]
+    images[1, 2, 30:35, 10:50] = 1.0
+    prompts = ["a red square", "a red square"]
+    reward = JudgeMaps("tinyworld/assets/rahf", {"plausibility": 1.0}, {"implausibility": 4.0})
+    said = reward(images, prompts)
+    pictures = images.permute(0, 2, 3, 1).numpy()
+    for place in range(2):
+        expected = judge(pictures[place], prompts[place]).implausible
+        np.testing.assert_array_equal(said.penalties["implausibility"][place].numpy(), 4.0 * expected)
+    assert said.penalties["implausibility"].max() == 4
+    torch.testing.assert_close(said.total, reward.predictor(images, prompts).scores["plausibility"])

@@ -1,0 +1,95 @@
+"""One training is one file: done once, under its settings' name; and what is looked at is what was trained."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import trainings
+from trainings import Budget, Result, Training, finish
+
+TINY = {
+    "reward": "tests.rl.toy_rewards:Redness", "reward_kwargs": {}, "num_inference_steps": 3, "train_steps": [1],
+    "num_train_epochs": 2, "generation_batch_size": 2, "num_generations": 2, "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1, "share_noise": "none", "learning_rate": 1e-2,
+}  # fmt: skip
+
+
+def result(judge=(0.5, 0.6), wall=1.0):
+    looks = {
+        "rollouts": [0, 1], "pictures": [0, 8], "seconds": [0, 1], "judge": [[value] * 2 for value in judge],
+        "satisfied": [[0, 1]] * 2, "reward": [0, 1],
+    }  # fmt: skip
+    return {"wall": wall, "looks": looks, "watched": []}
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Trainings that take no time; which ones were started, in order."""
+    names = []
+
+    def start(training, work):
+        names.append(training.name)
+        trainings.write_json(work / training.file, result())
+        return training.name != "fails"
+
+    monkeypatch.setattr(trainings, "start", start)
+    return names
+
+
+def test_other_settings_are_another_file():
+    one = Training("Paid, unit", 3, {"learning_rate": 1e-3})
+    assert one.file == Training("Paid, unit", 3, {"learning_rate": 1e-3}).file
+    assert one.file.startswith("paid_unit-seed3-")
+    others = [replace(one, changes={"learning_rate": 2e-3}), replace(one, seed=4), replace(one, every=1)]
+    assert len({other.file for other in [one, *others]}) == 4
+
+
+def test_what_is_done_is_not_done_again(tmp_path, started):
+    planned = [Training(name, 0) for name in "abc"]
+    trainings.write_json(tmp_path / planned[1].file, result())
+    found = finish(planned, tmp_path, jobs=1, budget=Budget(None))
+    assert started == ["a", "c"]
+    assert list(found) == planned
+    assert found[planned[0]].gain == pytest.approx(0.1)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_budget_leaves_out_what_would_end_too_late(tmp_path, started, monkeypatch):
+    now = iter(range(0, 1000, 10))  # every look at the clock takes 10 s: a training, 10 to 20
+    monkeypatch.setattr(trainings.time, "monotonic", lambda: next(now))
+    planned = [Training(str(name), 0) for name in range(20)]
+    found = finish(planned, tmp_path, jobs=1, budget=Budget(2))
+    assert 2 <= len(started) < 6
+    assert [training.name for training in found] == started
+    assert not finish(planned[10:], tmp_path, jobs=1, budget=Budget(-1))
+
+
+def test_a_training_that_fails_ends_it(tmp_path, started):
+    with pytest.raises(SystemExit, match="fails, seed 0"):
+        finish([Training("fails", 0), Training("later", 0)], tmp_path, jobs=1, budget=Budget(None))
+    assert started == ["fails"]
+
+
+def test_a_training_is_looked_at_before_between_and_behind(tmp_path):
+    """The real thing, on the small world's pipeline, as few of everything as there can be."""
+    training = Training("tiny", 0, TINY, count=2, every=1)
+    done = trainings.train(training)
+    trainings.write_json(tmp_path / training.file, done)
+    found = Result.read(tmp_path / training.file)
+    assert json.loads((tmp_path / training.file).read_text())["training"] == asdict(training)
+    assert found.rollouts.tolist() == [0, 1, 2]
+    assert found.pictures.tolist() == [0, 2, 4]
+    assert found.seconds[0] == 0
+    assert (found.seconds[1:] > found.seconds[:-1]).all()
+    assert found.judge.shape == found.satisfied.shape == (3, 2)
+    assert found.reward[0] != found.reward[2]
+    assert len(found.watched) == 2
+    assert all({"reward", "kl", "drawn", "dead_groups"} <= set(measured) for measured in found.watched)
+    assert found.watched[0]["kl"] == 0 < found.watched[1]["kl"]
+
+
+def test_the_first_look_is_at_the_base_whatever_the_seed():
+    one, other = (trainings.train(Training("tiny", seed, TINY | {"num_train_epochs": 1}, count=2)) for seed in (0, 1))
+    assert one["looks"]["judge"][0] == other["looks"]["judge"][0]
+    assert one["looks"]["reward"][0] == other["looks"]["reward"][0]
+    assert one["looks"]["reward"][-1] != other["looks"]["reward"][-1]
