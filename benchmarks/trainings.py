@@ -26,11 +26,12 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback
 
+from finetune.run import load_policy
 from reward.arguments import parse_arguments, read_prompt_file
 from rl.ddpo import DDPOConfig, DDPOTrainer
 from rl.evaluate import evaluate
 from rl.timing import PhaseClock
-from run_ddpo import RunArguments, load_policy
+from run_ddpo import RunArguments
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/ddpo_tinyworld.yaml"
@@ -179,7 +180,7 @@ def train(training: Training) -> dict[str, Any]:
         prompts = [prompts[place * len(prompts) // count] for place in range(count)]
         rewards = run.make_rewards()
         held_out = rewards[run.watch_reward] if run.watch_reward else None
-        policy = load_policy(run, args)
+        policy = load_policy(run.policy, args)
         trainer = DDPOTrainer(policy, rewards["reward"], args, read_prompt_file(run.prompts), held_out=held_out)
         trainer.clock = ProcessorClock()
         looks = Looks(trainer, rewards, prompts, run, training.every)

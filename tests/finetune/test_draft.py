@@ -100,7 +100,7 @@ def unsupported(folder):
         (["--num_generations", "3"], ["4 pictures (4 x 1 micro-batches x 1 processes)", "(3)", "use 3 or 6"]),
         (["--num_train_epochs", "1.5"], ["num_train_epochs is 1.5"]),
         (["--policy", "./nowhere"], ["no pipeline folder ./nowhere"]),
-        (["--policy", "FLUX"], ["is a FluxPipeline; what can be trained is"]),
+        (["--policy", "FLUX"], ["is a FluxPipeline; what works here is"]),
         (["--prompts", "nowhere.txt"], ["nowhere.txt"]),
         (["--stop_on", "held_out"], ["watch_reward"]),
         (["--init_adapter", "nowhere"], ["there is no LoRA folder nowhere"]),

@@ -197,7 +197,7 @@ def test_other_mistakes(given, drawn, capsys, tmp_path):
         (given | {"model": tmp_path / "none"}, "there is no model folder"),
         (given | {"output_dir": tmp_path / "full"}, "holds other files; give another --output_dir"),
         (given | {"num_examples": 0}, "num_examples is 0; it must be at least 1"),
-        (drawn | {"policy": tmp_path / "flux"}, "is a FluxPipeline; what can be trained is StableDiffusionPipeline"),
+        (drawn | {"policy": tmp_path / "flux"}, "is a FluxPipeline; what works here is StableDiffusionPipeline"),
         (drawn | {"num_generations": 0}, "num_generations is 0"),
         (drawn | {"prompts": tmp_path / "none.txt"}, "cannot read the prompt file"),
         (drawn | {"num_inference_steps": 2000}, "it must lie between 1 and 1000"),

@@ -224,7 +224,7 @@ def test_mistakes(settings, prompt_file, tmp_path, capsys):
         ({"colour": 1}, "unknown setting on the command line: `--colour`"),
         ({"data": tmp_path / "none"}, "there is no folder of pictures"),
         ({"weight_by": {"overal": 1.0}}, "(nearest name: `overall`)"),
-        ({"policy": tmp_path / "flux"}, "is a FluxPipeline; what can be trained is StableDiffusionPipeline"),
+        ({"policy": tmp_path / "flux"}, "is a FluxPipeline; what works here is StableDiffusionPipeline"),
         ({"eval_prompts": prompt_file}, "judged before and after, but by what? name a `reward`"),
         ({"prompt_dropout": 2}, "prompt_dropout is 2.0; it must lie in [0, 1]"),
         ({"snr_gamma": 0}, "snr_gamma is 0.0; it must be above 0"),
