@@ -11,6 +11,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from rl.checkpoints import written_beside
 from rl.evaluate import Evaluation
+from rl.full_unet import FullUnet
+from rl.lora import Lora
 from rl.report import paired_change
 
 CURVES = {
@@ -78,14 +80,13 @@ def write_model_card(
     reward = settings.get("reward") or ("a sum of rewards, see below" if settings.get("rewards") else None)
     model = settings.get("reward_kwargs", {}).get("model")
     theirs = licence_of(model) if model else "see its code"
-    tags = ["text-to-image", "diffusers", "lora", *method.tags]
+    tags = ["text-to-image", "diffusers", *(["lora"] if _is_lora(settings) else []), *method.tags]
     data = ModelCardData(base_model=str(base), library_name="diffusers", pipeline_tag="text-to-image", tags=tags)
     lines = [
         "---", data.to_yaml(), "---", "",
         f"# {Path(folder).name}", "",
         f"`{base}`, fine-tuned by {method.name}{f' {method.reward_is} `{reward}`' if reward else ''}.", "",
-        "```python", "from diffusers import DiffusionPipeline", "",
-        f'pipe = DiffusionPipeline.from_pretrained("{base}")', f'pipe.load_lora_weights("{folder}")', "```", "",
+        "```python", *_usage(settings, folder), "```", "",
         f"Licences: base: {licence_of(base)}{f'; reward: {theirs}' if reward else ''}.", "",
     ]  # fmt: skip
     if figures is not None:
@@ -96,6 +97,21 @@ def write_model_card(
         (beside / "README.md").write_text("\n".join(lines), encoding="utf-8")
         _draw_curves(history, method.curves, beside / "curves.png")
     return {"model card": Path(folder) / "README.md"}
+
+
+def _is_lora(settings: Mapping[str, Any]) -> bool:
+    return settings.get("tune", "lora") == "lora"
+
+
+def _usage(settings: Mapping[str, Any], folder: str | Path) -> list[str]:
+    """Lines of Python that make the pipeline with what was trained."""
+    place = (settings.get("push_to_hub") and settings.get("hub_model_id")) or folder
+    kind = Lora if _is_lora(settings) else FullUnet
+    lines = [f"from diffusers import DiffusionPipeline{'' if kind is Lora else ', UNet2DConditionModel'}", ""]
+    lines.append(f'pipe = DiffusionPipeline.from_pretrained("{settings["policy"]}")')
+    for base_adapter in settings.get("base_adapters") or ():
+        lines += [Lora.usage(base_adapter), "pipe.fuse_lora()", "pipe.unload_lora_weights()"]
+    return [*lines, kind.usage(place)]
 
 
 def _figures(before: Evaluation, after: Evaluation) -> list[str]:

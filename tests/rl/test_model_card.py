@@ -32,6 +32,25 @@ def test_a_run_without_evaluation_has_a_card_too(tmp_path):
     assert "a sum of rewards" in card
 
 
+def used(folder, **settings):
+    write_model_card(folder, {**SETTINGS, **settings}, [])
+    card = (folder / "README.md").read_text()
+    return card.split("---")[1], card.split("```python\n")[1].split("```")[0].splitlines()[2:]
+
+
+def test_card_shows_how_to_use_what_was_trained(tmp_path):
+    """Whatever was trained, on whatever base; names of the hub where it was pushed there."""
+    front, lines = used(tmp_path, base_adapters=["first"], push_to_hub=True, hub_model_id="me/mine")
+    assert "- lora" in front
+    assert lines == [
+        'pipe = DiffusionPipeline.from_pretrained("somebody/a-pipeline")', 'pipe.load_lora_weights("first")',
+        "pipe.fuse_lora()", "pipe.unload_lora_weights()", 'pipe.load_lora_weights("me/mine")',
+    ]  # fmt: skip
+    front, lines = used(tmp_path, tune="full")
+    assert "- lora" not in front
+    assert lines[1:] == [f'pipe.unet = UNet2DConditionModel.from_pretrained("{tmp_path}", subfolder="unet")']
+
+
 def test_licences_are_those_of_the_cards_that_are_there(tmp_path):
     assert licence_of(tmp_path) == f"unknown here; see {tmp_path}"
     (tmp_path / "README.md").write_text("---\nlicense: openrail++\n---\n# A model\n")
