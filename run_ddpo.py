@@ -26,7 +26,7 @@ transformers.logging.set_verbosity_error()  # says on import what does not conce
 transformers.logging.disable_progress_bar()
 diffusers.logging.disable_progress_bar()
 
-from reward.arguments import main_guard, parse_arguments, read_prompt_file  # noqa: E402
+from reward.arguments import main_guard, parse_arguments, read_prompt_file, whole_models  # noqa: E402
 from reward.by_name import check_reward_name, make_reward, make_weighted_reward, read_named_rewards  # noqa: E402
 from reward.feedback import RewardFn  # noqa: E402
 from rl.adapter import AdapterSettings, check_adapter_files  # noqa: E402
@@ -168,8 +168,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = begin.checkpoint
 
     console.print("[bold]loading[/] policy and rewards")
-    rewards = {name: place_reward(reward, args) for name, reward in run.make_rewards().items()}
-    policy = load_policy(run, args)
+    with whole_models(args):
+        rewards = {name: place_reward(reward, args) for name, reward in run.make_rewards().items()}
+        policy = load_policy(run, args)
     held_out = rewards[run.watch_reward] if run.watch_reward else None
     trainer = DDPOTrainer(policy, rewards[TRAINING_REWARD], args, prompts, held_out=held_out)
 

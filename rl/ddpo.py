@@ -296,7 +296,10 @@ class DDPOTrainer(ResumableTrainer):
             self._diverged(f"in update {self.state.global_step + 1} the {what} is {value}")
 
     def _check_weights(self) -> None:
-        if not all(bool(weight.isfinite().all()) for weight in self.model.parameters() if weight.requires_grad):
+        # Of a weight that ZeRO-3 has sharded, a rank sees its own part only.
+        parts = [getattr(weight, "ds_tensor", weight) for weight in self.trained_weights()]
+        broken = torch.tensor([not all(bool(part.isfinite().all()) for part in parts)], device=self.args.device)
+        if bool(self.accelerator.gather(broken).any()):
             self._diverged(f"after update {self.state.global_step} its weights are not finite")
 
     def _diverged(self, how: str) -> NoReturn:

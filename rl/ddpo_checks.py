@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 SAVE_STRATEGIES = ("epoch", "steps", "no")
 LR_SCHEDULES = tuple(
     schedule.value
@@ -56,6 +57,10 @@ def check_engine(args: "DDPOConfig") -> None:
     if args.deepspeed and args.hf_deepspeed_config.is_zero3():
         for name, used in (("train_steps auto", args.probed_steps), ("ema_decay", args.ema_decay)):
             require(used is None, f"{name} needs whole weights, which a rank of ZeRO-3 has not; use ZeRO-2")
+        require(
+            args.hf_deepspeed_config.is_true(GATHER),
+            f"with ZeRO-3, {GATHER} must be true in deepspeed's settings, or what is trained cannot be saved as a whole",
+        )
 
 
 def check_ranges(args: "DDPOConfig") -> None:
