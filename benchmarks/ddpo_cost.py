@@ -16,10 +16,11 @@ from pathlib import Path
 from report import Row, flags, publish
 from transformers import TrainerCallback
 
+from finetune.run import load_policy
 from reward.arguments import parse_arguments, read_prompt_file
 from rl.ddpo import DDPOConfig, DDPOTrainer
 from rl.timing import PhaseClock
-from run_ddpo import RunArguments, load_policy
+from run_ddpo import RunArguments
 
 PICTURES = 64
 ROLLOUTS = 3
@@ -71,7 +72,7 @@ def make_trainer(config: Path, rollouts: int, output_dir: str) -> DDPOTrainer:
     }  # fmt: skip
     argv = ["--config", str(config), *(text for name, value in changes.items() for text in (f"--{name}", str(value)))]
     run, args = parse_arguments([RunArguments, DDPOConfig], argv)
-    policy, reward = load_policy(run, args), run.make_reward()
+    policy, reward = load_policy(run.policy, args), run.make_reward()
     _, schedule = args.make_schedule(policy.scheduler)
     args.gradient_accumulation_steps = args.steps_per_rollout(schedule)
     if hasattr(reward, "to"):

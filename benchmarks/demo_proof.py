@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +38,23 @@ GENERATIONS = 2
 
 
 class Proof:
-    """One config's runs, and what the judge says of them and of the controls."""
+    """One config's runs, and what the judge says of them and of the controls.
 
-    def __init__(self, config: Path, work: Path, prompts: int | None, extra: list[str]):
-        self.config, self.work, self.extra = config, work, extra
+    Args:
+        prompts: how many of the held-out ones; None: all.
+        extra: more flags of the runs.
+        command: what runs the config, behind `python`.
+    """
+
+    def __init__(
+        self,
+        config: Path,
+        work: Path,
+        prompts: int | None,
+        extra: Sequence[str] = (),
+        command: Sequence[str] = ("run_ddpo.py",),
+    ):
+        self.config, self.work, self.extra, self.command = config, work, extra, command
         self.settings = yaml.safe_load(config.read_text())
         self.prompts = read_prompt_file(self.settings["eval_prompts"])[:prompts]
         self.captions = [prompt for prompt in self.prompts for _ in range(GENERATIONS)]
@@ -49,21 +62,25 @@ class Proof:
         self.steps = int(self.settings.get("num_inference_steps", 10))
 
     def run(self, seed: int) -> Path:
-        """The folder of one seed's run; `summary.json` is written last."""
+        """The folder of one seed's run; `finished.json` is written last."""
         folder = self.work / f"seed{seed}"
-        if not (folder / "summary.json").exists():
-            command = [sys.executable, "run_ddpo.py", "--config", self.config, "--seed", seed, "--output_dir", folder]
+        if not (folder / "finished.json").exists():
+            command = [sys.executable, *self.command, "--config", self.config, "--seed", seed, "--output_dir", folder]
             subprocess.run([*map(str, command), "--overwrite_output_dir", "true", *self.extra], check=True)
         return folder
 
-    def verdicts(self, name: str, draw: Callable[[], np.ndarray]) -> list[Verdict]:
-        """The judge on two pictures a prompt, kept in `work` under `name`."""
+    def pictures(self, name: str, draw: Callable[[], np.ndarray]) -> np.ndarray:
+        """Two pictures a prompt, (N, 64, 64, 3) uint8, kept in `work` under `name`."""
         file = self.work / f"{name}.npz"
         if not file.exists():
             self.work.mkdir(parents=True, exist_ok=True)
             np.savez_compressed(file.with_suffix(".part.npz"), pictures=draw())
             file.with_suffix(".part.npz").replace(file)
-        pictures = np.load(file)["pictures"]
+        return np.load(file)["pictures"]
+
+    def verdicts(self, name: str, draw: Callable[[], np.ndarray]) -> list[Verdict]:
+        """The judge on these pictures."""
+        pictures = self.pictures(name, draw)
         return [judge(picture, caption) for picture, caption in zip(pictures, self.captions, strict=True)]
 
     def draw(self, pipeline: StableDiffusionPipeline, **how) -> np.ndarray:

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from report import Row, flags, publish
 
+from finetune.run import load_policy
 from reward.arguments import parse_arguments, read_prompt_file
 from rl.attention import WordAttention
 from rl.ddpo import DDPOConfig
@@ -38,7 +39,7 @@ from rl.scoring import score
 from rl.sde import resolve_train_steps
 from rl.step_gradients import step_gradients
 from rl.timing import PhaseClock
-from run_ddpo import RunArguments, load_policy
+from run_ddpo import RunArguments
 
 PICTURES = 64
 CREDITS = {
@@ -68,7 +69,7 @@ def collect(options: Namespace, chunks: int) -> tuple[list[int], dict[str, np.nd
         run, args = parse_arguments(
             [RunArguments, DDPOConfig], ["--config", str(options.config), "--output_dir", folder]
         )
-    policy, reward = load_policy(run, args), run.make_reward()
+    policy, reward = load_policy(run.policy, args), run.make_reward()
     args.per_device_train_batch_size = PICTURES
     _, schedule = args.make_schedule(policy.scheduler)
     steps = [

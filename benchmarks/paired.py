@@ -1,6 +1,6 @@
 """Intervals for paired figures of several seeds: what a benchmark's claims rest on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -24,12 +24,35 @@ def paired_interval(
         mean, low, high.
     """
     table = np.stack(differences)  # (S, P)
-    rng = np.random.default_rng(seed)
-    seeds, prompts = table.shape
-    means = np.empty(DRAWS)
-    for draw in range(DRAWS):
-        rows = rng.integers(seeds, size=seeds)
-        columns = rng.multinomial(prompts, np.full(prompts, 1 / prompts))
-        means[draw] = table[rows].mean(axis=0) @ columns / prompts
+    means = np.array([table[rows].mean(axis=0) @ weights for rows, weights in _draws(*table.shape, seed)])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(table.mean()), float(low), float(high)
+
+
+def paired_ratio(
+    above: Sequence[np.ndarray], below: Sequence[np.ndarray], level: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """Ratio of the means of two figures and its interval, by the same bootstrap.
+
+    Args:
+        above, below: for each seed (P,), one figure a prompt; each list has its own seeds, drawn independently of the
+            other's, and both the same P prompts.
+        level: of the interval.
+
+    Returns:
+        ratio, low, high.
+    """
+    top, bottom = np.stack(above), np.stack(below)
+    draws = zip(_draws(*top.shape, seed), _draws(*bottom.shape, seed + 1), strict=True)
+    ratios = [(top[rows].mean(axis=0) @ weights) / (bottom[others].mean(axis=0) @ weights)
+              for (rows, weights), (others, _) in draws]  # fmt: skip
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return float(top.mean() / bottom.mean()), float(low), float(high)
+
+
+def _draws(seeds: int, prompts: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`DRAWS` times: which seeds are drawn, and each prompt's weight."""
+    rng = np.random.default_rng(seed)
+    for _ in range(DRAWS):
+        rows = rng.integers(seeds, size=seeds)
+        yield rows, rng.multinomial(prompts, np.full(prompts, 1 / prompts)) / prompts

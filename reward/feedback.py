@@ -4,8 +4,8 @@ Shapes: B images, H x W their height and width in pixels, T the tokens of one pr
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NoReturn, Protocol
 
 import torch
@@ -76,6 +76,29 @@ class Reward:
             value = value - penalty.mean(dim=(-2, -1))
         return value
 
+    def detach(self) -> "Reward":
+        """The same without its gradients."""
+        return self._each(torch.Tensor.detach)
+
+    def first(self, count: int) -> "Reward":
+        """Of the first `count` images."""
+        words = self.word_penalties
+        of_maps = self._each(lambda tensor: tensor[:count])
+        return replace(of_maps, word_penalties=None if words is None else list(words[:count]))
+
+    def cpu(self) -> "Reward":
+        return self._each(torch.Tensor.cpu)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Reward":
+        """The same with every tensor changed, those of words too."""
+        words = self.word_penalties
+        return Reward(
+            total=change(self.total),
+            penalties={name: change(maps) for name, maps in self.penalties.items()},
+            word_penalties=None if words is None else [change(value) for value in words],
+            terms={name: change(value) for name, value in self.terms.items()},
+        )
+
 
 class RewardFn(Protocol):
     """Anything that turns images and prompts into a `Reward`.
@@ -126,6 +149,7 @@ def _check_values(name: str, value: torch.Tensor, prompts: Sequence[str], dimens
     wanted = f"({count}, H, W)" if dimensions == 3 else f"({count},)"
     if not isinstance(value, torch.Tensor):
         raise RewardError(f"the reward's {name} is {_kind(value)}, not a tensor {wanted}")
+    value = value.detach()
     if value.ndim != dimensions or len(value) != count:
         raise RewardError(f"the reward's {name} has shape {tuple(value.shape)} for {count} pictures, not {wanted}")
     if 0 in value.shape:
@@ -148,7 +172,7 @@ def _check_words(words: Sequence[torch.Tensor], prompts: Sequence[str]) -> None:
         if not isinstance(value, torch.Tensor) or value.ndim != 1:
             shape = tuple(value.shape) if isinstance(value, torch.Tensor) else _kind(value)
             raise RewardError(f"the reward's word penalties must be a tensor (T,) for each picture, not {shape}")
-    together = torch.cat(list(words))
+    together = torch.cat(list(words)).detach()
     if not together.isfinite().all():
         index = next(index for index, value in enumerate(words) if not value.isfinite().all())
         raise RewardError(f"the reward's word penalties are not finite for the prompt {prompts[index]!r}")
@@ -157,7 +181,7 @@ def _check_words(words: Sequence[torch.Tensor], prompts: Sequence[str]) -> None:
 
 
 def _refuse_negative(name: str, value: torch.Tensor) -> NoReturn:
-    raise RewardError(f"the reward's {name} is negative ({float(value.min())}); penalties are costs, >= 0")
+    raise RewardError(f"the reward's {name} is negative ({float(value.detach().min())}); penalties are costs, >= 0")
 
 
 def _kind(value: object) -> str:

@@ -9,10 +9,9 @@ from transformers.integrations import TensorBoardCallback
 
 from reward.draw import to_array
 from rl.checkpoints import LOGS, explained
-from rl.pictures import sample_sheet
 
 if TYPE_CHECKING:
-    from rl.ddpo import DDPOTrainer
+    from rl.policy_trainer import PolicyTrainer
 
 
 class RewardProgress(ProgressCallback):
@@ -67,7 +66,7 @@ def _wait_until_newest(folder: Path) -> None:
 class ResumedLogs(TrainerCallback):
     """Gives a run that goes on what its checkpoint had summed up for the next line of the log."""
 
-    def __init__(self, trainer: "DDPOTrainer"):
+    def __init__(self, trainer: "PolicyTrainer"):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -75,32 +74,29 @@ class ResumedLogs(TrainerCallback):
 
 
 class SampleGrids(TrainerCallback):
-    """The first pictures of each rollout, with overlays of their penalties, in TensorBoard."""
+    """What there is to look at of the last update, in TensorBoard."""
 
-    def __init__(self, trainer: "DDPOTrainer"):
+    def __init__(self, trainer: "PolicyTrainer"):
         self.trainer = trainer
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        experience = self.trainer.experience
         writers = [
             callback.tb_writer
             for callback in self.trainer.callback_handler.callbacks
             if isinstance(callback, TensorBoardCallback)
         ]
-        if not writers or writers[0] is None or experience is None or experience.samples is None:
+        if not writers or writers[0] is None or "loss" not in logs:  # a line at the end is of no update
             return
-        if "loss" not in logs:  # the line at the end, which is of no update
-            return
-        sheet = to_array(sample_sheet(experience.samples))
-        with explained(f"logs to {writers[0].log_dir}", args.output_dir):
-            writers[0].add_image("samples", sheet, state.global_step, dataformats="HWC")
-            writers[0].flush()  # on the disk before the checkpoint that follows
+        for name, sheet in self.trainer.sheets().items():
+            with explained(f"logs to {writers[0].log_dir}", args.output_dir):
+                writers[0].add_image(name, to_array(sheet), state.global_step, dataformats="HWC")
+                writers[0].flush()  # on the disk before the checkpoint that follows
 
 
 class AverageWeights(TrainerCallback):
     """Takes the weights into their moving average after each update."""
 
-    def __init__(self, trainer: "DDPOTrainer"):
+    def __init__(self, trainer: "PolicyTrainer"):
         self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):

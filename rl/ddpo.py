@@ -5,34 +5,23 @@ advantages and credit by place. Shapes: B rows of a micro-batch, C latent channe
 """
 
 import logging
-import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast
-from diffusers.training_utils import EMAModel
 from torch import nn
-from transformers import ProgressCallback, TrainerCallback
-from transformers.integrations import TensorBoardCallback
+from transformers import TrainerCallback
 
 from reward.feedback import RewardFn
 from rl.advantages import PromptStatistics
-from rl.callbacks import AverageWeights, ResumedLogs, RewardProgress, RunCurves, SampleGrids
-from rl.checkpoints import (
-    explained,
-    newest_whole,
-    written_beside,
-)
 from rl.ddpo_config import DDPOConfig
-from rl.experience import Experience, gather_experience, rollout_noise, sample_and_score
+from rl.experience import Experience, Samples, gather_experience, rollout_noise, sample_and_score
 from rl.losses import ppo_loss
 from rl.policy import StableDiffusionPolicy
-from rl.resumable import ResumableTrainer
-from rl.rollout import DivergedError, draw_prompts, keyed_generator, shared_places
+from rl.policy_trainer import PolicyTrainer
+from rl.rollout import draw_prompts, keyed_generator, shared_places
 from rl.rollout_plan import RolloutPlan
 from rl.run_state import RunState
 from rl.sde import draw_steps, kl_map, log_prob_map, step_mean, step_weights
@@ -62,7 +51,7 @@ class RolloutLoader:
         return self._collect(self._rollout)
 
 
-class DDPOTrainer(ResumableTrainer):
+class DDPOTrainer(PolicyTrainer):
     """Fine-tunes a diffusion policy so that a reward function likes its pictures better.
 
     An epoch is a rollout: its pictures are sampled and scored when the Trainer asks for the epoch's first micro-batch,
@@ -86,8 +75,6 @@ class DDPOTrainer(ResumableTrainer):
         watch: what is known of the reward being gamed.
     """
 
-    loss_is_scaled_for_ga = False
-
     def __init__(
         self,
         policy: StableDiffusionPolicy,
@@ -97,38 +84,30 @@ class DDPOTrainer(ResumableTrainer):
         callbacks: list[TrainerCallback] | None = None,
         held_out: RewardFn | None = None,
     ):
-        self.policy, self.reward_fn, self.prompts, self.held_out = policy, reward_fn, list(prompts), held_out
-        self.scheduler, self.schedule = args.make_schedule(policy.scheduler)
-        self.train_steps = args.trained_steps(self.schedule)
-        plan = args.plan(args.steps_per_rollout(self.schedule))
+        self.reward_fn, self.prompts, self.held_out = reward_fn, list(prompts), held_out
+        sampler = _, schedule = args.make_schedule(policy.scheduler)
+        self.train_steps = args.trained_steps(schedule)
+        plan = args.plan(args.steps_per_rollout(schedule))
         self.statistics = PromptStatistics(args.prompt_buffer_size, args.prompt_min_count)
         self.probe: StepProbe | None = None
-        self.average: EMAModel | None = None
         self.total_rollouts = args.max_steps // plan.updates if args.max_steps > 0 else int(args.num_train_epochs)
         self.experience: Experience | None = None
         self._kl_observed = False
-        self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._noted = True
         self._begun: tuple[int, RunState] | None = None  # the rollout in use, and what was remembered before it
         if args.beta > 0 and not policy.has_reference:
             raise ValueError(f"beta is {args.beta}, but the policy keeps no base model; load it with keep_reference")
         watch = Watch(args.watch_limits, args.stop_on, speaks=args.should_save)
-        super().__init__(plan, watch, model=policy.network, args=args, callbacks=callbacks)
-        policy.to(args.device)
+        super().__init__(policy, args, sampler, plan, watch, callbacks)
         self.add_callback(StopWhenGamed(self.watch))
-        self.add_callback(ResumedLogs(self))
-        if self.pop_callback(TensorBoardCallback):
-            self.add_callback(RunCurves)
-            self.add_callback(SampleGrids(self))
-        if self.pop_callback(ProgressCallback):
-            self.add_callback(RewardProgress)
         if args.probed_steps is not None:
             weights = sum(weight.numel() for weight in self.trained_weights())
             chunks = self.plan.pictures / args.chunk_size * args.num_iterations / self.plan.updates
             self.probe = StepProbe(self.train_steps, args.probed_steps, chunks, weights, args.seed)
-        if args.ema_decay is not None:
-            self.average = EMAModel(self.trained_weights(), decay=args.ema_decay)
-            self.add_callback(AverageWeights(self))
+
+    @property
+    def samples(self) -> Samples | None:
+        return self.experience and self.experience.samples
 
     # ---- The algorithm ----
 
@@ -279,48 +258,7 @@ class DDPOTrainer(ResumableTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         if not self._noted:  # not before: a stop may still undo the rollout
             self._note(self.experience)
-        with self.clock("update"):
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        self._check_update("loss", float(loss))
-        return loss
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm=None) -> float | None:
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        # In float16, gradients do overflow now and then; the loss scaler sees it, skips the update and adapts.
-        if grad_norm is not None and not self.args.fp16:
-            self._check_update("norm of the gradient", float(grad_norm))
-        return grad_norm
-
-    def _check_update(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            self._diverged(f"in update {self.state.global_step + 1} the {what} is {value}")
-
-    def _check_weights(self) -> None:
-        # Of a weight that ZeRO-3 has sharded, a rank sees its own part only.
-        parts = [getattr(weight, "ds_tensor", weight) for weight in self.trained_weights()]
-        broken = torch.tensor([not all(bool(part.isfinite().all()) for part in parts)], device=self.args.device)
-        if bool(self.accelerator.gather(broken).any()):
-            self._diverged(f"after update {self.state.global_step} its weights are not finite")
-
-    def _diverged(self, how: str) -> NoReturn:
-        raise DivergedError(
-            f"the policy diverged: {how}; no checkpoint is made of it, {newest_whole(self.args.output_dir)}; "
-            "go on from there with a smaller learning_rate"
-        )
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """The Trainer's, one step ahead: a rollout costs too much to be used at the learning rate 0 of the first. Nor
-        at that of the last, so a decay is spread over one update more."""
-        existing = self.lr_scheduler
-        scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
-        if scheduler is not existing and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-            scheduler.lr_lambdas = [lambda step, f=factor: f(step + 1) for factor in scheduler.lr_lambdas]
-            for group, base, factor in zip(
-                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-            ):
-                group["lr"] = base * factor(0)
-            scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
-        return scheduler
+        return super().training_step(model, inputs, num_items_in_batch)
 
     # ---- Logs ----
 
@@ -333,49 +271,7 @@ class DDPOTrainer(ResumableTrainer):
         if "held_out" in experience.measures and self._saved_step == self.state.global_step:
             self.watch.note_checkpoint(self.state.global_step, experience.measures["held_out"])
 
-    def _observe(self, measured: dict[str, float]) -> None:
-        self._log_later({f"watch/{name}": value for name, value in self.watch.observe(measured).items()})
-
-    def _log_later(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._metrics[name].append(torch.tensor(value, device=self.args.device))
-
-    def forget_metrics(self) -> None:
-        """Drop what has been noted since the last log."""
-        self._metrics.clear()
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            for name, values in self._metrics.items():
-                largest = name.endswith("_deviation")
-                stacked = torch.stack(values)
-                value = self.accelerator.gather((stacked.max() if largest else stacked.mean()).reshape(1))
-                logs[name] = float(value.max() if largest else value.mean())
-            self.forget_metrics()
-            logs |= {f"seconds/{phase}": seconds for phase, seconds in self.clock.seconds.items()}
-        super().log(logs, start_time)
-
-    def _unlogged(self) -> dict[str, Any]:
-        """What this rank has summed up for the next line of the log, as JSON can hold it."""
-        metrics = {name: torch.stack(values).tolist() for name, values in self._metrics.items()}
-        return {"since": self._globalstep_last_logged, "loss": float(self._tr_loss), "metrics": metrics}
-
-    def take_up_logs(self) -> None:
-        """Go on with the lines of the log and the clock where the checkpoint that is resumed left them."""
-        resumed, self._resumed = self._resumed, {}
-        self.clock.seconds.update(resumed.get("seconds", {}))
-        unlogged = resumed.get("unlogged", [])
-        if len(unlogged) == self.args.world_size:  # each rank has its own
-            mine = unlogged[self.args.process_index]
-            self._globalstep_last_logged = mine["since"]
-            self._tr_loss += mine["loss"]
-            for name, values in mine["metrics"].items():
-                self._metrics[name] = list(torch.tensor(values, device=self.args.device))
-
     # ---- What is kept ----
-
-    def trained_weights(self) -> list[nn.Parameter]:
-        return [weight for weight in self.policy.network.parameters() if weight.requires_grad]
 
     def _memory(self) -> RunState:
         """What rollouts, not updates, change."""
@@ -392,44 +288,11 @@ class DDPOTrainer(ResumableTrainer):
         state = self._memory()
         if self._begun is not None and self.state.global_step == self._begun[0] * self.plan.updates:
             state = self._begun[1]
-        if self.average is None:
-            return state
-        average = {f"average.{place}": weight for place, weight in enumerate(self.average.shadow_params)}
-        facts = {**state.facts, "average_updates": self.average.optimization_step}
-        return RunState(facts, {**state.tensors, **average})
-
-    def _conclude(self) -> None:
-        if self.average is not None:
-            self.average.copy_to(self.trained_weights())
+        return self._with_average(state)
 
     def _load_state(self, state: RunState) -> None:
+        super()._load_state(state)
         self.train_steps = tuple(state.facts["train_steps"])
         self.statistics.load(state.facts["prompt_rewards"])
-        self.watch.load_state(state.facts["watch"])
         if self.probe is not None:
             self.probe.load(state.part("probe"))
-        if self.average is not None:
-            self.average.optimization_step = state.facts["average_updates"]
-            for place, weight in enumerate(self.average.shadow_params):
-                weight.copy_(state.part("average")[str(place)])
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if _internal_call:  # of a checkpoint, which explains what it cannot write
-            return super().save_model(output_dir, _internal_call)
-        folder = output_dir or self.args.output_dir
-        with explained(f"the {self.policy.trained.what} to {folder}", self.args.output_dir):
-            super().save_model(folder)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Not the Trainer's: `rl.model_card` writes one that knows base, reward and figures."""
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Only what is trained, as diffusers loads it, and the scheduler that samples as training did; the base is not
-        copied. So every checkpoint is also a LoRA folder, or one with a U-Net."""
-        if self.args.should_save:
-            with written_beside(Path(output_dir or self.args.output_dir)) as beside:
-                self.policy.save_adapter(beside, state_dict)
-                self.scheduler.save_pretrained(beside / "scheduler")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.policy.load_adapter(resume_from_checkpoint)

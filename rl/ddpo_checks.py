@@ -1,66 +1,22 @@
 """What may be wrong with the settings of a DDPO run, one message each; and settings that have no effect."""
 
 import logging
-import os
-from collections.abc import Iterable
-from dataclasses import MISSING, Field, fields
-from typing import TYPE_CHECKING, Any
-
-from transformers import SchedulerType
+from typing import TYPE_CHECKING
 
 from rl.adapter import require
 from rl.advantages import BASELINES
 from rl.credit import CREDITS, FOCUSES, PAID_SCALES
+from rl.policy_checks import refuse_zero3, warn_of_ignored
 
 if TYPE_CHECKING:
     from rl.ddpo_config import DDPOConfig
 
 logger = logging.getLogger(__name__)
 
-GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
-SAVE_STRATEGIES = ("epoch", "steps", "no")
-LR_SCHEDULES = tuple(
-    schedule.value
-    for schedule in SchedulerType
-    if schedule not in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # these follow an evaluation's loss
-)
 
-
-def check_names(args: "DDPOConfig") -> None:
-    require(
-        not args.fsdp and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("1", "true"),
-        "fsdp is not supported: the LoRA could not be saved; "
-        "to shard over GPUs, use --deepspeed configs/deepspeed/zero2.json",
-    )
-    for name, valid in (("save_strategy", SAVE_STRATEGIES), ("lr_scheduler_type", LR_SCHEDULES)):
-        value = getattr(args, name)
-        require(getattr(value, "value", value) in valid, f"{name} is {value!r}; it must be one of {', '.join(valid)}")
-
-
-def check_engine(args: "DDPOConfig") -> None:
-    require(
-        args.n_gpu <= 1,
-        f"this process sees {args.n_gpu} GPUs, and would spread its batches over them by torch's DataParallel, "
-        "which does not fit rollouts; start one process a GPU: accelerate launch --config_file "
-        "configs/accelerate/multi_gpu.yaml run_ddpo.py ..., or show it one: CUDA_VISIBLE_DEVICES=0",
-    )
-    require(
-        not args.torch_compile,
-        "torch_compile would compile the whole network as one, and for the training only; use torch_compile_unet, "
-        "which compiles its transformer blocks, for the evaluation too, and in less time",
-    )
-    require(
-        not args.save_only_model,
-        "save_only_model leaves checkpoints that cannot be resumed from; leave it out: "
-        "every checkpoint is a folder with the LoRA too",
-    )
-    if args.deepspeed and args.hf_deepspeed_config.is_zero3():
-        for name, used in (("train_steps auto", args.probed_steps), ("ema_decay", args.ema_decay)):
-            require(used is None, f"{name} needs whole weights, which a rank of ZeRO-3 has not; use ZeRO-2")
-        require(
-            args.hf_deepspeed_config.is_true(GATHER),
-            f"with ZeRO-3, {GATHER} must be true in deepspeed's settings, or what is trained cannot be saved as a whole",
-        )
+def check_zero3(args: "DDPOConfig") -> None:
+    if args.probed_steps is not None:
+        refuse_zero3(args, "train_steps auto")
 
 
 def check_ranges(args: "DDPOConfig") -> None:
@@ -71,38 +27,23 @@ def check_ranges(args: "DDPOConfig") -> None:
     )
     check_credit(args)
     check_steps(args)
-    require(0 <= args.eta <= 1, f"eta is {args.eta}; it must lie in [0, 1]")
     require(args.eta > 0, "eta is 0: steps without noise have no log-prob to train; set it above 0, e.g. 1")
-    require(args.num_inference_steps >= 1, f"num_inference_steps is {args.num_inference_steps}; at least 1")
-    require(args.guidance_scale >= 0, f"guidance_scale is {args.guidance_scale}; it must not be negative")
     for name in ("epsilon", "epsilon_location", "advantage_std_floor", "advantage_clip"):
         require(getattr(args, name) > 0, f"{name} is {getattr(args, name)}; it must be above 0")
     require(args.epsilon_high is None or args.epsilon_high > 0, f"epsilon_high is {args.epsilon_high}; above 0")
-    require(
-        args.ema_decay is None or 0 < args.ema_decay < 1,
-        f"ema_decay is {args.ema_decay}; it must lie between 0 and 1, e.g. 0.9",
-    )
-    for name in (
-        "num_iterations",
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-        "gradient_accumulation_steps",
-    ):
-        require(getattr(args, name) >= 1, f"{name} is {getattr(args, name)}; it must be at least 1")
+    require(args.num_iterations >= 1, f"num_iterations is {args.num_iterations}; it must be at least 1")
     require(
         args.max_steps > 0 or args.num_train_epochs > 0,
         f"num_train_epochs is {args.num_train_epochs}; it counts rollouts, so it must be at least 1",
     )
     for name in (
         "per_device_rollout_batch_size",
-        "reward_batch_size",
         "generation_batch_size",
         "steps_per_generation",
     ):
         value = getattr(args, name)
         require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
     require(args.beta >= 0, f"beta is {args.beta}; it must not be negative")
-    require(args.num_log_images >= 0, f"num_log_images is {args.num_log_images}; it must not be negative")
     require(
         not args.auto_find_batch_size,
         "auto_find_batch_size would break up groups; set a smaller per_device_train_batch_size instead",
@@ -185,23 +126,3 @@ def warn_of_ignored_settings(args: "DDPOConfig") -> None:
         )
     unused = "epsilon_location" if level == "image" else "epsilon"
     warn_of_ignored(args, (unused,), f"importance_sampling_level is {level}")
-    if "tensorboard" not in args.report_to and args.num_log_images > 0:
-        warn_of_ignored(args, ("num_log_images",), "report_to does not name tensorboard")
-    if args.tune == "full":
-        lora = [setting.name for setting in fields(args) if "lora" in setting.name]
-        warn_of_ignored(args, (*lora, "use_dora"), "tune is full, there is no LoRA")
-    if args.init_adapter is not None:
-        warn_of_ignored(args, ("init_lora_weights",), "the LoRA starts from init_adapter")
-    if args.device.type == "cpu":
-        warn_of_ignored(args, ("offload",), "the run is on the CPU")
-
-
-def warn_of_ignored(settings: object, names: Iterable[str], why: str) -> None:
-    """Warn of those of `names` that a dataclass of settings holds another value for than its default."""
-    for setting in fields(settings):
-        if setting.name in names and getattr(settings, setting.name) != _default(setting):
-            logger.warning("%s=%r is ignored: %s", setting.name, getattr(settings, setting.name), why)
-
-
-def _default(setting: Field) -> Any:
-    return setting.default if setting.default_factory is MISSING else setting.default_factory()

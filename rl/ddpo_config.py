@@ -1,36 +1,29 @@
 """The settings of a DDPO run."""
 
 import math
-from dataclasses import dataclass, field, fields
-from typing import Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from diffusers import DDIMScheduler
-from transformers import TrainingArguments
 
-from rl.adapter import DEFAULT_LORA_TARGETS, AdapterSettings, require
-from rl.ddpo_checks import check_engine, check_names, check_ranges, warn_of_ignored_settings
-from rl.engines import prepare_deepspeed_on_cpu
-from rl.memory import MemorySettings
-from rl.policy import PictureSize
+from rl.adapter import require
+from rl.ddpo_checks import check_ranges, check_zero3, warn_of_ignored_settings
+from rl.policy_config import RewardedPolicyConfig
 from rl.rollout_plan import RolloutPlan, check_rollout, plan_rollout
 from rl.sde import Schedule, ddim_scheduler, make_schedule, resolve_train_steps
-from rl.watch import check_watch
-
-Settings = TypeVar("Settings")
 
 
 @dataclass
-class DDPOConfig(TrainingArguments):
-    """`transformers.TrainingArguments` with what DDPO needs besides; defaults are the small world's recipe.
+class DDPOConfig(RewardedPolicyConfig):
+    """`rl.policy_config` with what DDPO needs besides; defaults are the small world's recipe.
 
     Names follow TRL's GRPOConfig where it has the same thing. An epoch is a rollout: `num_train_epochs` counts them.
     """
 
+    command: ClassVar[str] = "run_ddpo.py"
+
     # Trainer's own, with other defaults
     learning_rate: float = field(default=3e-3, metadata={"help": "Initial learning rate of AdamW."})
-    lr_scheduler_type: str = field(
-        default="constant_with_warmup", metadata={"help": "Learning rate schedule, as in transformers."}
-    )
     warmup_steps: float = field(
         default=3,
         metadata={
@@ -45,7 +38,6 @@ class DDPOConfig(TrainingArguments):
     gradient_accumulation_steps: int = field(
         default=8, metadata={"help": "Micro-batches of one optimizer update; must divide those of a rollout."}
     )
-    logging_steps: float = field(default=1, metadata={"help": "Log every so many updates."})
     save_strategy: str = field(
         default="epoch",
         metadata={
@@ -53,47 +45,8 @@ class DDPOConfig(TrainingArguments):
             "multiple of the updates of a rollout; no."
         },
     )
-    save_total_limit: int | None = field(
-        default=2,
-        metadata={"help": "Keep so many checkpoints, the newest; besides, the one of the best held-out reward."},
-    )
-    report_to: list[str] = field(
-        default_factory=lambda: ["tensorboard"], metadata={"help": "Where to log to, as in transformers."}
-    )
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pictures of one batch of the evaluation."})
-    disable_tqdm: bool | None = field(default=False, metadata={"help": "No progress bars."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Every parameter of the LoRA is used in every forward."}
-    )
 
     # Sampling
-    num_inference_steps: int = field(default=10, metadata={"help": "Sampling steps."})
-    eta: float = field(default=1.0, metadata={"help": "Noise of a step: 1 as DDPM's, 0 none (nothing to train)."})
-    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is none and costs half."})
-    start_timestep: int | None = field(
-        default=None,
-        metadata={
-            "help": "Start sampling at this timestep instead of the noise schedule's end, where some networks' "
-            "first prediction says nothing. Best with start_timestep + 1 a multiple of the steps."
-        },
-    )
-    resolution: int | None = field(
-        default=None, metadata={"help": "Height and width of the pictures; default: what the pipeline was trained at."}
-    )
-    original_size: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Stable Diffusion XL is told that its pictures were cut from ones of this height and width; "
-            "default: their own, as in diffusers."
-        },
-    )
-    crops_coords_top_left: list[int] = field(
-        default_factory=lambda: [0, 0],
-        metadata={"help": "XL is told that they were cut out from here on, pixels from top and left."},
-    )
-    target_size: list[int] | None = field(
-        default=None, metadata={"help": "XL is told that they are of this height and width; default: their own."}
-    )
     sde_window: str | None = field(
         default=None,
         metadata={
@@ -143,10 +96,6 @@ class DDPOConfig(TrainingArguments):
             "help": "Pictures sampled at once (default: `per_device_train_batch_size`). If it differs from that, "
             "the ratio of the first pass is 1 up to rounding only."
         },
-    )
-    reward_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Pictures given to the reward at once; default: as many as are sampled at once."},
     )
 
     # Credit
@@ -237,138 +186,20 @@ class DDPOConfig(TrainingArguments):
             "network is moved towards what the guided one did well."
         },
     )
-    ema_decay: float | None = field(
-        default=None,
-        metadata={
-            "help": "Keep an exponential moving average of the trained weights, with this decay an update; it is what "
-            "the run leaves behind. None: no average."
-        },
-    )
-
-    # Adapter
-    tune: Literal["lora", "full"] = field(
-        default="lora",
-        metadata={
-            "help": "lora: a LoRA on the U-Net; full: all of the U-Net's weights, in float32, left in the folder "
-            "`unet`. A copy of the base is then kept if beta is above 0; else `kl` is not logged."
-        },
-    )
-    lora_rank: int = field(default=8, metadata={"help": "Rank of the LoRA."})
-    lora_alpha: float = field(default=8.0, metadata={"help": "The LoRA's output is scaled by lora_alpha / lora_rank."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: list(DEFAULT_LORA_TARGETS),
-        metadata={"help": "Names of the U-Net's layers that get a LoRA: attention and convolutions."},
-    )
-    lora_dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "Must be 0: what is dropped in the update was not in the rollout, and the ratio would not be 1."
-        },
-    )
-    use_rslora: bool = field(
-        default=False, metadata={"help": "Scale the LoRA's output by lora_alpha / sqrt(lora_rank) instead (rsLoRA)."}
-    )
-    use_dora: bool = field(
-        default=False, metadata={"help": "Train each weight's magnitude apart from its direction (DoRA); slower."}
-    )
-    init_lora_weights: str = field(
-        default="default",
-        metadata={
-            "help": "How the LoRA starts, by peft's names: default, gaussian; for linear layers also orthogonal, "
-            "olora, pissa, pissa_niter_N. What comes out of the last three has twice the rank, as a LoRA on the "
-            "unchanged base model has to."
-        },
-    )
-    init_adapter: str | None = field(
-        default=None,
-        metadata={
-            "help": "Start from the LoRA in this folder, or .safetensors file, as diffusers loads it. Rank, alpha, "
-            "layers and kind come from there."
-        },
-    )
-    base_adapters: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Folders of LoRAs that are added to the base model's weights before training. To use the result "
-            "in diffusers, load and fuse the same ones first."
-        },
-    )
-    model_dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Precision of the frozen weights; what is trained is float32."}
-    )
-
-    # Memory
-    vae_slicing: bool = field(default=False, metadata={"help": "Decode pictures one by one; the same pictures."})
-    vae_tiling: bool = field(
-        default=False,
-        metadata={"help": "Decode large pictures in overlapping tiles; slightly other pictures where tiles meet."},
-    )
-    offload: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep the VAE, the text encoders and the reward's model on the CPU while they are not needed."
-        },
-    )
-    torch_compile_unet: bool = field(
-        default=False,
-        metadata={
-            "help": "Compile the U-Net's transformer blocks; the first rollout and update take minutes longer, and "
-            "the ratio of the first pass is 1 up to rounding only."
-        },
-    )
-
-    # Watch
-    watch_limits: dict = field(
-        default_factory=dict,
-        metadata={
-            "help": "Limits of the monitors that see a reward being gamed, name -> number in place of the default, or "
-            "null for none; rl/watch.py lists them."
-        },
-    )
-    stop_on: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Monitors that end the run when they cross their limits, or all; by default they only warn."},
-    )
-
-    # Run
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "What to go on from: a checkpoint's folder; `latest`, the newest whole one in output_dir; or "
-            "`auto`, that one if there is any, else start anew, so that one command does both."
-        },
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew in an output folder that holds another run, deleting that run."}
-    )
-    num_log_images: int = field(
-        default=8, metadata={"help": "Pictures with overlays in TensorBoard after each rollout; 0 for none."}
-    )
 
     def __post_init__(self):
         if isinstance(self.train_steps, str | int):
             self.train_steps = [self.train_steps]
         self.train_steps = [str(step) for step in self.train_steps]
-        self.watch_limits, self.stop_on = self.watch_limits or {}, self.stop_on or []
-        if isinstance(self.stop_on, str):
-            self.stop_on = [self.stop_on]
-        check_watch(self.watch_limits, self.stop_on)
-        if self.save_strategy is False:  # what YAML makes of a bare `no`
-            self.save_strategy = "no"
-        check_names(self)
-        if self.deepspeed and self.use_cpu:
-            prepare_deepspeed_on_cpu()
         super().__post_init__()
         check_ranges(self)
-        check_engine(self)
+        check_zero3(self)
         check_rollout(self)
-        for kind in (AdapterSettings, PictureSize, MemorySettings):
-            self.part(kind)  # checks them
         warn_of_ignored_settings(self)
 
-    def part(self, kind: type[Settings]) -> Settings:
-        """Those of the settings that the dataclass `kind` has; e.g. `args.part(AdapterSettings)`."""
-        return kind(**{setting.name: getattr(self, setting.name) for setting in fields(kind)})
+    @property
+    def needs_reference(self) -> bool:
+        return self.beta > 0
 
     @property
     def chunk_size(self) -> int:

@@ -50,17 +50,7 @@ class Samples:
     @classmethod
     def of(cls, images: torch.Tensor, prompts: Sequence[str], reward: Reward, count: int) -> "Samples":
         """The first `count` pictures of a batch."""
-        words = reward.word_penalties
-        return cls(
-            images=images[:count].cpu(),
-            prompts=list(prompts[:count]),
-            reward=Reward(
-                total=reward.total[:count].cpu(),
-                penalties={name: value[:count].cpu() for name, value in reward.penalties.items()},
-                word_penalties=None if words is None else [value.cpu() for value in words[:count]],
-                terms={name: value[:count].cpu() for name, value in reward.terms.items()},
-            ),
-        )
+        return cls(images[:count].cpu(), list(prompts[:count]), reward.first(count).cpu())
 
 
 @dataclass(frozen=True)

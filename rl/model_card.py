@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,27 @@ from rl.checkpoints import written_beside
 from rl.evaluate import Evaluation
 from rl.report import paired_change
 
+
+@dataclass(frozen=True)
+class Method:
+    """How a policy was trained.
+
+    Attributes:
+        name: what it is called, with its source; goes behind "fine-tuned by".
+        tags: for the hub.
+    """
+
+    name: str
+    tags: Sequence[str]
+
+
+DDPO = Method("DDPO (Black et al. 2023, arXiv 2305.13301)", ("ddpo", "reinforcement-learning"))
+
 CURVES = {
     "reward": "reward of the rollouts",
     "kl": "KL divergence to the base, nats a latent value",
     "grad_norm": "norm of the gradient",
-    "drawn": "edges drawn, against the start",
+    "watch/drawn": "edges drawn, against the start",
 }
 
 
@@ -41,6 +58,7 @@ def write_model_card(
     settings: Mapping[str, Any],
     history: Sequence[Mapping[str, float]],
     figures: tuple[Evaluation, Evaluation] | None = None,
+    method: Method = DDPO,
 ) -> dict[str, Path]:
     """Write `README.md` and `curves.png`, or, after an error, neither.
 
@@ -54,12 +72,12 @@ def write_model_card(
     """
     base, reward = settings["policy"], settings.get("reward")
     model = settings.get("reward_kwargs", {}).get("model")
-    tags = ["text-to-image", "diffusers", "lora", "ddpo", "reinforcement-learning"]
+    tags = ["text-to-image", "diffusers", "lora", *method.tags]
     data = ModelCardData(base_model=str(base), library_name="diffusers", pipeline_tag="text-to-image", tags=tags)
     lines = [
         "---", data.to_yaml(), "---", "",
         f"# {Path(folder).name}", "",
-        f"`{base}`, fine-tuned by DDPO (Black et al. 2023, arXiv 2305.13301) with the reward "
+        f"`{base}`, fine-tuned by {method.name} with the reward "
         f"`{reward or 'a sum of rewards, see below'}`.", "",
         "```python", "from diffusers import DiffusionPipeline", "",
         f'pipe = DiffusionPipeline.from_pretrained("{base}")', f'pipe.load_lora_weights("{folder}")', "```", "",

@@ -21,6 +21,7 @@ from rl.full_unet import FullUnet
 from rl.lora import Lora, fuse_base_adapters
 from rl.memory import MemorySettings, borrowed, compile_blocks
 from rl.pipelines import Conditioning, check_pipeline_folder, encode_prompt, family_of, load_pipeline, time_ids
+from rl.sde import at_least_float32
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +223,7 @@ class StableDiffusionPolicy:
                 ("Classifier-free diffusion guidance", Ho & Salimans 2022).
 
         Returns:
-            (B, C, h, w) float32.
+            (B, C, h, w) float32 (float64 of a float64 network).
         """
         dtype = self.pipeline.unet.dtype
         guided = guidance_scale != 1.0
@@ -230,7 +231,8 @@ class StableDiffusionPolicy:
             conditioning = conditioning.after(self._without_prompt(conditioning))
             latents, timesteps = latents.repeat(2, 1, 1, 1), timesteps.repeat(2)
         network = network if self._stand_in is None else self._stand_in
-        output = network(latents.to(dtype), timesteps, **conditioning.arguments(dtype)).sample.float()
+        output = network(latents.to(dtype), timesteps, **conditioning.arguments(dtype)).sample
+        output = at_least_float32(output)
         if guided:
             unconditional, conditional = output.chunk(2)
             output = unconditional + guidance_scale * (conditional - unconditional)
@@ -250,9 +252,19 @@ class StableDiffusionPolicy:
             finally:
                 self._stand_in = None
 
-    @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, h, w) -> pictures (B, 3, H, W) float32 in [0, 1]."""
+        """Latents (B, C, h, w) -> pictures (B, 3, H, W) float32 in [0, 1].
+
+        Gradients flow from the pictures into `latents` if they require them. The VAE is then on the device for good: it
+        must be there in the backward pass too.
+        """
+        if torch.is_grad_enabled() and latents.requires_grad:
+            self.pipeline.vae.to(self.device)
+            return self._decoded(latents)
+        with torch.no_grad():
+            return self._decoded(latents)
+
+    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self.pipeline.vae
         latents = latents / vae.config.scaling_factor
         mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
@@ -260,7 +272,7 @@ class StableDiffusionPolicy:
             latents = latents * latents.new_tensor(std).view(1, -1, 1, 1) + latents.new_tensor(mean).view(1, -1, 1, 1)
         with borrowed([vae], self.device), _exact(self.device):
             images = vae.decode(latents.to(vae.dtype)).sample
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        return (at_least_float32(images) / 2 + 0.5).clamp(0, 1)
 
     def save_adapter(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Write what is trained, so that plain diffusers makes the same pictures; see `Lora.save`, `FullUnet.save`.

@@ -3,7 +3,7 @@
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import gather_object
@@ -22,7 +22,6 @@ from rl.checkpoints import (
 )
 from rl.interrupt import RunInterrupted, StopSignal
 from rl.manifest import sealed
-from rl.rollout_plan import RolloutPlan
 from rl.run_state import RunState
 from rl.timing import PhaseClock
 from rl.watch import Watch
@@ -30,6 +29,13 @@ from rl.watch import Watch
 
 class StopAtBoundaryError(Exception):
     """Raised where the weights are those of the last rollout boundary, to leave the Trainer's loop."""
+
+
+class Boundaries(Protocol):
+    """How many optimizer updates lie between two places where a run can stop and go on."""
+
+    @property
+    def updates(self) -> int: ...
 
 
 class ResumableTrainer(Trainer):
@@ -47,7 +53,7 @@ class ResumableTrainer(Trainer):
         clock, train_seconds: seconds of each phase so far, and of `train`; of the whole run, also where it goes on.
     """
 
-    def __init__(self, plan: RolloutPlan, watch: Watch, **trainer):
+    def __init__(self, plan: Boundaries, watch: Watch, **trainer):
         self.plan, self.watch = plan, watch
         self.clock = PhaseClock()
         self.train_seconds = 0.0

@@ -1,6 +1,7 @@
 """One stochastic DDIM step as a distribution: its mean, its std, and the log-prob of where it went.
 
-Shapes: B rows, C latent channels, h x w the latent grid, S sampling steps. All arithmetic is float32.
+Shapes: B rows, C latent channels, h x w the latent grid, S sampling steps. All arithmetic is float32, or float64 where
+it is given that.
 
 The step from x_t to x_s (s < t; alpha the cumulative products of "Denoising Diffusion Implicit Models", Song et al.
 2021, arXiv 2010.02502) is Gaussian with
@@ -260,7 +261,8 @@ def step_mean(
     alphas = _per_row(schedule.alphas, step_index, latents)
     next_alphas = _per_row(schedule.next_alphas, step_index, latents)
     stds = _per_row(schedule.stds, step_index, latents)
-    x0, noise = predicted_x0_and_noise(output.float(), latents.float(), alphas, schedule.prediction_type)
+    output, latents = at_least_float32(output), at_least_float32(latents)
+    x0, noise = predicted_x0_and_noise(output, latents, alphas, schedule.prediction_type)
     if schedule.clip_sample_range is not None:
         x0 = x0.clamp(-schedule.clip_sample_range, schedule.clip_sample_range)
     direction = (1 - next_alphas - stds**2).clamp(min=0).sqrt()
@@ -276,6 +278,11 @@ def log_prob_map(next_latents: torch.Tensor, mean: torch.Tensor, std: torch.Tens
 def kl_map(mean: torch.Tensor, reference_mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """KL divergence of two Gaussian steps of the same std, exact, averaged over channels: (B, C, h, w) -> (B, h, w)."""
     return ((mean - reference_mean) ** 2 / (2 * std**2)).mean(dim=1)
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Half precision as float32, anything else as it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _per_row(values: torch.Tensor, step_index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

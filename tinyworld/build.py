@@ -17,8 +17,9 @@ those with a star on one of them; all in all about three and a half hours, witho
     rated_again 4,000 pictures of theirs beside those of `rated`                              5 (extrapolated)
     feedback    three raters' feedback on all, in RichHF-18K's format, and both joined        2 (extrapolated)
     predictor   the RAHF checkpoint, by `python -m reward.train`                             13 (extrapolated)
+    finishing   the generator of the assets, finished on fewer flawed pictures               12*
     assets      everything above into `tinyworld/assets`, in half precision                   0
-    ceiling     the same generator on flawless pictures only, and its figures                35 (as the generator)
+    ceiling     the same generator on flawless pictures only, and its figures                48 (as the generator)
 
 `ceiling` is not among the default stages: nothing needs it but the figure in the README. `--stages feedback` alone
 makes the rated data set again from the pictures that the repository keeps.
@@ -44,7 +45,7 @@ from reward.arguments import main_guard, parse_arguments
 from tinyworld import rated
 from tinyworld.autoencoder import encode, train_autoencoder
 from tinyworld.figures import figures_of
-from tinyworld.generator import Denoiser, new_unet, pipeline, sample, train_generator
+from tinyworld.generator import Denoiser, finish_generator, new_unet, pipeline, sample, train_generator
 from tinyworld.grammar import ASSETS, draw_request, is_held_out
 from tinyworld.pool import FLAWED, make_pool
 from tinyworld.pretrain import make_predictor_tokenizer, pretrain_predictor
@@ -53,7 +54,7 @@ from tinyworld.text import make_tokenizer, new_text_encoder, pretrain_text_encod
 
 STAGES = (
     *("pictures", "text", "autoencoder", "generator", "pretraining", "rated", "first", "policies", "rated_again"),
-    *("feedback", "predictor", "assets", "ceiling"),
+    *("feedback", "predictor", "finishing", "assets", "ceiling"),
 )
 SNAPSHOTS = {"early": 2500, "middle": 4500}
 """States of the generator's training that draw some of the rated pictures, by step."""
@@ -109,8 +110,12 @@ class Build:
     def generator(self) -> None:
         self._train_generator("generator", flawed=True)
 
+    def finishing(self) -> None:
+        """Behind the rated pictures: as with Pick-a-Pic's, earlier models than the one that is tuned drew them."""
+        self._finish("generator", flawed=True)
+
     def ceiling(self) -> None:
-        denoiser = self._train_generator("ceiling", flawed=False)
+        denoiser = self._finish("ceiling", flawed=False)
         parts = pipeline(denoiser, self._vae(), self._tokenizer())
         prompts = (ASSETS / "prompts_held_out.txt").read_text().splitlines()
         figures = figures_of(sample(parts, prompts, seed=0), prompts)
@@ -127,12 +132,13 @@ class Build:
         self._train_predictor(self.work / "first" / "feedback", self.work / "first" / "rahf")
 
     def policies(self) -> None:
-        self._save_pipeline()
+        self._save_pipeline("final", "sd_first")
+        base = self.work / "sd_first"
         reward = yaml.safe_load(Path(DEMO).read_text())["reward_kwargs"] | {"model": str(self.work / "first" / "rahf")}
         for name, settings in POLICIES.items():
             if not (self.work / "policies" / name).exists():
                 beside = self.work / "policies" / f"{name}.part"
-                places = ["--policy", self.work / "sd", "--reward_kwargs", json.dumps(reward), "--output_dir", beside]
+                places = ["--policy", base, "--reward_kwargs", json.dumps(reward), "--output_dir", beside]
                 command = ["run_ddpo.py", "--config", DEMO, *settings, *places, "--overwrite_output_dir", "true"]
                 subprocess.run([sys.executable, *map(str, command)], check=True)
                 beside.rename(self.work / "policies" / name)
@@ -160,7 +166,7 @@ class Build:
     # What the repository keeps ------------------------------------------------------------------------------------
 
     def assets(self) -> None:
-        self._save_pipeline()
+        self._save_pipeline("finished", "sd")
         shutil.rmtree(ASSETS / "sd", ignore_errors=True)
         shutil.copytree(self.work / "sd", ASSETS / "sd")
         shutil.rmtree(ASSETS / "pickapic", ignore_errors=True)
@@ -172,9 +178,9 @@ class Build:
 
     # Parts --------------------------------------------------------------------------------------------------------
 
-    def _save_pipeline(self) -> None:
+    def _save_pipeline(self, checkpoint: str, name: str) -> None:
         def save(folder: Path) -> None:
-            parts = self._checkpoint("final").to(torch.float16)
+            parts = self._checkpoint(checkpoint).to(torch.float16)
             # transformers loads what is stored, diffusers float32: in half precision the two would not fit together.
             parts.text_encoder.to(torch.float32)
             parts.save_pretrained(folder)
@@ -185,7 +191,7 @@ class Build:
                 settings.pop("_name_or_path", None)
                 file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
-        self._whole("sd", save)
+        self._whole(name, save)
 
     def _draw(self, known: Path | None, folder: Path) -> None:
         """Draw pictures in Pick-a-Pic's format: by the generator's variants, or its policies' behind those `known`."""
@@ -248,21 +254,38 @@ class Build:
         return CLIPTokenizer.from_pretrained(self.work / "tokenizer")
 
     def _train_generator(self, name: str, flawed: bool) -> Denoiser:
-        _, captions = self._pool(flawed)
-        tokenizer, vae = self._tokenizer(), self._vae()
-        prompts = draw_prompts()["held_out"][:128]
-
         def report(step: int, average: Denoiser) -> dict:
             for snapshot, at in SNAPSHOTS.items():
                 if step == at:
                     _save_half(average, self.work / f"{name}_{snapshot}.safetensors")
-            return figures_of(sample(pipeline(average.eval(), vae, tokenizer), prompts, seed=0), prompts)
+            return self._figures(average)
 
+        _, captions = self._pool(flawed)
         text_encoder = CLIPTextModel.from_pretrained(self.work / "text_encoder")
-        path = self.work / f"{name}.pt"
-        denoiser = train_generator(text_encoder, tokenizer, self._latents(flawed), captions, path, report=report)
+        latents, path = self._latents(flawed), self.work / f"{name}.pt"
+        denoiser = train_generator(text_encoder, self._tokenizer(), latents, captions, path, report=report)
         _save_half(denoiser, self.work / f"{name}_final.safetensors")
         return denoiser
+
+    def _finish(self, name: str, flawed: bool) -> Denoiser:
+        """On half as many flawed pictures: from the two pools in equal parts. The ceiling sees none at all."""
+        denoiser = self._train_generator(name, flawed)
+        pools = (flawed, False) if flawed else (False,)
+        latents = torch.cat([self._latents(pool) for pool in pools])
+        captions = [caption for pool in pools for caption in self._pool(pool)[1]]
+        path = self.work / f"{name}_finished.pt"
+
+        def report(step: int, average: Denoiser) -> dict:
+            return self._figures(average)
+
+        denoiser = finish_generator(denoiser, self._tokenizer(), latents, captions, path, report=report)
+        _save_half(denoiser, path.with_suffix(".safetensors"))
+        return denoiser
+
+    def _figures(self, denoiser: Denoiser) -> dict:
+        """The judge's, of a picture for each of 128 held-out prompts."""
+        prompts = draw_prompts()["held_out"][:128]
+        return figures_of(sample(pipeline(denoiser.eval(), self._vae(), self._tokenizer()), prompts, seed=0), prompts)
 
     def _variant(self, variant: Variant) -> StableDiffusionPipeline:
         parts = self._checkpoint(variant.checkpoint)

@@ -1,7 +1,8 @@
-"""The same small run by one engine after another, under torchrun: `ranks.py PIPELINE FOLDER ENGINE...`.
+"""The same small run by one engine after another, under torchrun: `ranks.py PIPELINE FOLDER ENGINE... [-- FLAG...]`.
 
-An engine is ddp or the name of a file in configs/deepspeed, with `:full` behind it to train the whole U-Net. Importing
-takes longer than a run, so one launch does them all. What is noted of each goes to FOLDER/ENGINE/noted-RANK.pt.
+An engine is ddp or the name of a file in configs/deepspeed, with `:full` behind it to train the whole U-Net. What is
+noted of each goes to FOLDER/ENGINE/noted-RANK.pt. At the end, if there are flags, `run_ddpo.py FLAG...`. Importing
+takes longer than a run, so one launch does them all.
 """
 
 import json
@@ -12,20 +13,20 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import run_ddpo
 from reward.arguments import whole_models
 from rl.ddpo import DDPOConfig, DDPOTrainer
 from rl.policy import StableDiffusionPolicy
 from tests.rl.conftest import PROMPTS
 from tests.rl.toy_rewards import Plain, Redness
 
-BATCH = 4
-"""Pictures of a rollout, of one prompt, and of a batch of at most so many ranks: 8, 4, 4."""
+ROOT = Path(__file__).parents[2]
 
 
 def settings(folder: Path, engine: str, world_size: int) -> dict:
+    """Three rollouts of 8 pictures in 2 updates each, the second of which has moved away from the first."""
     name, _, tune = engine.partition(":")
     deepspeed = None
     if name != "ddp":
@@ -44,7 +45,7 @@ def settings(folder: Path, engine: str, world_size: int) -> dict:
 
 
 def run(pipeline: str, folder: Path, engine: str, world_size: int) -> dict:
-    """Three rollouts; returns what must not depend on the engine."""
+    """One run; returns what must not depend on the engine, and two things that show which engine it was."""
     args = DDPOConfig(**settings(folder, engine, world_size))
     with whole_models(args):
         policy = StableDiffusionPolicy.load(pipeline, lora_rank=2, lora_alpha=4.0, seed=3, tune=args.tune)
@@ -72,12 +73,17 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     pipeline, folder, engines = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+    flags = engines[engines.index("--") + 1 :] if "--" in engines else []
+    engines = engines[: -len(flags) - 1] if flags else engines
     for engine in engines:
         noted = run(pipeline, folder, engine, world_size)
         torch.save(noted, folder / engine / f"noted-{rank}.pt")
         torch.distributed.barrier()
         AcceleratorState._reset_state(reset_partial_state=True)
-    torch.distributed.barrier()
+    if flags:
+        run_ddpo.main(flags)
+    else:
+        torch.distributed.barrier()
     # About one run in ten, a rank aborts while its interpreter shuts down, after all is written, and torchrun reports
     # a failure. What is tested is written by now: leave without that teardown.
     os._exit(0)

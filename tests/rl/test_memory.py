@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from finetune.run import place_reward
 from rl.memory import MemorySettings, OffloadedReward, borrowed
 from rl.policy import StableDiffusionPolicy
-from run_ddpo import place_reward
 from tests.rl.conftest import PROMPTS
 from tests.rl.toy_rewards import Plain
 

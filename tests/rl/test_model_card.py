@@ -7,7 +7,7 @@ from rl.evaluate import Evaluation
 from rl.model_card import licence_of, write_model_card
 
 SETTINGS = {"policy": "somebody/a-pipeline", "reward": "my:Reward", "reward_kwargs": {"model": "nowhere"}, "seed": 3}
-HISTORY = [{"step": 1, "reward": 0.1, "kl": 0.0, "grad_norm": 1.0, "drawn": 1.0}, {"step": 2, "reward": 0.2}]
+HISTORY = [{"step": 1, "reward": 0.1, "kl": 0.0, "grad_norm": 1.0, "watch/drawn": 1.0}, {"step": 2, "reward": 0.2}]
 
 
 def evaluation(value):

@@ -196,3 +196,23 @@ def test_policies_draw_behind_what_the_variants_drew(monkeypatch, tmp_path):
     assert (len(first["train"]), len(first["dev"])) == (6, 4)
     assert [uid for uid, *_ in again["dev"]] == [uid for uid, *_ in first["dev"]]
     assert len({uid for uid, *_ in again["train"]}) == 10
+
+
+def test_finishing_halves_the_flawed_pictures_and_the_ceiling_sees_none(monkeypatch, tmp_path):
+    seen = {}
+
+    def finish(denoiser, tokenizer, latents, captions, path, *, report):
+        seen[path.name] = latents.tolist(), captions
+        return denoiser
+
+    monkeypatch.setattr(build, "finish_generator", finish)
+    monkeypatch.setattr(build, "_save_half", lambda denoiser, file: None)
+    made = build.Build(tmp_path)
+    monkeypatch.setattr(made, "_train_generator", lambda name, flawed: None)
+    monkeypatch.setattr(made, "_tokenizer", lambda: None)
+    monkeypatch.setattr(made, "_latents", lambda flawed: torch.full((2,), float(flawed)))
+    monkeypatch.setattr(made, "_pool", lambda flawed: (None, [f"flawed {flawed}"] * 2))
+    made.finishing()
+    made._finish("ceiling", flawed=False)
+    assert seen["generator_finished.pt"] == ([1, 1, 0, 0], ["flawed True"] * 2 + ["flawed False"] * 2)
+    assert seen["ceiling_finished.pt"] == ([0, 0], ["flawed False"] * 2)

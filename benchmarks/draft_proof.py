@@ -1,0 +1,119 @@
+"""Back-propagation through sampling against DDPO, and what the region constraint saves and costs.
+
+    python benchmarks/draft_proof.py [--quick] [--json FILE] [--seeds N]
+
+Runs three configs once a seed: DDPO's demo, back-propagation, and back-propagation with the region constraint. All are
+compared with the base on the same held-out prompts and noise, by a judge that no training saw. Goals: DDPO's gain with
+at most a fifth of its pictures; with the constraint, at most a third of the change outside the problem regions, at no
+less than 0.9 of the gain. Runs that are there already (`--work`, `--ddpo_work`) are not repeated.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from demo_proof import TERMS, Proof, spread, term
+from paired import paired_interval, paired_ratio
+from report import Row, flags, publish
+
+from finetune.region_constraint import problem_region
+from reward.rich import RichReward
+
+DDPO = Path("configs/ddpo_tinyworld.yaml")
+FREE = Path("configs/draft_tinyworld.yaml")
+HELD = Path("configs/draft_tinyworld_region.yaml")
+COMMAND = ("-m", "finetune.draft")
+
+
+def to_images(pictures: np.ndarray) -> torch.Tensor:
+    """(N, 64, 64, 3) uint8 -> (N, 3, 64, 64) in [0, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+
+
+@torch.no_grad()
+def regions(pictures: np.ndarray, captions: list[str], settings: dict) -> torch.Tensor:
+    """Where the base's pictures have a problem, by the settings of a run with the constraint: (N, 1, 64, 64)."""
+    reward, found = RichReward(**settings["reward_kwargs"]), []
+    images = to_images(pictures)
+    for first in range(0, len(captions), 64):
+        rows = slice(first, first + 64)
+        penalties = reward(images[rows], captions[rows]).penalties
+        size = images.shape[-2:]
+        found.append(problem_region(penalties, size, settings["region_threshold"], settings["region_dilation"]))
+    return torch.cat(found)
+
+
+def change_outside(before: np.ndarray, after: np.ndarray, region: torch.Tensor, generations: int) -> np.ndarray:
+    """(P,) how much the pictures of a prompt change outside the problem regions: mean absolute difference there."""
+    change = (to_images(after) - to_images(before)).abs().mean(dim=1, keepdim=True)
+    outside = (change * (1 - region)).mean(dim=(1, 2, 3)).reshape(-1, generations).mean(dim=1)
+    return (outside / (1 - region).mean().clamp(min=1e-8)).numpy()
+
+
+def main() -> None:
+    parser = flags(__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("outputs/proof"), help="folder of the runs")
+    parser.add_argument("--ddpo_work", type=Path, help="folder of demo_proof's runs (default WORK/ddpo_tinyworld)")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    seeds = range(1 if options.quick else options.seeds)
+    suffix, prompts = ("_quick", 32) if options.quick else ("", None)
+    short = ["--num_train_epochs", "2", "--save_strategy", "no", "--eval_prompts", "", "--eval_rewards", "{}"]
+
+    def proof(config: Path, command: tuple[str, ...], work: Path | None = None) -> Proof:
+        work = work or options.work / (config.stem + suffix)
+        return Proof(config, work, prompts, short if options.quick else [], command)
+
+    ddpo = proof(DDPO, ("run_ddpo.py",), options.ddpo_work)
+    proofs = {"ddpo": ddpo, "draft": proof(FREE, COMMAND), "draft, region": proof(HELD, COMMAND)}
+
+    base = ddpo.verdicts("base", lambda: ddpo.draw(ddpo.base))
+    pictures = ddpo.pictures("base", lambda: ddpo.draw(ddpo.base))
+    region = regions(pictures, ddpo.captions, proofs["draft, region"].settings)
+    generations = len(ddpo.captions) // len(ddpo.prompts)
+    gains: dict[str, list[np.ndarray]] = {}
+    changes: dict[str, list[np.ndarray]] = {}
+    drawn: dict[str, int] = {}
+    rows = [Row("satisfied, base", float(term(base, "satisfied").mean()), n=len(base))]
+    rows.append(Row("problem regions, share of a picture", float(region.mean()), n=len(region)))
+    for name, one in proofs.items():
+        folders = [one.run(seed) for seed in seeds]
+        after = {seed: lambda one=one, folder=folder: one.draw(one.tuned(folder))
+                 for seed, folder in zip(seeds, folders, strict=True)}  # fmt: skip
+        verdicts = [one.verdicts(f"after{seed}", draw) for seed, draw in after.items()]
+        new = [one.pictures(f"after{seed}", draw) for seed, draw in after.items()]
+        for figure in TERMS:
+            differences = [term(found, figure) - term(base, figure) for found in verdicts]
+            rows.append(Row(f"{name}: {figure}, gain", *paired_interval(differences), n=len(seeds)))
+            if figure == "satisfied":
+                gains[name] = differences
+        changes[name] = [change_outside(pictures, picture, region, generations) for picture in new]
+        rows.append(Row(f"{name}: change outside the regions", *paired_interval(changes[name]), n=len(seeds)))
+        rows.append(Row(f"{name}: diversity, after / before", float(np.mean([*map(spread, verdicts)])) / spread(base)))
+        drawn[name] = pictures_of(folders[0])
+        rows.append(Row(f"{name}: pictures trained on", drawn[name]))
+    share = drawn["draft"] / drawn["ddpo"]
+    rows.append(Row("pictures, draft / ddpo", share, goal="<= 0.2"))
+    rows.append(Row("gain, draft / ddpo", *paired_ratio(gains["draft"], gains["ddpo"]), len(seeds), ">= 1"))
+    held, free = "draft, region", "draft"
+    outside = paired_ratio(changes[held], changes[free])
+    rows.append(Row("change outside, with / without the constraint", *outside, len(seeds), "<= 0.3333"))
+    kept = paired_ratio(gains[held], gains[free])
+    rows.append(Row("gain, with / without the constraint", *kept, len(seeds), ">= 0.9"))
+    publish(rows, began, options.json, options.quick)
+
+
+def pictures_of(folder: Path) -> int:
+    """How many pictures a run was trained on, from its settings."""
+    settings = json.loads((folder / "run_config.json").read_text())
+    finished = json.loads((folder / "finished.json").read_text())
+    if "generation_batch_size" in settings:
+        return int(settings["num_train_epochs"]) * settings["generation_batch_size"]
+    per_update = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    return finished["updates"] * per_update * settings["processes"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""What the commands that train a policy have in common: loading, evaluation before and after, what a run leaves.
+
+A command's `main` calls these one after another; the training between them is its own.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from tqdm.auto import tqdm
+
+from finetune.run_arguments import EvaluationArguments
+from reward.feedback import RewardFn
+from rl.adapter import AdapterSettings
+from rl.checkpoints import Start, explained, mark_finished, plan_start
+from rl.evaluate import TRAINING_REWARD, Evaluation, evaluate, look
+from rl.experience import Samples
+from rl.interrupt import RunInterrupted
+from rl.memory import MemorySettings, OffloadedReward
+from rl.model_card import Method, write_model_card
+from rl.pipelines import load_scheduler
+from rl.policy import PictureSize, StableDiffusionPolicy
+from rl.policy_config import PolicyConfig
+from rl.policy_trainer import PolicyTrainer
+from rl.report import print_table, write_report
+from rl.sde import Schedule
+
+Judged = tuple[Evaluation, Samples]
+"""What an evaluation gives: figures, and a few pictures to look at."""
+
+# ---- Before the models are loaded ----
+
+
+def read_schedule(policy: str, args: PolicyConfig) -> Schedule | None:
+    """The sampling steps of a pipeline's folder, from its scheduler alone; None if `policy` is a name on the hub.
+
+    Raises:
+        ValueError: there is no such pipeline, or it is of a family that is not supported, or `args` do not fit it.
+    """
+    scheduler = load_scheduler(policy)
+    return None if scheduler is None else args.make_schedule(scheduler)[1]
+
+
+def run_settings(arguments: object, args: PolicyConfig, files: Mapping[str, str | None]) -> dict[str, Any]:
+    """What makes a run the run it is: all its settings, and the contents of the files that some of them name.
+
+    Args:
+        arguments: the command's own, a dataclass.
+        files: setting -> the file it names; with other contents it is another run.
+    """
+    contents = {
+        f"{setting} (SHA-256)": hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        for setting, file in (dict(files) | {"deepspeed": args.deepspeed}).items()
+        if isinstance(file, str) and Path(file).is_file()
+    }
+    return asdict(arguments) | args.to_dict() | {"processes": args.world_size} | contents
+
+
+def begin(args: PolicyConfig, settings: Mapping[str, Any], console: Console) -> Start:
+    """How the run starts, see `rl.checkpoints.plan_start`. If it has finished already, that is said."""
+    start = plan_start(
+        args.resume_from_checkpoint, args.output_dir, settings, args.overwrite_output_dir, thorough=args.should_save
+    )
+    if start.finished:
+        console.print(f"nothing to do: the run in {args.output_dir} has finished", soft_wrap=True, markup=False)
+        PartialState().destroy_process_group()
+    return start
+
+
+# ---- Models ----
+
+
+def load_policy(path: str, args: PolicyConfig) -> StableDiffusionPolicy:
+    """The policy as `args` want it; see `StableDiffusionPolicy.load`."""
+    return StableDiffusionPolicy.load(
+        path,
+        seed=args.seed,
+        dtype=getattr(torch, args.model_dtype),
+        size=args.part(PictureSize),
+        memory=args.part(MemorySettings),
+        keep_reference=args.needs_reference,
+        **asdict(args.part(AdapterSettings)),
+    )
+
+
+def place_reward(reward: RewardFn, args: PolicyConfig) -> RewardFn:
+    """The reward with its model, if it has one, where `args` want it."""
+    if not hasattr(reward, "to"):
+        return reward
+    if args.offload and args.device.type != "cpu":
+        return OffloadedReward(reward, args.device)
+    reward.to(args.device)
+    return reward
+
+
+# ---- The run ----
+
+
+def judge(
+    phase: str,
+    trainer: PolicyTrainer,
+    prompts: Sequence[str],
+    rewards: Mapping[str, RewardFn],
+    how: EvaluationArguments,
+    console: Console,
+) -> Judged:
+    """Evaluate the trainer's policy, on all ranks.
+
+    Args:
+        phase: "before" or "after", for the console.
+        prompts: held-out ones.
+        rewards: name -> reward function; one is called `TRAINING_REWARD`.
+    """
+    args, policy = trainer.args, trainer.policy
+    console.print(f"[bold]evaluating[/] {phase} training on {len(prompts)} held-out prompts")
+    noise = {"generations": how.eval_generations, "seed": how.eval_seed, "guidance_scale": args.guidance_scale}
+    pictures = len(prompts) * how.eval_generations
+    bar = tqdm(total=pictures, disable=args.disable_tqdm or not args.should_save, dynamic_ncols=True)
+    with trainer.accelerator.autocast(), bar:
+        figures = evaluate(
+            policy,
+            trainer.schedule,
+            prompts,
+            rewards,
+            batch_size=args.per_device_eval_batch_size,
+            reward_batch_size=args.reward_batch_size,
+            rank=args.process_index,
+            world_size=args.world_size,
+            gather=trainer.accelerator.gather,
+            on_batch=lambda count: bar.update(count * args.world_size),
+            **noise,
+        )
+        samples = look(policy, trainer.schedule, prompts, rewards[TRAINING_REWARD], count=how.num_before_after, **noise)
+    return figures, samples
+
+
+def train(trainer: PolicyTrainer, checkpoint: Path | None, console: Console) -> None:
+    """Train, from a checkpoint if there is one, and save what was trained; on all ranks.
+
+    Raises:
+        RunInterrupted: see `ResumableTrainer.train`; it is said on the console.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RunInterrupted as interruption:
+        console.print(str(interruption), soft_wrap=True, markup=False)
+        raise
+    trainer.save_model()  # on all ranks: an engine may have to gather the weights
+
+
+def leave(
+    trainer: PolicyTrainer,
+    settings: Mapping[str, Any],
+    method: Method,
+    judged: tuple[Judged, Judged] | None,
+    facts: Mapping[str, Any],
+    began: float,
+    console: Console,
+    more_paths: Mapping[str, Path | str] | None = None,
+) -> None:
+    """Write what a run leaves besides weights - report, model card, the note that it has finished - and say where.
+
+    Called on all ranks, behind the last evaluation; it ends the process group.
+
+    Args:
+        settings: of the run, as `run_settings` gives them.
+        judged: before and after; None if there was no evaluation.
+        facts: more entries of summary.json.
+        began: `time.perf_counter()` at the command's start.
+        more_paths: what else there is to name at the end.
+    """
+    args, what = trainer.args, trainer.policy.trained
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # a rank that exits with its process group open may abort
+    if not args.should_save:
+        return
+    seconds = trainer.clock.summary(trainer.train_seconds)
+    paths = {what.what: Path(args.output_dir), "TensorBoard logs": Path(args.output_dir) / "runs"}
+    paths |= more_paths or {}
+    figures = None
+    if judged:
+        (before, old_samples), (after, new_samples) = judged
+        facts = {"seconds": seconds, "wall_seconds": time.perf_counter() - began, **facts}
+        figures = before, after
+        with explained(f"the report to {args.output_dir}", args.output_dir):
+            paths |= write_report(args.output_dir, *figures, samples=(old_samples, new_samples), facts=facts)
+        print_table(console, *figures)
+    with explained(f"the model card to {args.output_dir}", args.output_dir):
+        paths |= write_model_card(args.output_dir, settings, trainer.state.log_history, figures, method)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    mark_finished(args.output_dir, trainer.state.global_step)
+    console.print("seconds of training: " + json.dumps({name: round(value, 1) for name, value in seconds.items()}))
+    for what_it_is, path in paths.items():
+        console.print(f"{what_it_is}: {path}", soft_wrap=True, markup=False)
+    console.print(
+        f"To use it: {what.usage(args.output_dir)}; to watch: tensorboard --logdir {args.output_dir}",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def watch_facts(trainer: PolicyTrainer) -> dict[str, Any]:
+    """What summary.json says of the monitors: those over their limits, those that ended the run, best checkpoint."""
+    stopped_by = trainer.watch.stopping if trainer.state.global_step < trainer.state.max_steps else []
+    best = trainer.watch.best and {"path": str(trainer.best_checkpoint), **trainer.watch.best}
+    return {"over": trainer.watch.over, "stopped_by": stopped_by, "best_checkpoint": best}
+
+
+def best_checkpoint(trainer: PolicyTrainer, watch_reward: str | None) -> dict[str, str]:
+    """What the best checkpoint is -> its path, for the console; nothing if no held-out reward is watched."""
+    best = trainer.watch.best
+    if not best:
+        return {}
+    return {f"best checkpoint by {watch_reward}, {best['held_out']:.4f} in its rollout": str(trainer.best_checkpoint)}

@@ -1,0 +1,107 @@
+"""What may be wrong with the settings of any training of a policy, one message each; and settings without effect."""
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, fields
+from typing import TYPE_CHECKING, Any
+
+from transformers import SchedulerType
+
+from rl.adapter import require
+
+if TYPE_CHECKING:
+    from rl.policy_config import PolicyConfig
+
+logger = logging.getLogger(__name__)
+
+GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+SAVE_STRATEGIES = ("epoch", "steps", "no")
+LR_SCHEDULES = tuple(
+    schedule.value
+    for schedule in SchedulerType
+    if schedule not in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # these follow an evaluation's loss
+)
+
+
+def check_names(args: "PolicyConfig") -> None:
+    require(
+        not args.fsdp and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("1", "true"),
+        "fsdp is not supported: the LoRA could not be saved; "
+        "to shard over GPUs, use --deepspeed configs/deepspeed/zero2.json",
+    )
+    for name, valid in (("save_strategy", SAVE_STRATEGIES), ("lr_scheduler_type", LR_SCHEDULES)):
+        value = getattr(args, name)
+        require(getattr(value, "value", value) in valid, f"{name} is {value!r}; it must be one of {', '.join(valid)}")
+
+
+def check_engine(args: "PolicyConfig") -> None:
+    require(
+        args.n_gpu <= 1,
+        f"this process sees {args.n_gpu} GPUs, and would spread its batches over them by torch's DataParallel, "
+        "which does not fit rollouts; start one process a GPU: accelerate launch --config_file "
+        f"configs/accelerate/multi_gpu.yaml {args.command} ..., or show it one: CUDA_VISIBLE_DEVICES=0",
+    )
+    require(
+        not args.torch_compile,
+        "torch_compile would compile the whole network as one, and for the training only; use torch_compile_unet, "
+        "which compiles its transformer blocks, for the evaluation too, and in less time",
+    )
+    require(
+        not args.save_only_model,
+        "save_only_model leaves checkpoints that cannot be resumed from; leave it out: "
+        "every checkpoint is a folder with the LoRA too",
+    )
+    if args.ema_decay is not None:
+        refuse_zero3(args, "ema_decay")
+    require(
+        not _is_zero3(args) or args.hf_deepspeed_config.is_true(GATHER),
+        f"with ZeRO-3, {GATHER} must be true in deepspeed's settings, or what is trained cannot be saved as a whole",
+    )
+
+
+def refuse_zero3(args: "PolicyConfig", setting: str) -> None:
+    """Complain if `setting` is used with ZeRO-3."""
+    require(
+        not _is_zero3(args),
+        f"{setting} needs whole weights, which a rank of ZeRO-3 has not; use ZeRO-2",
+    )
+
+
+def _is_zero3(args: "PolicyConfig") -> bool:
+    return bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
+
+
+def check_policy_ranges(args: "PolicyConfig") -> None:
+    require(0 <= args.eta <= 1, f"eta is {args.eta}; it must lie in [0, 1]")
+    require(args.num_inference_steps >= 1, f"num_inference_steps is {args.num_inference_steps}; at least 1")
+    require(args.guidance_scale >= 0, f"guidance_scale is {args.guidance_scale}; it must not be negative")
+    require(
+        args.ema_decay is None or 0 < args.ema_decay < 1,
+        f"ema_decay is {args.ema_decay}; it must lie between 0 and 1, e.g. 0.9",
+    )
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        require(getattr(args, name) >= 1, f"{name} is {getattr(args, name)}; it must be at least 1")
+    value = args.reward_batch_size
+    require(value is None or value >= 1, f"reward_batch_size is {value}; it must be at least 1")
+
+
+def warn_of_ignored_policy_settings(args: "PolicyConfig") -> None:
+    if args.tune == "full":
+        lora = [setting.name for setting in fields(args) if "lora" in setting.name]
+        warn_of_ignored(args, (*lora, "use_dora"), "tune is full, there is no LoRA")
+    if args.init_adapter is not None:
+        warn_of_ignored(args, ("init_lora_weights",), "the LoRA starts from init_adapter")
+    if args.device.type == "cpu":
+        warn_of_ignored(args, ("offload",), "the run is on the CPU")
+
+
+def warn_of_ignored(settings: object, names: Iterable[str], why: str) -> None:
+    """Warn of those of `names` that a dataclass of settings holds another value for than its default."""
+    for setting in fields(settings):
+        if setting.name in names and getattr(settings, setting.name) != _default(setting):
+            logger.warning("%s=%r is ignored: %s", setting.name, getattr(settings, setting.name), why)
+
+
+def _default(setting: Field) -> Any:
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()

@@ -1,0 +1,218 @@
+"""What every training of a diffusion policy shares, whatever its loss: guards, logs, files."""
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from diffusers import DDIMScheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import nn
+from transformers import ProgressCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from rl.callbacks import AverageWeights, ResumedLogs, RewardProgress, RunCurves, SampleGrids
+from rl.checkpoints import explained, newest_whole, written_beside
+from rl.experience import Samples
+from rl.pictures import sample_sheet
+from rl.policy import StableDiffusionPolicy
+from rl.policy_config import PolicyConfig
+from rl.resumable import Boundaries, ResumableTrainer
+from rl.rollout import DivergedError
+from rl.run_state import RunState
+from rl.sde import Schedule
+from rl.watch import Watch
+
+
+class PolicyTrainer(ResumableTrainer):
+    """Trains the network of a policy. A subclass says on what (`get_train_dataloader`) and by which loss.
+
+    Args:
+        policy: what is trained; its network is given to the Trainer.
+        args: the settings.
+        sampler: what `args.make_schedule` makes of the policy's scheduler.
+        plan: how many updates lie between two boundaries.
+        watch: what is known of the reward being gamed; one that is shown nothing where there is no reward.
+        callbacks: as the Trainer's.
+
+    Attributes:
+        scheduler, schedule: what samples as the settings say, and its steps.
+        average: the moving average of the weights, None if none is kept.
+        clock, train_seconds: see `ResumableTrainer`.
+    """
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        policy: StableDiffusionPolicy,
+        args: PolicyConfig,
+        sampler: tuple[DDIMScheduler, Schedule],
+        plan: Boundaries,
+        watch: Watch,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        self.policy = policy
+        self.scheduler, self.schedule = sampler
+        self.average: EMAModel | None = None
+        self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
+        super().__init__(plan, watch, model=policy.network, args=args, callbacks=callbacks)
+        policy.to(args.device)
+        self.add_callback(ResumedLogs(self))
+        if self.pop_callback(TensorBoardCallback):
+            self.add_callback(RunCurves)
+            self.add_callback(SampleGrids(self))
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(RewardProgress)
+        if args.ema_decay is not None:
+            self.average = EMAModel(self.trained_weights(), decay=args.ema_decay)
+            self.add_callback(AverageWeights(self))
+
+    @property
+    def samples(self) -> Samples | None:
+        """A few pictures of the last update to look at, if there are any."""
+        return None
+
+    def sheets(self) -> dict[str, Image.Image]:
+        """What TensorBoard shows of the last update: name -> image. Here the samples, with overlays of penalties."""
+        return {"samples": sample_sheet(self.samples)} if self.samples else {}
+
+    # ---- Guards ----
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
+        with self.clock("update"):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._check_update("loss", float(loss))
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None) -> float | None:
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # In float16, gradients do overflow now and then; the loss scaler sees it, skips the update and adapts.
+        if grad_norm is not None and not self.args.fp16:
+            self._check_update("norm of the gradient", float(grad_norm))
+        return grad_norm
+
+    def _check_update(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            self._diverged(f"in update {self.state.global_step + 1} the {what} is {value}")
+
+    def _check_weights(self) -> None:
+        # Of a weight that ZeRO-3 has sharded, a rank sees its own part only.
+        parts = [getattr(weight, "ds_tensor", weight) for weight in self.trained_weights()]
+        broken = torch.tensor([not all(bool(part.isfinite().all()) for part in parts)], device=self.args.device)
+        if bool(self.accelerator.gather(broken).any()):
+            self._diverged(f"after update {self.state.global_step} its weights are not finite")
+
+    def _diverged(self, how: str) -> NoReturn:
+        raise DivergedError(
+            f"the policy diverged: {how}; no checkpoint is made of it, {newest_whole(self.args.output_dir)}; "
+            "go on from there with a smaller learning_rate"
+        )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """The Trainer's, one step ahead: a rollout costs too much to be used at the learning rate 0 of the first. Nor
+        at that of the last, so a decay is spread over one update more."""
+        existing = self.lr_scheduler
+        scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
+        if scheduler is not existing and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            scheduler.lr_lambdas = [lambda step, f=factor: f(step + 1) for factor in scheduler.lr_lambdas]
+            for group, base, factor in zip(
+                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+            ):
+                group["lr"] = base * factor(0)
+            scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+        return scheduler
+
+    # ---- Logs ----
+
+    def _observe(self, measured: dict[str, float]) -> None:
+        self._log_later({f"watch/{name}": value for name, value in self.watch.observe(measured).items()})
+
+    def _log_later(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics[name].append(torch.tensor(value, device=self.args.device))
+
+    def forget_metrics(self) -> None:
+        """Drop what has been noted since the last log."""
+        self._metrics.clear()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            for name, values in self._metrics.items():
+                largest = name.endswith("_deviation")
+                stacked = torch.stack(values)
+                value = self.accelerator.gather((stacked.max() if largest else stacked.mean()).reshape(1))
+                logs[name] = float(value.max() if largest else value.mean())
+            self.forget_metrics()
+            logs |= {f"seconds/{phase}": seconds for phase, seconds in self.clock.seconds.items()}
+        super().log(logs, start_time)
+
+    def _unlogged(self) -> dict[str, Any]:
+        """What this rank has summed up for the next line of the log, as JSON can hold it."""
+        metrics = {name: torch.stack(values).tolist() for name, values in self._metrics.items()}
+        return {"since": self._globalstep_last_logged, "loss": float(self._tr_loss), "metrics": metrics}
+
+    def take_up_logs(self) -> None:
+        """Go on with the lines of the log and the clock where the checkpoint that is resumed left them."""
+        resumed, self._resumed = self._resumed, {}
+        self.clock.seconds.update(resumed.get("seconds", {}))
+        unlogged = resumed.get("unlogged", [])
+        if len(unlogged) == self.args.world_size:  # each rank has its own
+            mine = unlogged[self.args.process_index]
+            self._globalstep_last_logged = mine["since"]
+            self._tr_loss += mine["loss"]
+            for name, values in mine["metrics"].items():
+                self._metrics[name] = list(torch.tensor(values, device=self.args.device))
+
+    # ---- What is kept ----
+
+    def trained_weights(self) -> list[nn.Parameter]:
+        return [weight for weight in self.policy.network.parameters() if weight.requires_grad]
+
+    def _memory(self) -> RunState:
+        """What a run knows besides its weights and their average."""
+        return RunState({"watch": self.watch.state()})
+
+    def _boundary_state(self) -> RunState:
+        return self._with_average(self._memory())
+
+    def _with_average(self, state: RunState) -> RunState:
+        if self.average is None:
+            return state
+        average = {f"average.{place}": weight for place, weight in enumerate(self.average.shadow_params)}
+        facts = {**state.facts, "average_updates": self.average.optimization_step}
+        return RunState(facts, {**state.tensors, **average})
+
+    def _load_state(self, state: RunState) -> None:
+        self.watch.load_state(state.facts["watch"])
+        if self.average is not None:
+            self.average.optimization_step = state.facts["average_updates"]
+            for place, weight in enumerate(self.average.shadow_params):
+                weight.copy_(state.part("average")[str(place)])
+
+    def _conclude(self) -> None:
+        if self.average is not None:
+            self.average.copy_to(self.trained_weights())
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call:  # of a checkpoint, which explains what it cannot write
+            return super().save_model(output_dir, _internal_call)
+        folder = output_dir or self.args.output_dir
+        with explained(f"the {self.policy.trained.what} to {folder}", self.args.output_dir):
+            super().save_model(folder)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Not the Trainer's: `rl.model_card` writes one that knows base, reward and figures."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Only what is trained, as diffusers loads it, and the scheduler that samples as training did; the base is not
+        copied. So every checkpoint is also a LoRA folder, or one with a U-Net."""
+        if self.args.should_save:
+            with written_beside(Path(output_dir or self.args.output_dir)) as beside:
+                self.policy.save_adapter(beside, state_dict)
+                self.scheduler.save_pretrained(beside / "scheduler")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.policy.load_adapter(resume_from_checkpoint)

@@ -1,0 +1,292 @@
+"""Trainings of seconds by the gradient of a toy reward."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerCallback
+
+from finetune.draft_config import DraftConfig
+from finetune.draft_trainer import DraftTrainer
+from reward.feedback import Reward
+from rl.adapter import LORA_WEIGHTS, AdapterSettings
+from rl.experience import rollout_noise
+from rl.interrupt import RunInterrupted
+from rl.policy import StableDiffusionPolicy
+from rl.rollout import DivergedError, sample
+from rl.scoring import RewardError
+from tests.rl.conftest import PROMPTS, pipeline_folder  # noqa: F401
+from tests.rl.toy_rewards import Plain, Redness
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def make_args(tmp_path):
+    def make(**changes):
+        settings = {
+            "output_dir": str(tmp_path / "run"), "use_cpu": True, "num_train_epochs": 2, "num_inference_steps": 3,
+            "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "lora_rank": 2, "lora_alpha": 4.0,
+            "disable_tqdm": True, "report_to": [], "seed": 3, "num_log_images": 0, "save_steps": 1,
+        }  # fmt: skip
+        return DraftConfig(**{**settings, **changes})
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(pipeline_folder, make_args):  # noqa: F811
+    def make(reward=None, held_out=None, **changes):
+        args = make_args(**changes)
+        adapter = asdict(args.part(AdapterSettings))
+        policy = StableDiffusionPolicy.load(
+            pipeline_folder, seed=args.seed, keep_reference=args.needs_reference, **adapter
+        )
+        return DraftTrainer(policy, reward or Redness(), args, PROMPTS, held_out=held_out)
+
+    return make
+
+
+def lora(folder):
+    return load_file(f"{folder}/{LORA_WEIGHTS}")
+
+
+def assert_same(left, right, **tolerance):
+    assert left.keys() == right.keys()
+    for name, weight in left.items():
+        if tolerance:
+            torch.testing.assert_close(weight, right[name], **tolerance)
+        else:
+            assert torch.equal(weight, right[name]), name
+
+
+def trained(trainer):
+    trainer.train()
+    return {name: weight.detach().clone() for name, weight in trainer.policy.network.named_parameters()
+            if weight.requires_grad}  # fmt: skip
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+VARIANTS = {
+    "draft": {},
+    "draft_k": {"backprop_steps": 2},
+    "draft_lv": {"lv_draws": 2},
+    "alignprop": {"backprop_range": [1, 2]},
+    "refl": {"refl_steps": 2},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_method_raises_the_reward(make_trainer, variant):
+    trainer = make_trainer(variant=variant, **VARIANTS[variant], num_train_epochs=5, learning_rate=1e-2)
+    trainer.train()
+    rewards = logged(trainer, "reward")
+    assert rewards[-1] > rewards[0] + 0.01
+
+
+def test_batch_size_and_accumulation_are_one_and_the_same(make_trainer, tmp_path):
+    how = {"optim": "sgd", "learning_rate": 1.0, "variant": "alignprop", "num_train_epochs": 3}
+    many = trained(make_trainer(per_device_train_batch_size=2, gradient_accumulation_steps=4, **how))
+    one = trained(make_trainer(per_device_train_batch_size=8, gradient_accumulation_steps=1, **how))
+    assert_same(many, one, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", ["recompute_steps", "activation_checkpointing"])
+def test_checkpointing_changes_nothing_but_memory(make_trainer, checkpointing):
+    how = {"optim": "sgd", "learning_rate": 1.0, "variant": "draft", "num_train_epochs": 2}
+    with_it, without = (trained(make_trainer(**{checkpointing: on}, **how)) for on in (True, False))
+    assert_same(with_it, without, rtol=1e-4, atol=1e-7)
+
+
+def test_resumed_run_is_the_uninterrupted_one_to_the_bit(make_trainer, tmp_path):
+    """With everything that a run remembers: moving average, watch, logs, random reaches."""
+    how = {
+        "variant": "alignprop", "ema_decay": 0.5, "num_train_epochs": 4, "region_weight": 0.5, "region_threshold": 0.2,
+        "beta": 0.1, "lr_scheduler_type": "cosine", "logging_steps": 2,
+    }  # fmt: skip
+    whole = make_trainer(held_out=Plain(), output_dir=str(tmp_path / "whole"), save_total_limit=4, **how)
+    whole.train()
+    whole.save_model()
+    part = make_trainer(held_out=Plain(), output_dir=str(tmp_path / "part"), **how)
+    part.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-1"))
+    part.save_model()
+    assert_same(lora(tmp_path / "part"), lora(tmp_path / "whole"))
+    assert_same(lora(tmp_path / "part/checkpoint-4"), lora(tmp_path / "whole/checkpoint-4"))
+    assert {**part.watch.state(), "best": None} == {**whole.watch.state(), "best": None}
+    for name in ("reward", "loss", "grad_norm", "learning_rate", "watch/drawn", "region/change_outside"):
+        assert logged(part, name) == logged(whole, name)
+
+
+def picture_change(trainer):
+    """Mean difference of what the policy draws now from what the base draws, from noise that it has not seen."""
+    policy = trainer.policy
+    noise = rollout_noise(policy, trainer.schedule, 99, 0, range(4))
+
+    def draw():
+        return policy.decode(sample(policy, policy.network, PROMPTS[:4], noise, trainer.schedule).final_latents)
+
+    now = draw()
+    with policy.reference():
+        return float((now - draw()).abs().mean())
+
+
+def test_without_a_problem_region_the_constraint_holds_all_of_the_picture(make_trainer):
+    """Redness' map costs at most 0.5 anywhere: above that threshold there is no problem."""
+    how = {
+        "num_train_epochs": 16, "learning_rate": 3e-3, "lr_scheduler_type": "linear", "save_strategy": "no",
+        "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    free, held = make_trainer(**how), make_trainer(region_weight=20.0, region_threshold=0.6, **how)
+    free.train()
+    held.train()
+    assert set(logged(held, "region/share")) == {0.0}
+    assert logged(held, "region/change_outside") == logged(held, "region/change")
+    assert picture_change(held) < 0.1 * picture_change(free)
+
+
+def test_where_all_of_the_picture_is_a_problem_the_constraint_does_nothing(make_trainer):
+    how = {"optim": "sgd", "learning_rate": 1.0}
+    free, held = make_trainer(**how), make_trainer(region_weight=20.0, region_threshold=0.0, region_dilation=0.5, **how)
+    assert_same(trained(free), trained(held))
+    assert set(logged(held, "region/share")) == {1.0}
+
+
+@pytest.mark.parametrize("distance", ["noise", "kl"])
+def test_distance_to_the_base_holds_the_policy_back(make_trainer, distance):
+    how = {
+        "num_train_epochs": 5, "learning_rate": 1e-2, "variant": "draft", "save_strategy": "no",
+        "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    free, held = make_trainer(**how), make_trainer(beta=1000.0, distance=distance, **how)
+    free.train()
+    held.train()
+    name = "noise_distance" if distance == "noise" else "kl"
+    assert logged(held, name)[0] == 0  # the LoRA starts as nothing
+    assert logged(held, name)[-1] < 0.2 * logged(free, name)[-1]
+    assert logged(held, "reward")[-1] > logged(held, "reward")[0] - 0.01
+
+
+def test_monitors_end_the_run(make_trainer, caplog):
+    trainer = make_trainer(
+        held_out=Plain(), num_train_epochs=6, learning_rate=1e-2, variant="draft", watch_limits={"kl": 1e-9},
+        stop_on=["kl"],
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert "the policy is far from the base" in caplog.text
+    seen = trainer.state.log_history[0]
+    assert {"watch/held_out", "watch/diversity", "watch/drawn", "watch/file_size", "watch/kl", "watch/map_entropy"} <= (
+        seen.keys()
+    )
+    assert trainer.best_checkpoint == Path(trainer.args.output_dir) / "checkpoint-1"
+
+
+def test_tensorboard_gets_figures_pictures_and_regions(make_trainer):
+    trainer = make_trainer(report_to=["tensorboard"], num_log_images=2, region_weight=1.0, region_threshold=0.2)
+    trainer.train()
+    events = EventAccumulator(f"{trainer.args.output_dir}/runs")
+    events.Reload()
+    assert set(events.Tags()["images"]) == {"samples", "region"}
+    assert {"train/reward", "train/watch/drawn", "train/region/change_outside"} <= set(events.Tags()["scalars"])
+
+
+class Liar:
+    """Says that it is differentiable, and is not."""
+
+    differentiable = True
+
+    def __call__(self, images, prompts):
+        return Reward(total=images.detach().mean(dim=(1, 2, 3)))
+
+
+class Mapless:
+    differentiable = True
+
+    def __call__(self, images, prompts):
+        return Reward(total=images.mean(dim=(1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("reward", "changes", "message"),
+    [
+        (Plain(), {}, r"the reward Plain is not differentiable.*reward\.rich:RichReward.*run_ddpo\.py"),
+        (Liar(), {}, "Liar says that it is differentiable, but no gradient flows"),
+        (Mapless(), {"region_weight": 1.0}, "region_weight is 1.0, but the reward Mapless has no penalty maps"),
+        (Redness(), {"beta": 1.0, "distance": "kl"}, "those of update 1 .2 to 2, variant draft_k. have none"),
+        (Redness(), {"beta": 1.0, "tune": "full"}, None),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused_before_a_picture_is_drawn(make_trainer, reward, changes, message):
+    if message is None:
+        assert make_trainer(reward, **changes).policy.has_reference
+        return
+    with pytest.raises(ValueError, match=message):
+        make_trainer(reward, **changes)
+
+
+def test_nan_stops_the_run_and_keeps_the_last_checkpoint(make_trainer):
+    trainer = make_trainer(Redness(nan_after=4))  # one to look at it, two an update, and one behind them
+    with pytest.raises(RewardError, match="term `red` is nan for the prompt"):
+        trainer.train()
+    assert (Path(trainer.args.output_dir) / "checkpoint-1/complete.json").exists()
+
+
+def test_policy_that_diverges_stops_the_run(make_trainer):
+    class Diverge(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            next(weight for weight in model.parameters() if weight.requires_grad).data.fill_(float("nan"))
+
+    trainer = make_trainer(save_strategy="no")
+    trainer.add_callback(Diverge())
+    with pytest.raises(DivergedError, match="in update 2 its latents are not finite"):
+        trainer.train()
+
+
+def test_ctrl_c_writes_a_checkpoint_from_which_the_run_goes_on(make_trainer, tmp_path):
+    """In the middle of an update: it is gone through again."""
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), num_train_epochs=3)
+    whole.train()
+
+    class InterruptingReward(Redness):
+        def __call__(self, images, prompts):
+            if self.calls == 3:  # the first picture of the second update
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__call__(images, prompts)
+
+    trainer = make_trainer(InterruptingReward(), num_train_epochs=3, save_strategy="no")
+    with pytest.raises(RunInterrupted, match="stopped after 2 of 3 updates"):
+        trainer.train()
+    again = make_trainer(num_train_epochs=3)
+    again.train(resume_from_checkpoint="latest")
+    assert_same(lora(tmp_path / "run/checkpoint-3"), lora(tmp_path / "whole/checkpoint-3"))
+    assert logged(again, "loss") == logged(whole, "loss")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_two_ranks_are_one(engine, pipeline_folder, make_trainer, tmp_path):  # noqa: F811
+    how = {"optim": "sgd", "learning_rate": 1.0, "variant": "draft", "beta": 0.1, "region_weight": 0.5}
+    one = make_trainer(held_out=Plain(), region_threshold=0.2, gradient_accumulation_steps=4, **how)
+    one.train()
+    one.save_model()
+    output = tmp_path / "two"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command += [str(Path(__file__).parent / "two_ranks_draft.py"), engine, pipeline_folder, str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(lora(output), lora(tmp_path / "run"), rtol=1e-3, atol=1e-5)
+    states = [json.loads(Path(f"{output}-watch-{rank}.json").read_text()) for rank in (0, 1)]
+    assert states[0] == states[1]
+    assert states[0]["start"] == pytest.approx(one.watch.state()["start"], rel=1e-3, abs=1e-4)
