@@ -39,7 +39,7 @@ def settings(folder: Path, engine: str, world_size: int) -> dict:
         "generation_batch_size": 8, "num_generations": 4, "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": 16 // batch // world_size, "num_iterations": 2, "lora_rank": 2,
         "lora_alpha": 4.0, "disable_tqdm": True, "report_to": [], "seed": 3, "num_log_images": 0,
-        "train_steps": ["0:2"], "optim": "sgd", "learning_rate": 0.01 if tune else 0.1, "tune": tune or "lora",
+        "train_steps": ["0:2"], "optim": "sgd", "learning_rate": 0.003 if tune else 0.02, "tune": tune or "lora",
         "deepspeed": deepspeed,
     }  # fmt: skip
 
