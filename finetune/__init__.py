@@ -1,1 +1,1 @@
-"""Every other use of the predictor; the first commands are still to come."""
+"""Every other use of the predictor, and what the commands that train a policy share."""

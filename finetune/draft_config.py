@@ -226,6 +226,11 @@ def check_ranges(args: DraftConfig) -> None:
         "auto_find_batch_size would change the pictures of an update; set a smaller per_device_train_batch_size, with "
         "more gradient_accumulation_steps, instead",
     )
+    require(
+        not (args.deepspeed and args.hf_deepspeed_config.is_zero3()),
+        "ZeRO-3 is not supported: it gathers weights forward by forward, and here one backward pass goes through many; "
+        "use configs/deepspeed/zero2.json",
+    )
     args.plan()
 
 
