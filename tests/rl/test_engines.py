@@ -91,10 +91,10 @@ def test_two_ranks_of_every_engine_are_one_process(pipeline_folder, alone, tmp_p
     prompts.write_text("\n".join(PROMPTS))
     settings = {
         "policy": pipeline_folder, "reward": "tests.rl.toy_rewards:Redness", "prompts": prompts,
-        "eval_prompts": prompts, "eval_generations": 1, "output_dir": tmp_path / "command", "use_cpu": True, "num_train_epochs": 1,
-        "num_inference_steps": 3, "train_steps": 1, "generation_batch_size": 8, "num_generations": 4,
-        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "lora_rank": 2, "disable_tqdm": True,
-        "deepspeed": ROOT / "configs/deepspeed/zero3.json",
+        "eval_prompts": prompts, "eval_generations": 1, "output_dir": tmp_path / "command", "use_cpu": True,
+        "num_train_epochs": 1, "num_inference_steps": 3, "train_steps": 1, "generation_batch_size": 8,
+        "num_generations": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "lora_rank": 2,
+        "disable_tqdm": True, "eval_strategy": "epoch", "deepspeed": ROOT / "configs/deepspeed/zero3.json",
     }  # fmt: skip
     flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
     launcher = ["--nproc_per_node=2", "--rdzv_endpoint=localhost:0"]
@@ -115,6 +115,7 @@ def test_two_ranks_of_every_engine_are_one_process(pipeline_folder, alone, tmp_p
 
     summary = json.loads((tmp_path / "command/summary.json").read_text())
     assert summary["before"]["reward"] != summary["after"]["reward"]
+    assert (tmp_path / "command/samples/rollout-000001.png").is_file()
     pipe = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None, requires_safety_checker=False)
     pipe.load_lora_weights(str(tmp_path / "command"))
     assert pipe.get_active_adapters()
