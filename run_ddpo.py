@@ -32,7 +32,7 @@ from finetune.run import (  # noqa: E402
     watch_facts,
 )
 from finetune.run_arguments import RewardedRunArguments  # noqa: E402
-from reward.arguments import main_guard, parse_arguments, read_prompt_file  # noqa: E402
+from reward.arguments import main_guard, parse_arguments, read_prompt_file, whole_models  # noqa: E402
 from rl.adapter import AdapterSettings, check_adapter_files  # noqa: E402
 from rl.checkpoints import claim_output_dir  # noqa: E402
 from rl.ddpo import DDPOConfig, DDPOTrainer  # noqa: E402
@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = read_prompt_file(run.prompts)
     eval_prompts = read_prompt_file(run.eval_prompts) if run.eval_prompts else []
     run.check_stop_on(args.stop_on)
+    run.check_eval_strategy(args.eval_strategy.value)
     if (schedule := read_schedule(run.policy, args)) is not None:
         args.plan(args.steps_per_rollout(schedule))
     check_adapter_files(args.part(AdapterSettings))
@@ -70,10 +71,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     console.print("[bold]loading[/] policy and rewards")
-    rewards = {name: place_reward(reward, args) for name, reward in run.make_rewards().items()}
-    policy = load_policy(run.policy, args)
+    with whole_models(args):
+        rewards = {name: place_reward(reward, args) for name, reward in run.make_rewards().items()}
+        policy = load_policy(run.policy, args)
     held_out = rewards[run.watch_reward] if run.watch_reward else None
-    trainer = DDPOTrainer(policy, rewards[TRAINING_REWARD], args, prompts, held_out=held_out)
+    eval_on = run.held_out(eval_prompts, rewards) if eval_prompts else None
+    trainer = DDPOTrainer(policy, rewards[TRAINING_REWARD], args, prompts, held_out=held_out, eval_on=eval_on)
 
     if run.dry_run:
         costs = measure(trainer)  # on all ranks

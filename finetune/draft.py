@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = read_prompt_file(run.prompts)
     eval_prompts = read_prompt_file(run.eval_prompts) if run.eval_prompts else []
     run.check_stop_on(args.stop_on)
+    run.check_eval_strategy(args.eval_strategy.value)
     check_differentiable(run.named_rewards())
     if (schedule := read_schedule(run.policy, args)) is not None:
         args.check_schedule(schedule)
@@ -80,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rewards = place(run.make_rewards(), args)
     policy = load_policy(run.policy, args)
     held_out = rewards[run.watch_reward] if run.watch_reward else None
-    trainer = DraftTrainer(policy, rewards[TRAINING_REWARD], args, prompts, held_out=held_out)
+    eval_on = run.held_out(eval_prompts, rewards) if eval_prompts else None
+    trainer = DraftTrainer(policy, rewards[TRAINING_REWARD], args, prompts, held_out=held_out, eval_on=eval_on)
 
     before = judge("before", trainer, eval_prompts, rewards, run, console) if eval_prompts else None
     if args.should_save:  # only now that nothing else can be wrong: this deletes what is there, if it may

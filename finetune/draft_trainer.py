@@ -17,6 +17,7 @@ from finetune.backprop import Drawn, Reach, Sampler
 from finetune.draft_config import DraftConfig, not_differentiable
 from finetune.region_constraint import problem_region, region_loss, region_sheet
 from reward.feedback import Reward, RewardFn, check_reward
+from rl.evaluate import HeldOut
 from rl.experience import Samples, rollout_noise
 from rl.monitors import edge_energy, thumbnails
 from rl.policy import StableDiffusionPolicy
@@ -69,6 +70,7 @@ class DraftTrainer(PolicyTrainer):
         prompts: training prompts.
         callbacks: as the Trainer's.
         held_out: a reward that is not trained on, to see whether the trained one is gamed; see `rl.watch`.
+        eval_on: what it is judged on in the midst of training, where `args.eval_strategy` says so.
 
     Raises:
         ValueError: the reward is not differentiable, or has no penalty maps where the region constraint needs them; no
@@ -86,6 +88,7 @@ class DraftTrainer(PolicyTrainer):
         prompts: Sequence[str],
         callbacks: list[TrainerCallback] | None = None,
         held_out: RewardFn | None = None,
+        eval_on: HeldOut | None = None,
     ):
         self.reward_fn, self.prompts, self.held_out = reward_fn, list(prompts), held_out
         self._samples: Samples | None = None
@@ -96,7 +99,7 @@ class DraftTrainer(PolicyTrainer):
         sampler = _, schedule = args.make_schedule(policy.scheduler)
         args.check_schedule(schedule)
         watch = Watch(args.watch_limits, args.stop_on, speaks=args.should_save)
-        super().__init__(policy, args, sampler, args.plan(), watch, callbacks)
+        super().__init__(policy, args, sampler, args.plan(), watch, callbacks, eval_on)
         check_reward_fn(reward_fn, policy, self.prompts[0], maps_for=args.region_weight)
         if args.activation_checkpointing:
             policy.pipeline.vae.enable_gradient_checkpointing()

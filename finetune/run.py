@@ -20,20 +20,15 @@ from finetune.run_arguments import EvaluationArguments
 from reward.feedback import RewardFn
 from rl.adapter import AdapterSettings
 from rl.checkpoints import Start, explained, mark_finished, plan_start
-from rl.evaluate import TRAINING_REWARD, Evaluation, evaluate, look
-from rl.experience import Samples
 from rl.interrupt import RunInterrupted
 from rl.memory import MemorySettings, OffloadedReward
 from rl.model_card import Method, write_model_card
 from rl.pipelines import load_scheduler
 from rl.policy import PictureSize, StableDiffusionPolicy
 from rl.policy_config import PolicyConfig
-from rl.policy_trainer import PolicyTrainer
+from rl.policy_trainer import Judged, PolicyTrainer
 from rl.report import print_table, write_report
 from rl.sde import Schedule
-
-Judged = tuple[Evaluation, Samples]
-"""What an evaluation gives: figures, and a few pictures to look at."""
 
 # ---- Before the models are loaded ----
 
@@ -118,28 +113,12 @@ def judge(
         prompts: held-out ones.
         rewards: name -> reward function; one is called `TRAINING_REWARD`.
     """
-    args, policy = trainer.args, trainer.policy
+    args, held_out = trainer.args, how.held_out(prompts, rewards)
     console.print(f"[bold]evaluating[/] {phase} training on {len(prompts)} held-out prompts")
-    noise = {"generations": how.eval_generations, "seed": how.eval_seed, "guidance_scale": args.guidance_scale}
-    sizes = {"batch_size": args.per_device_eval_batch_size, "reward_batch_size": args.reward_batch_size}
     pictures = len(prompts) * how.eval_generations
     bar = tqdm(total=pictures, disable=args.disable_tqdm or not args.should_save, dynamic_ncols=True)
-    with trainer.accelerator.autocast(), bar:
-        figures = evaluate(
-            policy,
-            trainer.schedule,
-            prompts,
-            rewards,
-            rank=args.process_index,
-            world_size=args.world_size,
-            gather=trainer.accelerator.gather,
-            on_batch=lambda count: bar.update(count * args.world_size),
-            **noise,
-            **sizes,
-        )
-        count, reward = how.num_before_after, rewards[TRAINING_REWARD]
-        samples = look(policy, trainer.schedule, prompts, reward, count=count, **noise, **sizes)
-    return figures, samples
+    with bar:
+        return trainer.judge(held_out, on_batch=lambda count: bar.update(count * args.world_size))
 
 
 def train(trainer: PolicyTrainer, checkpoint: Path | None, console: Console) -> None:

@@ -9,7 +9,7 @@ The first one's checks are made last.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from reward.by_name import (
@@ -20,7 +20,7 @@ from reward.by_name import (
     read_named_rewards,
 )
 from reward.feedback import RewardFn
-from rl.evaluate import TRAINING_REWARD
+from rl.evaluate import TRAINING_REWARD, HeldOut
 from rl.policy_checks import warn_of_ignored
 
 
@@ -104,7 +104,9 @@ class EvaluationArguments(_Part):
     )
     eval_generations: int = field(default=2, metadata={"help": "Pictures of each held-out prompt."})
     eval_seed: int = field(default=0, metadata={"help": "Seed of the evaluation's noise, whatever `seed` is."})
-    num_before_after: int = field(default=8, metadata={"help": "Pictures in before_after.png."})
+    num_before_after: int = field(
+        default=8, metadata={"help": "Pictures in before_after.png, and in each of the folder `samples`."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -122,6 +124,18 @@ class EvaluationArguments(_Part):
             names = ("eval_generations", "eval_seed", "num_before_after")
             names += () if self.eval_rewards_watch else ("eval_rewards",)
             warn_of_ignored(self, names, "there are no eval_prompts")
+
+    def check_eval_strategy(self, eval_strategy: str) -> None:
+        """Complain if evaluations in the midst of training are asked for and there is nothing to evaluate on."""
+        if eval_strategy != "no" and not self.eval_prompts:
+            raise ValueError(
+                f"eval_strategy is {eval_strategy}, but there are no eval_prompts to evaluate on; name a file of "
+                "held-out prompts, or set eval_strategy to no"
+            )
+
+    def held_out(self, prompts: Sequence[str], rewards: Mapping[str, RewardFn]) -> HeldOut:
+        """What the policy is judged on; `rewards` has one called `TRAINING_REWARD`."""
+        return HeldOut(prompts, rewards, self.eval_generations, self.eval_seed, self.num_before_after)
 
     @property
     def eval_rewards_watch(self) -> bool:

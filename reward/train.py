@@ -13,8 +13,7 @@ import logging
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +28,8 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import TensorBoardCallback
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from reward.arguments import main_guard, parse_arguments
+from reward.arguments import main_guard, parse_arguments, whole_models
 from reward.checks import check_labels
 from reward.data import (
     FeedbackCollator,
@@ -223,22 +221,6 @@ def warn_of_unread_words(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, 
             logger.warning("split %s: %s", name, message)
 
 
-@contextmanager
-def _whole_weights(args: RahfTrainingArguments) -> Iterator[None]:
-    """Inside, models get all of their weights on every rank; DeepSpeed shards them when the training begins.
-
-    Once the settings of ZeRO-3 exist, transformers loads models in shards, and reads their shapes as empty.
-    """
-    if (settings := getattr(args, "hf_deepspeed_config", None)) is None:
-        yield
-        return
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        set_hf_deepspeed_config(settings)
-
-
 def load_data(folder: str | Path) -> DatasetDict:
     """The splits that `reward.richhf` wrote.
 
@@ -313,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     for split in ("train", "dev"):
         check_labels(data[split], f"{arguments.data}, {split}")
     set_seed(args.seed)  # the new heads' weights depend on it
-    with _whole_weights(args):
+    with whole_models(args):
         model, tokenizer = build_model(arguments)
     trainer = RahfTrainer(
         model,

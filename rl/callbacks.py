@@ -93,6 +93,24 @@ class SampleGrids(TrainerCallback):
                 writers[0].flush()  # on the disk before the checkpoint that follows
 
 
+class EvaluationsBeforeCheckpoints(TrainerCallback):
+    """Where both fall behind one update, the evaluation comes first, so that a checkpoint holds its line of the log.
+
+    The Trainer makes the evaluations of `eval_strategy: epoch` behind an epoch's end, when the checkpoint of its last
+    update may have been written: a run that is killed in between and goes on from there would lack one.
+    """
+
+    def __init__(self, trainer: "PolicyTrainer"):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.eval_strategy == "epoch" and state.global_step % self.trainer.plan.updates == 0:
+            control.should_evaluate = args.eval_delay <= state.epoch
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_evaluate = False
+
+
 class AverageWeights(TrainerCallback):
     """Takes the weights into their moving average after each update."""
 

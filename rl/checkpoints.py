@@ -27,13 +27,14 @@ MARKER = "complete.json"
 RUN_CONFIG = "run_config.json"
 BESIDE = ".incomplete"
 LOGS = "runs"
+SAMPLES = "samples"
 REPLACED, ABANDONED = ".replaced", ".abandoned"  # behind the name of a checkpoint that is one no more
 FINISHED = "finished.json"
 RESULTS = (
     *("summary.json", "evaluation.json", "before_after.png", "pytorch_lora_weights.safetensors", FINISHED),
     *("README.md", "curves.png"),
 )
-FOLDERS = (LOGS, "scheduler", "unet", BESIDE)
+FOLDERS = (LOGS, SAMPLES, "scheduler", "unet", BESIDE)
 
 _LATEST, _AUTO = ("latest", "true", "yes", "1"), "auto"
 _BOTH = "overwrite_output_dir would delete the run that resume_from_checkpoint goes on with; give one of them"
@@ -172,6 +173,13 @@ def abandon_later(step: int, output_dir: str | Path) -> None:
             logger.warning(
                 "going on from update %d: %s is of the branch that is left, now %s", step, folder, place.name
             )
+
+
+def discard_later_samples(rollouts: int, output_dir: str | Path) -> None:
+    """Delete the sheets in `samples` that are later than so many rollouts, from which a run goes on."""
+    for file in (Path(output_dir) / SAMPLES).glob("rollout-*.png"):
+        if file.stem[8:].isdigit() and int(file.stem[8:]) > rollouts:
+            file.unlink()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from reward.feedback import RewardFn
 from rl.advantages import PromptStatistics
 from rl.ddpo_config import DDPOConfig
+from rl.evaluate import HeldOut
 from rl.experience import Experience, Samples, gather_experience, rollout_noise, sample_and_score
 from rl.losses import ppo_loss
 from rl.policy import StableDiffusionPolicy
@@ -66,6 +67,7 @@ class DDPOTrainer(PolicyTrainer):
         prompts: training prompts.
         callbacks: as the Trainer's.
         held_out: a reward that is not trained on, to see whether the trained one is gamed; see `rl.watch`.
+        eval_on: what it is judged on in the midst of training, where `args.eval_strategy` says so.
 
     Attributes:
         schedule, plan, total_rollouts: what the settings come to.
@@ -83,6 +85,7 @@ class DDPOTrainer(PolicyTrainer):
         prompts: Sequence[str],
         callbacks: list[TrainerCallback] | None = None,
         held_out: RewardFn | None = None,
+        eval_on: HeldOut | None = None,
     ):
         self.reward_fn, self.prompts, self.held_out = reward_fn, list(prompts), held_out
         sampler = _, schedule = args.make_schedule(policy.scheduler)
@@ -98,7 +101,7 @@ class DDPOTrainer(PolicyTrainer):
         if args.beta > 0 and not policy.has_reference:
             raise ValueError(f"beta is {args.beta}, but the policy keeps no base model; load it with keep_reference")
         watch = Watch(args.watch_limits, args.stop_on, speaks=args.should_save)
-        super().__init__(policy, args, sampler, plan, watch, callbacks)
+        super().__init__(policy, args, sampler, plan, watch, callbacks, eval_on)
         self.add_callback(StopWhenGamed(self.watch))
         if args.probed_steps is not None:
             weights = sum(weight.numel() for weight in self.trained_weights())

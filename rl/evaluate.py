@@ -35,6 +35,11 @@ class Evaluation:
     values: dict[str, torch.Tensor]
     diversity: torch.Tensor
 
+    def curves(self) -> dict[str, float]:
+        """The summary's figures as the Trainer logs them: TensorBoard shows `eval_judge/satisfied` under `eval`."""
+        figures = {name: value for name, value in self.summary().items() if name not in ("n", "generations")}
+        return {f"eval_{name.replace('.', '/')}": value for name, value in figures.items() if value is not None}
+
     def summary(self) -> dict[str, float | int | None]:
         """Means over all pictures, `diversity` (None where G = 1), `n` prompts and `generations` of each."""
         means = {name: float(value.mean()) for name, value in sorted(self.values.items())}
@@ -42,6 +47,25 @@ class Evaluation:
         generations = self.values[TRAINING_REWARD].shape[1]
         return {**means, "diversity": None if generations < 2 else spread, "n": len(self.prompts),
                 "generations": generations}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a policy is judged on, before, after and in the midst of its training; always from the same noise.
+
+    Attributes:
+        prompts: that it is not trained on.
+        rewards: name -> reward function; one is called `TRAINING_REWARD`, the one trained on.
+        generations: pictures of each prompt.
+        seed: of the noise.
+        num_samples: pictures to look at.
+    """
+
+    prompts: Sequence[str]
+    rewards: Mapping[str, RewardFn]
+    generations: int = 2
+    seed: int = 0
+    num_samples: int = 8
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SAVE_STRATEGIES = ("epoch", "steps", "no")
+GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+STRATEGIES = ("epoch", "steps", "no")
 LR_SCHEDULES = tuple(
     schedule.value
     for schedule in SchedulerType
@@ -29,7 +30,11 @@ def check_names(args: "PolicyConfig") -> None:
         "fsdp is not supported: the LoRA could not be saved; "
         "to shard over GPUs, use --deepspeed configs/deepspeed/zero2.json",
     )
-    for name, valid in (("save_strategy", SAVE_STRATEGIES), ("lr_scheduler_type", LR_SCHEDULES)):
+    for name, valid in (
+        ("save_strategy", STRATEGIES),
+        ("eval_strategy", STRATEGIES),
+        ("lr_scheduler_type", LR_SCHEDULES),
+    ):
         value = getattr(args, name)
         require(getattr(value, "value", value) in valid, f"{name} is {value!r}; it must be one of {', '.join(valid)}")
 
@@ -51,16 +56,34 @@ def check_engine(args: "PolicyConfig") -> None:
         "save_only_model leaves checkpoints that cannot be resumed from; leave it out: "
         "every checkpoint is a folder with the LoRA too",
     )
+    require(
+        not args.load_best_model_at_end,
+        "load_best_model_at_end goes by the loss of an evaluation, which pictures have not; leave it out, and name "
+        "the reward to go by, watch_reward: the best checkpoint is then kept",
+    )
+    require(
+        not args.eval_on_start,
+        "eval_on_start would evaluate again wherever a run goes on; leave it out: with eval_prompts there is an "
+        "evaluation before the training",
+    )
     if args.ema_decay is not None:
         refuse_zero3(args, "ema_decay")
+    require(
+        not _is_zero3(args) or args.hf_deepspeed_config.is_true(GATHER),
+        f"with ZeRO-3, {GATHER} must be true in deepspeed's settings, or what is trained cannot be saved as a whole",
+    )
 
 
 def refuse_zero3(args: "PolicyConfig", setting: str) -> None:
     """Complain if `setting` is used with ZeRO-3."""
     require(
-        not (args.deepspeed and args.hf_deepspeed_config.is_zero3()),
+        not _is_zero3(args),
         f"{setting} needs whole weights, which a rank of ZeRO-3 has not; use ZeRO-2",
     )
+
+
+def _is_zero3(args: "PolicyConfig") -> bool:
+    return bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
 
 
 def check_policy_ranges(args: "PolicyConfig") -> None:

@@ -45,6 +45,14 @@ class PolicyConfig(TrainingArguments):
     report_to: list[str] = field(
         default_factory=lambda: ["tensorboard"], metadata={"help": "Where to log to, as in transformers."}
     )
+    eval_strategy: str = field(
+        default="no",
+        metadata={
+            "help": "Evaluate on eval_prompts in the midst of training too. epoch: after each rollout; steps: every "
+            "`eval_steps` updates, which must be a multiple of the updates of a rollout; no. Curves `eval/...`, and "
+            "the same pictures every time in the folder `samples`."
+        },
+    )
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pictures of one batch of the evaluation."})
     disable_tqdm: bool | None = field(default=False, metadata={"help": "No progress bars."})
     ddp_find_unused_parameters: bool | None = field(
@@ -176,8 +184,9 @@ class PolicyConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        if self.save_strategy is False:  # what YAML makes of a bare `no`
-            self.save_strategy = "no"
+        for name in ("save_strategy", "eval_strategy"):
+            if getattr(self, name) is False:  # what YAML makes of a bare `no`
+                setattr(self, name, "no")
         check_names(self)
         if self.deepspeed and self.use_cpu:
             prepare_deepspeed_on_cpu()

@@ -2,6 +2,8 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,8 +15,16 @@ from torch import nn
 from transformers import ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from rl.callbacks import AverageWeights, ResumedLogs, RewardProgress, RunCurves, SampleGrids
-from rl.checkpoints import explained, newest_whole, written_beside
+from rl.callbacks import (
+    AverageWeights,
+    EvaluationsBeforeCheckpoints,
+    ResumedLogs,
+    RewardProgress,
+    RunCurves,
+    SampleGrids,
+)
+from rl.checkpoints import SAMPLES, explained, newest_whole, written_beside
+from rl.evaluate import TRAINING_REWARD, Evaluation, HeldOut, evaluate, look
 from rl.experience import Samples
 from rl.pictures import sample_sheet
 from rl.policy import StableDiffusionPolicy
@@ -24,6 +34,9 @@ from rl.rollout import DivergedError
 from rl.run_state import RunState
 from rl.sde import Schedule
 from rl.watch import Watch
+
+Judged = tuple[Evaluation, Samples]
+"""What an evaluation gives: figures, and a few pictures to look at."""
 
 
 class PolicyTrainer(ResumableTrainer):
@@ -36,6 +49,10 @@ class PolicyTrainer(ResumableTrainer):
         plan: how many updates lie between two boundaries.
         watch: what is known of the reward being gamed; one that is shown nothing where there is no reward.
         callbacks: as the Trainer's.
+        eval_on: what the policy is judged on where `args.eval_strategy` says so.
+
+    Raises:
+        ValueError: `args.eval_strategy` says so, and there is no `eval_on`.
 
     Attributes:
         scheduler, schedule: what samples as the settings say, and its steps.
@@ -53,13 +70,20 @@ class PolicyTrainer(ResumableTrainer):
         plan: Boundaries,
         watch: Watch,
         callbacks: list[TrainerCallback] | None = None,
+        eval_on: HeldOut | None = None,
     ):
-        self.policy = policy
+        if args.eval_strategy != "no" and eval_on is None:
+            raise ValueError(
+                f"eval_strategy is {args.eval_strategy.value}, but there are no held-out prompts to evaluate on"
+            )
+        self.policy, self.eval_on = policy, eval_on
         self.scheduler, self.schedule = sampler
         self.average: EMAModel | None = None
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
-        super().__init__(plan, watch, model=policy.network, args=args, callbacks=callbacks)
+        prompts = None if eval_on is None else list(eval_on.prompts)
+        super().__init__(plan, watch, model=policy.network, args=args, eval_dataset=prompts, callbacks=callbacks)
         policy.to(args.device)
+        self.add_callback(EvaluationsBeforeCheckpoints(self))
         self.add_callback(ResumedLogs(self))
         if self.pop_callback(TensorBoardCallback):
             self.add_callback(RunCurves)
@@ -79,6 +103,67 @@ class PolicyTrainer(ResumableTrainer):
     def sheets(self) -> dict[str, Image.Image]:
         """What TensorBoard shows of the last update: name -> image. Here the samples, with overlays of penalties."""
         return {"samples": sample_sheet(self.samples)} if self.samples else {}
+
+    # ---- Evaluation ----
+
+    def judge(self, held_out: HeldOut, on_batch: Callable[[int], None] = lambda pictures: None) -> Judged:
+        """What the policy, as it is, draws for held-out prompts; on all ranks.
+
+        Args:
+            on_batch: called after each batch with this rank's number of pictures.
+        """
+        args, accelerator = self.args, self.accelerator
+        how = {
+            "generations": held_out.generations,
+            "seed": held_out.seed,
+            "guidance_scale": args.guidance_scale,
+            "batch_size": args.per_device_eval_batch_size,
+            "reward_batch_size": args.reward_batch_size,
+        }
+        with accelerator.autocast():
+            figures = evaluate(
+                self.policy,
+                self.schedule,
+                held_out.prompts,
+                held_out.rewards,
+                rank=args.process_index,
+                world_size=args.world_size,
+                gather=accelerator.gather,
+                on_batch=on_batch,
+                **how,
+            )
+            reward_fn, count = held_out.rewards[TRAINING_REWARD], held_out.num_samples
+            samples = look(self.policy, self.schedule, held_out.prompts, reward_fn, count=count, **how)
+        return figures, samples
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """What the Trainer calls in the midst of training: curves `eval/...`, and a sheet in the folder `samples`. The
+        weights judged are those that the run would leave behind here."""
+        with self.clock("evaluation"), self._weights_to_leave():
+            figures, samples = self.judge(self.eval_on)
+        if self.args.should_save:
+            place = f"{SAMPLES}/rollout-{self.state.global_step // self.plan.updates:06}.png"
+            with explained(place, self.args.output_dir), written_beside(Path(self.args.output_dir)) as beside:
+                (beside / SAMPLES).mkdir()
+                sample_sheet(samples).save(beside / place)
+        curves = figures.curves()
+        self.log(curves)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, curves)
+        return curves
+
+    @contextmanager
+    def _weights_to_leave(self) -> Iterator[None]:
+        """Inside, the weights are their moving average, if one is kept."""
+        if self.average is None:
+            yield
+            return
+        weights = self.trained_weights()
+        self.average.store(weights)
+        self.average.copy_to(weights)
+        try:
+            yield
+        finally:
+            self.average.restore(weights)
 
     # ---- Guards ----
 
@@ -100,7 +185,10 @@ class PolicyTrainer(ResumableTrainer):
             self._diverged(f"in update {self.state.global_step + 1} the {what} is {value}")
 
     def _check_weights(self) -> None:
-        if not all(bool(weight.isfinite().all()) for weight in self.model.parameters() if weight.requires_grad):
+        # Of a weight that ZeRO-3 has sharded, a rank sees its own part only.
+        parts = [getattr(weight, "ds_tensor", weight) for weight in self.trained_weights()]
+        broken = torch.tensor([not all(bool(part.isfinite().all()) for part in parts)], device=self.args.device)
+        if bool(self.accelerator.gather(broken).any()):
             self._diverged(f"after update {self.state.global_step} its weights are not finite")
 
     def _diverged(self, how: str) -> NoReturn:

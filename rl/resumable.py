@@ -14,6 +14,7 @@ from rl.checkpoints import (
     BESIDE,
     abandon_later,
     check_intact,
+    discard_later_samples,
     explained,
     publish,
     read_marker,
@@ -213,6 +214,7 @@ class ResumableTrainer(Trainer):
                 self.watch.best = None  # it lies in another folder, which is not this run's to keep
             if self.args.should_save:
                 abandon_later(marker["global_step"], self.args.output_dir)
+                discard_later_samples(marker["rollouts"], self.args.output_dir)
         place = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)  # how often to log and save: as this run says, not the last
         return place

@@ -89,6 +89,12 @@ def plan_rollout(args: "DDPOConfig", train_steps: int) -> RolloutPlan:
         "checkpoint holds no half-used rollout; "
         f"use {near(int(max(args.save_steps, 1)), updates)}, or save_strategy epoch",
     )
+    if args.eval_strategy == "steps":
+        require(
+            args.eval_steps >= 1 and args.eval_steps % updates == 0,
+            f"eval_steps ({args.eval_steps}) is not a multiple of the {updates} updates of a rollout, on whose ends "
+            f"evaluations fall; use {near(int(max(args.eval_steps, 1)), updates)}, or eval_strategy epoch",
+        )
     return RolloutPlan(
         pictures=pictures,
         pictures_per_rank=pictures // world,

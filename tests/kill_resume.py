@@ -71,6 +71,7 @@ def arguments(pipeline: str, prompts: Path, output: Path, options: argparse.Name
         "num_generations": 4, "per_device_train_batch_size": 4 // options.ranks, "gradient_accumulation_steps": 1,
         "logging_steps": 3, "learning_rate": 0.01, "lora_rank": 2, "num_log_images": 2, "seed": 3,
         "resume_from_checkpoint": "auto", "ema_decay": 0.5, "advantage_baseline": "prompt", "prompt_min_count": 4,
+        "eval_strategy": "steps", "eval_steps": 4,
     }  # fmt: skip
     if options.engine == "zero2":
         settings["deepspeed"] = "configs/deepspeed/zero2.json"
@@ -252,6 +253,7 @@ def traces(folder: Path) -> dict[str, object]:
         "run_state.safetensors": load_file(last / "run_state.safetensors"),
         "evaluation.json": json.loads((folder / "evaluation.json").read_text()),
         "before_after.png": (folder / "before_after.png").read_bytes(),
+        "samples": {file.name: file.read_bytes() for file in sorted((folder / "samples").iterdir())},
         "summary.json": [summary[name] for name in ("before", "after", "updates", "rollouts")],
         "files": sorted(
             str(path.relative_to(folder))

@@ -155,7 +155,7 @@ def make_trainer(pipeline_folder, make_args):
     from rl.policy import StableDiffusionPolicy
     from tests.rl.toy_rewards import Redness
 
-    def make(reward=None, held_out=None, **changes):
+    def make(reward=None, held_out=None, eval_on=None, **changes):
         args = make_args(**changes)
         policy = StableDiffusionPolicy.load(
             pipeline_folder,
@@ -163,6 +163,6 @@ def make_trainer(pipeline_folder, make_args):
             keep_reference=args.beta > 0,
             **asdict(args.part(AdapterSettings)),
         )
-        return DDPOTrainer(policy, reward or Redness(), args, PROMPTS, held_out=held_out)
+        return DDPOTrainer(policy, reward or Redness(), args, PROMPTS, held_out=held_out, eval_on=eval_on)
 
     return make

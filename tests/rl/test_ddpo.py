@@ -2,8 +2,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -613,34 +611,3 @@ def test_full_disk_under_the_logs_is_one_message(make_trainer, capsys):  # in me
     trainer.add_callback(FullDisk())
     with full_disk(10**9), pytest.raises(OSError, match=r"cannot write logs to .*runs: .*whole .* is .*checkpoint-1"):
         trainer.train()
-
-
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("engine", ["ddp", "zero2"])
-def test_two_ranks_are_one(engine, pipeline_folder, make_trainer, tmp_path):
-    """Two CPU ranks draw the pictures of one, compare them over both, and end at the same weights up to rounding."""
-    trainer = make_trainer(
-        held_out=Plain(), num_train_epochs=2, optim="sgd", learning_rate=1.0, output_dir=str(tmp_path / "one")
-    )
-    trainer.train()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
-    command += ["--rdzv_endpoint=localhost:0", "tests/rl/two_ranks.py", engine, pipeline_folder, str(tmp_path / "two")]
-    # DeepSpeed compiles a small op on first use; it stays beside the packages.
-    environment = {"TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"), **os.environ}
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=850,
-        env=environment,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = lora(tmp_path / "one/checkpoint-2"), lora(tmp_path / "two/checkpoint-2")
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
-    first, second = (json.loads((tmp_path / f"two-watch-{rank}.json").read_text()) for rank in (0, 1))
-    assert first == second
-    assert first["start"] == pytest.approx(trainer.watch.state()["start"], rel=1e-3, abs=1e-6)
-    assert first["best"]["global_step"] == 1

@@ -1,6 +1,143 @@
-import pytest
+"""Several CPU ranks against one process, under every engine; and what DeepSpeed needs to start on a CPU."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+
+from rl.adapter import LORA_WEIGHTS
+from rl.ddpo import DDPOConfig
 from rl.engines import prepare_deepspeed_on_cpu
+from tests.rl import ranks
+from tests.rl.conftest import PROMPTS
+
+ROOT = Path(__file__).parents[2]
+# DeepSpeed compiles a small op on first use; it stays beside the packages.
+ENVIRONMENT = {"TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"), **os.environ}
+TRAINED = 7776
+"""Weights of the LoRA."""
+
+
+def launch(launcher: list[str], arguments: list) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--rdzv_backend=c10d", *launcher, "tests/rl/ranks.py"]
+    return subprocess.Popen(
+        [*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
+        cwd=ROOT,
+    )  # fmt: skip
+
+
+def finish(*launched: subprocess.Popen) -> None:
+    try:
+        for process in launched:
+            said, _ = process.communicate(timeout=1100)
+            assert process.returncode == 0, said[-3000:]
+    finally:
+        for process in launched:
+            process.terminate()  # torchrun ends its workers
+
+
+def noted(folder: Path, engine: str, processes: int) -> dict:
+    """What the first rank noted, where all noted the same."""
+    each = [torch.load(folder / engine / f"noted-{rank}.pt") for rank in range(processes)]
+    for other in each[1:]:
+        assert other["watch"] == each[0]["watch"]
+        assert torch.equal(other["latents"], each[0]["latents"])
+    return each[0]
+
+
+def assert_same_run(one: dict, several: dict) -> None:
+    """Losses within 1e-4, and what the rollouts drew."""
+    assert [entry["step"] for entry in one["log"]] == [1, 2, 3, 4, 5, 6]
+    assert max(abs(entry["loss"]) for entry in one["log"]) > 1e-3, "there is nothing to compare"
+    for alone, together in zip(one["log"], several["log"], strict=True):
+        assert together["loss"] == pytest.approx(alone["loss"], abs=1e-4)
+        for name in {"reward", "ratio", "clip_fraction", "grad_norm"} & alone.keys():
+            assert together[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-5), name
+    torch.testing.assert_close(several["latents"], one["latents"], rtol=1e-4, atol=1e-4)
+    assert several["watch"]["start"] == pytest.approx(one["watch"]["start"], rel=1e-3, abs=1e-6)
+    assert several["watch"]["best"]["global_step"] == one["watch"]["best"]["global_step"]
+
+
+def lora(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / LORA_WEIGHTS)
+
+
+def assert_close(one: dict[str, torch.Tensor], several: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == several.keys()
+    for name in one:
+        torch.testing.assert_close(several[name], one[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(pipeline_folder, tmp_path_factory):
+    """The run in one process: its folder, and what was noted of it."""
+    folder = tmp_path_factory.mktemp("alone")
+    return folder / "ddp", ranks.run(pipeline_folder, folder, "ddp", 1)
+
+
+@pytest.mark.timeout(1200)
+def test_two_ranks_of_every_engine_are_one_process(pipeline_folder, alone, tmp_path):
+    """They draw its pictures, compare them over both, and leave its weights, up to rounding. Last, the command."""
+    folder, one = alone
+    engines = ["ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3:full"]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    settings = {
+        "policy": pipeline_folder, "reward": "tests.rl.toy_rewards:Redness", "prompts": prompts,
+        "eval_prompts": prompts, "eval_generations": 1, "output_dir": tmp_path / "command", "use_cpu": True,
+        "num_train_epochs": 1, "num_inference_steps": 3, "train_steps": 1, "generation_batch_size": 8,
+        "num_generations": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "lora_rank": 2,
+        "disable_tqdm": True, "eval_strategy": "epoch", "deepspeed": ROOT / "configs/deepspeed/zero3.json",
+    }  # fmt: skip
+    flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
+    launcher = ["--nproc_per_node=2", "--rdzv_endpoint=localhost:0"]
+    finish(launch(launcher, [pipeline_folder, tmp_path, *engines, "--", *flags]))
+    assert one["trained"] == TRAINED
+    for engine in engines[:-1]:
+        two = noted(tmp_path, engine, 2)
+        assert two["type"] == ("DistributedDataParallel" if engine == "ddp" else "DeepSpeedEngine")
+        assert two["trained"] == (0 if engine == "zero3" else TRAINED), "sharded, or not"
+        assert_same_run(one, two)
+        for place in ("", "checkpoint-4", "checkpoint-6"):
+            assert_close(lora(folder / place), lora(tmp_path / engine / place))
+
+    one = ranks.run(pipeline_folder, tmp_path / "alone", "ddp:full", 1)
+    assert_same_run(one, noted(tmp_path, "zero3:full", 2))
+    left = (tmp_path / "alone/ddp:full", tmp_path / "zero3:full")
+    assert_close(*(UNet2DConditionModel.from_pretrained(place, subfolder="unet").state_dict() for place in left))
+
+    summary = json.loads((tmp_path / "command/summary.json").read_text())
+    assert summary["before"]["reward"] != summary["after"]["reward"]
+    assert (tmp_path / "command/samples/rollout-000001.png").is_file()
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None, requires_safety_checker=False)
+    pipe.load_lora_weights(str(tmp_path / "command"))
+    assert pipe.get_active_adapters()
+
+
+@pytest.mark.timeout(1200)
+def test_two_nodes_of_two_ranks_are_one_process(pipeline_folder, alone, tmp_path):
+    """The same command on each, as the README says; here both are this machine."""
+    folder, one = alone
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = ["--nnodes=2", "--nproc_per_node=2", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=two_nodes"]
+    finish(*(launch(launcher, [pipeline_folder, tmp_path, "ddp"]) for _ in range(2)))
+    assert_same_run(one, noted(tmp_path, "ddp", 4))
+    assert_close(lora(folder), lora(tmp_path / "ddp"))
+
+
+def test_zero_3_that_could_not_save_is_refused(tmp_path):
+    settings = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"}
+    with pytest.raises(ValueError, match="stage3_gather_16bit_weights_on_model_save must be true"):
+        DDPOConfig(output_dir=str(tmp_path), use_cpu=True, deepspeed=settings)
 
 
 @pytest.mark.parametrize("left", ["loading", ""])

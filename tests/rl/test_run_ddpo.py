@@ -127,6 +127,8 @@ def test_whole_unet_from_yaml_to_folder(config, tmp_path, capsys):
         (["--stop_on", "diversty"], ["'diversty'", "'diversity'"]),
         (["--stop_on", "held_out"], ["watch_reward"]),
         (["--watch_limits", '{"kl": "far"}'], ["limit of kl is 'far'"]),
+        (["--eval_strategy", "epoch", "--eval_prompts", ""], ["eval_strategy is epoch", "no eval_prompts"]),
+        (["--eval_strategy", "steps", "--eval_steps", "0.5"], ["eval_steps (0.5)", "1 updates"]),
         (["--num_before_after", "0"], ["num_before_after is 0"]),
         (["--save_strategy", "best"], ["save_strategy is 'best'", "epoch, steps, no"]),
         (["--reward_kwargs", '{"nan_after": 3}'], ["term `red` is nan for the prompt"]),
