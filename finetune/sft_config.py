@@ -71,8 +71,8 @@ class SftConfig(PolicyConfig):
     cache_latents: bool = field(
         default=True,
         metadata={
-            "help": "Encode every picture once, before training, and keep the latents in memory (at 512 x 512, 128 KB "
-            "a picture; at 1024 x 1024, 512 KB)."
+            "help": "Encode every picture once, before training, and keep the latents in memory (at 512 x 512, 64 KB "
+            "a picture; at 1024 x 1024, 256 KB)."
         },
     )
 

@@ -131,8 +131,8 @@ class Visit(NamedTuple):
 class TrainingPictures(Dataset):
     """A pool's pictures as training takes them: `self[visit]`, a `Visit`, is a dict of
 
-    visit; prompt; weight; time_ids (6,); and mean, std (C, h, w) of the clean latent, or pixels (3, H, W) in [0,
-    1] where latents are not kept.
+    visit; prompt; weight; time_ids (6,); and latents (C, h, w), or pixels (3, H, W) in [0, 1] where latents
+    are not kept.
 
     Args:
         pool: the pictures; of each the head is read, for its size.
@@ -145,7 +145,7 @@ class TrainingPictures(Dataset):
 
     def __init__(self, pool: Pool, buckets: Sequence[tuple[int, int]], weights: torch.Tensor):
         self.pool, self.weights = pool, weights
-        self.latents: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.latents: dict[int, torch.Tensor] = {}
         sizes = read_each(pool, range(len(pool.entries)), size_of)
         self.crops = [Crop.of(size, nearest_bucket(size, buckets)) for size in sizes]
         small = sum(crop.resized[0] > crop.original[0] for crop in self.crops)
@@ -169,8 +169,7 @@ class TrainingPictures(Dataset):
         }
         if place not in self.latents:
             return {**example, "pixels": self.pixels(place)}
-        mean, std = self.latents[place]
-        return {**example, "mean": mean, "std": std}
+        return {**example, "latents": self.latents[place]}
 
     def by_bucket(self) -> dict[tuple[int, int], list[int]]:
         """Bucket -> the places of its pictures, rising."""
@@ -180,7 +179,7 @@ class TrainingPictures(Dataset):
         return dict(found)
 
     def encode(self, policy: StableDiffusionPolicy, batch_size: int, rank: int, world_size: int, on_picture) -> None:
-        """Keep the latents of all pictures in memory, 8 bytes a number; all processes must call it, and share the work.
+        """Keep the latents of all pictures in memory, 4 bytes a number; all processes must call it, and share the work.
 
         Args:
             on_picture: called with the number of pictures that are done.
@@ -190,10 +189,10 @@ class TrainingPictures(Dataset):
             share = places[rank::world_size]
             for first in range(0, len(share), batch_size):
                 chunk = share[first : first + batch_size]
-                means, stds = policy.encode_images(torch.stack([self.pixels(place) for place in chunk]))
-                mine += zip(chunk, means.cpu(), stds.cpu(), strict=True)
+                latents = policy.encode_images(torch.stack([self.pixels(place) for place in chunk]))
+                mine += zip(chunk, latents.cpu().unbind(), strict=True)
                 on_picture(len(chunk))
-        self.latents = {place: (mean, std) for place, mean, std in gather_object(mine)}
+        self.latents = dict(gather_object(mine))
 
 
 class BucketBatches(Sampler[list[Visit]]):

@@ -76,9 +76,8 @@ class SftTrainer(PolicyTrainer):
     ) -> torch.Tensor:
         """Loss of one micro-batch, each picture at a timestep of its own."""
         args, policy, kind = self.args, self.policy, self.schedule.prediction_type
-        mean, std = (inputs["mean"], inputs["std"]) if "mean" in inputs else policy.encode_images(inputs["pixels"])
-        drawn = self._draws(inputs["visit"], mean.shape)
-        clean = mean + std * drawn["latent"]
+        clean = inputs["latents"] if "latents" in inputs else policy.encode_images(inputs["pixels"])
+        drawn = self._draws(inputs["visit"], clean.shape)
         noise = offset_noise(drawn["noise"], drawn["shift"], args.noise_offset)
         alphas = self.scheduler.alphas_cumprod.to(clean.device)[drawn["timestep"]].float()
         conditioning = self._conditioning(inputs["prompt"], inputs["time_ids"], drawn["drop"] < args.prompt_dropout)
@@ -91,7 +90,7 @@ class SftTrainer(PolicyTrainer):
         return loss
 
     def _draws(self, visits: Sequence[Visit], shape: torch.Size) -> dict[str, torch.Tensor]:
-        """What is random about these pictures: `latent` and `noise` (B, C, h, w), `shift` (B, C), `timestep` and `drop`
+        """What is random about these pictures: `noise` (B, C, h, w), `shift` (B, C), `timestep` and `drop`
         (B,)."""
         timesteps, rows = self.scheduler.config.num_train_timesteps, []
         for visit in visits:
@@ -101,7 +100,6 @@ class SftTrainer(PolicyTrainer):
                     "timestep": torch.randint(timesteps, (), generator=source),
                     "drop": torch.rand((), generator=source),
                     "shift": torch.randn(shape[1], generator=source),
-                    "latent": torch.randn(shape[1:], generator=source),
                     "noise": torch.randn(shape[1:], generator=source),
                 }
             )

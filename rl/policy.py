@@ -286,18 +286,19 @@ class StableDiffusionPolicy:
         return (at_least_float32(images) / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
-    def encode_images(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pictures (B, 3, H, W) in [0, 1] -> mean and std of their clean latents, each (B, C, h, w) float32, of which
-        `decode` makes the pictures again."""
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] -> clean latents (B, C, h, w) float32, of which `decode` makes them again.
+
+        The mean of the encoder's distribution: about it Stable Diffusion's has a std of next to nothing, and an
+        autoencoder that was trained on means alone has one that says nothing.
+        """
         vae = self.pipeline.vae
         with borrowed([vae], self.device), _exact(self.device):
-            found = vae.encode((2 * images.to(self.device) - 1).to(vae.dtype)).latent_dist
-        mean, std = found.mean.float(), found.std.float()
-        shift, scale = vae.config.get("latents_mean"), vae.config.get("latents_std")
-        if shift is not None and scale is not None:
-            shift, scale = (mean.new_tensor(values).view(1, -1, 1, 1) for values in (shift, scale))
-            mean, std = (mean - shift) / scale, std / scale
-        return mean * vae.config.scaling_factor, std * vae.config.scaling_factor
+            latents = vae.encode((2 * images.to(self.device) - 1).to(vae.dtype)).latent_dist.mean.float()
+        mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
+        if mean is not None and std is not None:
+            latents = (latents - latents.new_tensor(mean).view(1, -1, 1, 1)) / latents.new_tensor(std).view(1, -1, 1, 1)
+        return latents * vae.config.scaling_factor
 
     def save_adapter(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Write what is trained, so that plain diffusers makes the same pictures; see `Lora.save`, `FullUnet.save`.

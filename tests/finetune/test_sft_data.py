@@ -89,12 +89,11 @@ def test_kept_latents_are_those_of_the_pictures_and_are_decoded_to_them(write_pi
     pictures.encode(policy, 2, 0, 1, done.append)
     assert sorted(done) == [1, 2]
     example = pictures[Visit(5, 1, 0)]
-    assert (example["visit"].epoch, example["prompt"], example["mean"].shape) == (5, "a blue square", (4, 6, 10))
+    assert (example["visit"].epoch, example["prompt"], example["latents"].shape) == (5, "a blue square", (4, 6, 10))
     posterior = policy.pipeline.vae.encode(2 * before[None] - 1).latent_dist
-    torch.testing.assert_close(example["mean"], posterior.mean[0] * policy.pipeline.vae.config.scaling_factor)
-    torch.testing.assert_close(example["std"], posterior.std[0] * policy.pipeline.vae.config.scaling_factor)
+    torch.testing.assert_close(example["latents"], posterior.mean[0] * policy.pipeline.vae.config.scaling_factor)
     decoded = policy.pipeline.vae.decode(posterior.mean).sample / 2 + 0.5
-    torch.testing.assert_close(policy.decode(example["mean"][None]), decoded.clamp(0, 1).detach())
+    torch.testing.assert_close(policy.decode(example["latents"][None]), decoded.clamp(0, 1).detach())
 
 
 def test_small_pictures_are_enlarged_with_a_warning(write_pictures, tmp_path, caplog):
