@@ -22,6 +22,7 @@ diffusers.logging.disable_progress_bar()
 from finetune.run import (  # noqa: E402
     begin,
     best_checkpoint,
+    claimed,
     judge,
     leave,
     load_policy,
@@ -34,7 +35,6 @@ from finetune.run import (  # noqa: E402
 from finetune.run_arguments import RewardedRunArguments  # noqa: E402
 from reward.arguments import main_guard, parse_arguments, read_prompt_file, whole_models  # noqa: E402
 from rl.adapter import AdapterSettings, check_adapter_files  # noqa: E402
-from rl.checkpoints import claim_output_dir  # noqa: E402
 from rl.ddpo import DDPOConfig, DDPOTrainer  # noqa: E402
 from rl.dry_run import measure, print_costs  # noqa: E402
 from rl.evaluate import TRAINING_REWARD  # noqa: E402
@@ -85,21 +85,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     before = judge("before", trainer, eval_prompts, rewards, run, console) if eval_prompts else None
-    if args.should_save:  # only now that nothing else can be wrong: this deletes what is there, if it may
-        claim_output_dir(args.output_dir, settings, resume=beginning.keep)
-    console.print(f"[bold]training[/] for {trainer.total_rollouts} rollouts of {trainer.plan.pictures} pictures")
-    train(trainer, beginning.checkpoint, console)
-    after = judge("after", trainer, eval_prompts, rewards, run, console) if eval_prompts else None
+    with claimed(trainer, settings, beginning):  # only now that nothing else can be wrong: it may delete what is there
+        console.print(f"[bold]training[/] for {trainer.total_rollouts} rollouts of {trainer.plan.pictures} pictures")
+        train(trainer, beginning.checkpoint, console)
+        after = judge("after", trainer, eval_prompts, rewards, run, console) if eval_prompts else None
 
-    facts = {
-        "rollouts": trainer.state.global_step // trainer.plan.updates,
-        "updates": trainer.state.global_step,
-        "pictures_per_rollout": trainer.plan.pictures,
-        "seed": args.seed,
-        "watch": watch_facts(trainer),
-    }
-    judged = (before, after) if before and after else None
-    leave(trainer, settings, DDPO, judged, facts, start, console, best_checkpoint(trainer, run.watch_reward))
+        facts = {
+            "rollouts": trainer.state.global_step // trainer.plan.updates,
+            "updates": trainer.state.global_step,
+            "pictures_per_rollout": trainer.plan.pictures,
+            "seed": args.seed,
+            "watch": watch_facts(trainer),
+        }
+        judged = (before, after) if before and after else None
+        leave(trainer, settings, DDPO, judged, facts, start, console, best_checkpoint(trainer, run.watch_reward))
 
 
 if __name__ == "__main__":

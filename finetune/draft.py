@@ -25,6 +25,7 @@ from finetune.draft_trainer import DraftTrainer  # noqa: E402
 from finetune.run import (  # noqa: E402
     begin,
     best_checkpoint,
+    claimed,
     judge,
     leave,
     load_policy,
@@ -38,7 +39,6 @@ from finetune.run_arguments import RewardedRunArguments  # noqa: E402
 from reward.arguments import main_guard, parse_arguments, read_prompt_file  # noqa: E402
 from reward.feedback import RewardFn  # noqa: E402
 from rl.adapter import AdapterSettings, check_adapter_files  # noqa: E402
-from rl.checkpoints import claim_output_dir  # noqa: E402
 from rl.evaluate import TRAINING_REWARD  # noqa: E402
 from rl.model_card import Method  # noqa: E402
 
@@ -85,22 +85,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = DraftTrainer(policy, rewards[TRAINING_REWARD], args, prompts, held_out=held_out, eval_on=eval_on)
 
     before = judge("before", trainer, eval_prompts, rewards, run, console) if eval_prompts else None
-    if args.should_save:  # only now that nothing else can be wrong: this deletes what is there, if it may
-        claim_output_dir(args.output_dir, settings, resume=beginning.keep)
-    console.print(f"[bold]training[/] for {args.total_updates} updates of {trainer.plan.pictures} pictures")
-    train(trainer, beginning.checkpoint, console)
-    after = judge("after", trainer, eval_prompts, rewards, run, console) if eval_prompts else None
+    with claimed(trainer, settings, beginning):  # only now that nothing else can be wrong: it may delete what is there
+        console.print(f"[bold]training[/] for {args.total_updates} updates of {trainer.plan.pictures} pictures")
+        train(trainer, beginning.checkpoint, console)
+        after = judge("after", trainer, eval_prompts, rewards, run, console) if eval_prompts else None
 
-    facts = {
-        "updates": trainer.state.global_step,
-        "pictures_per_update": trainer.plan.pictures,
-        "pictures": trainer.state.global_step * trainer.plan.pictures,
-        "seed": args.seed,
-        "watch": watch_facts(trainer),
-    }
-    judged = (before, after) if before and after else None
-    method = Method(NAMES[args.variant], (args.variant.replace("_", "-"), "reward-backpropagation"))
-    leave(trainer, settings, method, judged, facts, start, console, best_checkpoint(trainer, run.watch_reward))
+        facts = {
+            "updates": trainer.state.global_step,
+            "pictures_per_update": trainer.plan.pictures,
+            "pictures": trainer.state.global_step * trainer.plan.pictures,
+            "seed": args.seed,
+            "watch": watch_facts(trainer),
+        }
+        judged = (before, after) if before and after else None
+        method = Method(NAMES[args.variant], (args.variant.replace("_", "-"), "reward-backpropagation"))
+        leave(trainer, settings, method, judged, facts, start, console, best_checkpoint(trainer, run.watch_reward))
 
 
 def place(rewards: dict[str, RewardFn], args: DraftConfig) -> dict[str, RewardFn]:

@@ -6,7 +6,8 @@ A command's `main` calls these one after another; the training between them is i
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from tqdm.auto import tqdm
 from finetune.run_arguments import EvaluationArguments
 from reward.feedback import RewardFn
 from rl.adapter import AdapterSettings
-from rl.checkpoints import Start, explained, mark_finished, plan_start
+from rl.checkpoints import Start, claim_output_dir, explained, mark_finished, plan_start
+from rl.folder_lock import check_free, joined, open_to_ranks, taken
 from rl.interrupt import RunInterrupted
 from rl.memory import MemorySettings, OffloadedReward
 from rl.model_card import Method, write_model_card
@@ -59,13 +61,19 @@ def run_settings(arguments: object, args: PolicyConfig, files: Mapping[str, str 
 
 
 def begin(args: PolicyConfig, settings: Mapping[str, Any], console: Console) -> Start:
-    """How the run starts, see `rl.checkpoints.plan_start`. If it has finished already, that is said."""
+    """How the run starts, see `rl.checkpoints.plan_start`. If it has finished already, that is said.
+
+    Raises:
+        ValueError: it may not start there.
+    """
     start = plan_start(
         args.resume_from_checkpoint, args.output_dir, settings, args.overwrite_output_dir, thorough=args.should_save
     )
     if start.finished:
         console.print(f"nothing to do: the run in {args.output_dir} has finished", soft_wrap=True, markup=False)
         PartialState().destroy_process_group()
+    elif args.should_save:
+        check_free(args.output_dir)
     return start
 
 
@@ -119,6 +127,26 @@ def judge(
     bar = tqdm(total=pictures, disable=args.disable_tqdm or not args.should_save, dynamic_ncols=True)
     with bar:
         return trainer.judge(held_out, on_batch=lambda count: bar.update(count * args.world_size))
+
+
+@contextmanager
+def claimed(trainer: PolicyTrainer, settings: Mapping[str, Any], start: Start) -> Iterator[None]:
+    """Inside, the output folder is this run's alone; on all ranks. What another run left there is deleted, if it may.
+
+    Raises:
+        FolderInUseError: another run is still writing there.
+        ValueError: a rank does not see the folder.
+    """
+    output_dir = trainer.args.output_dir
+    with ExitStack() as stack:
+        if trainer.args.should_save:
+            lock = stack.enter_context(taken(output_dir))
+            claim_output_dir(output_dir, settings, resume=start.keep)
+            open_to_ranks(lock)
+        trainer.accelerator.wait_for_everyone()
+        if not trainer.args.should_save:
+            stack.enter_context(joined(output_dir))
+        yield
 
 
 def train(trainer: PolicyTrainer, checkpoint: Path | None, console: Console) -> None:

@@ -43,6 +43,7 @@ from safetensors.torch import load_file  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 from transformers.trainer_pt_utils import safe_globals  # noqa: E402
 
+import finetune.run  # noqa: E402
 import rl.ddpo  # noqa: E402
 import rl.resumable  # noqa: E402
 import run_ddpo  # noqa: E402
@@ -124,16 +125,16 @@ def run(argv: list[str], phases: Path) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             file = PhaseFile(phases)
             for owner, name, phase in (
-                (run_ddpo, "evaluate", "evaluation"),
-                (run_ddpo, "claim_output_dir", "claim"),
+                (rl.ddpo.DDPOTrainer, "judge", "evaluation"),
+                (finetune.run, "claim_output_dir", "claim"),
                 (rl.ddpo.DDPOTrainer, "collect", "rollout"),
                 (rl.ddpo.DDPOTrainer, "training_step", "update"),
                 (rl.ddpo.DDPOTrainer, "_save_checkpoint", "checkpoint"),
                 (rl.resumable, "publish", "publish"),
                 (rl.resumable, "rotate", "publish"),
                 (rl.ddpo.DDPOTrainer, "save_model", "finish"),
-                (run_ddpo, "write_report", "finish"),
-                (run_ddpo, "mark_finished", "finish"),
+                (finetune.run, "write_report", "finish"),
+                (finetune.run, "mark_finished", "finish"),
             ):
                 file.watch(owner, name, phase)
         main_guard(run_ddpo.main, argv)

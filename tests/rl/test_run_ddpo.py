@@ -17,6 +17,7 @@ import run_ddpo
 from reward.arguments import main_guard
 from reward.feedback import HEATMAPS, SCORES
 from reward.predict import RichFeedbackPredictor
+from rl.folder_lock import taken
 from tests.reward.test_http import serving
 from tests.rl.conftest import PROMPTS
 from tests.rl.toy_rewards import Plain
@@ -69,6 +70,13 @@ def test_from_yaml_to_lora_figures_and_pictures(config, tmp_path, capsys, pipeli
     assert (folder / "checkpoint-2").exists()
     assert command("--config", config, "--num_train_epochs", "1", "--overwrite_output_dir") == 0
     assert not (folder / "checkpoint-2").exists()
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(config, tmp_path, capsys):
+    with taken(tmp_path / "run"):
+        assert command("--config", config) == 2
+        assert "run is in use by another run" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_xl_from_yaml_to_lora(config, tmp_path, xl_folder):
