@@ -44,10 +44,10 @@ class PolicyArguments(_Part):
 
 @dataclass(kw_only=True)
 class RewardArguments(_Part):
-    """The reward to train on: one by name, or a weighted sum of several."""
+    """The reward that counts: one by name, or a weighted sum of several."""
 
     reward: str | None = field(
-        default=None, metadata={"help": "The reward to train on, `package.module:Attribute`; a class is called."}
+        default=None, metadata={"help": "The reward, `package.module:Attribute`; a class is called."}
     )
     reward_kwargs: dict = field(default_factory=dict, metadata={"help": "Arguments of the reward's class."})
     rewards: dict = field(
@@ -64,7 +64,7 @@ class RewardArguments(_Part):
         if bool(self.reward) == bool(self.rewards):
             which = "both are given" if self.reward else "neither is given"
             raise ValueError(
-                f"`reward` names the one to train on, `rewards` a weighted sum of several: {which}; give one of them "
+                f"`reward` names one reward, `rewards` a weighted sum of several: {which}; give one of them "
                 "(on the command line, --reward '' or --rewards '{}' takes away what the YAML says)"
             )
         if self.rewards:
@@ -72,13 +72,13 @@ class RewardArguments(_Part):
         read_named_rewards("rewards", self.rewards, weights=True)
 
     def named_rewards(self) -> list[NamedReward]:
-        """The reward to train on, or the members of the sum, before they are made."""
+        """The reward, or the members of the sum, before they are made."""
         if self.rewards:
             return list(read_named_rewards("rewards", self.rewards, weights=True).values())
         return [NamedReward(self.reward, self.reward_kwargs)]
 
     def make_reward(self) -> RewardFn:
-        """The reward to train on.
+        """The reward that counts.
 
         Raises:
             ValueError: see `reward.by_name`.
