@@ -25,7 +25,7 @@ from rl.policy_trainer import PolicyTrainer
 from rl.rollout import draw_prompts, keyed_generator, shared_places
 from rl.rollout_plan import RolloutPlan
 from rl.run_state import RunState
-from rl.sde import draw_steps, kl_map, log_prob_map, step_mean, step_weights
+from rl.sde import Schedule, draw_steps, kl_map, log_prob_map, step_mean, step_weights
 from rl.step_gradients import chunk_gradients
 from rl.step_probe import StepProbe, metric
 from rl.watch import StopWhenGamed, Watch
@@ -71,7 +71,9 @@ class DDPOTrainer(PolicyTrainer):
 
     Attributes:
         schedule, plan, total_rollouts: what the settings come to.
-        train_steps: the steps trained, or those a rollout draws its own from; with `auto`, those chosen last.
+        rollout_schedule: the sampling steps of the rollout in use; `schedule`, of the first, where the window slides.
+        train_steps: the steps trained, or those a rollout draws its own from; with `auto`, those chosen last; where the
+            window slides, the first rollout's.
         clock, train_seconds: seconds of each phase so far, and of `train`; of the whole run, also where it goes on.
         experience: of the rollout in use; None before the first.
         watch: what is known of the reward being gamed.
@@ -101,6 +103,7 @@ class DDPOTrainer(PolicyTrainer):
         if args.beta > 0 and not policy.has_reference:
             raise ValueError(f"beta is {args.beta}, but the policy keeps no base model; load it with keep_reference")
         watch = Watch(args.watch_limits, args.stop_on, speaks=args.should_save)
+        self.rollout_schedule = schedule
         super().__init__(policy, args, sampler, plan, watch, callbacks, eval_on)
         self.add_callback(StopWhenGamed(self.watch))
         if args.probed_steps is not None:
@@ -124,7 +127,8 @@ class DDPOTrainer(PolicyTrainer):
         self.experience = None  # frees the last one's memory first
         self.experience = experience = self.collect(number)
         self._noted = False
-        loss_weights = step_weights(self.args.timestep_weighting, self.schedule, self.train_steps)
+        trainable = self._trainable(number)
+        loss_weights = step_weights(self.args.timestep_weighting, self.rollout_schedule, trainable)
         for iteration in range(self.args.num_iterations):
             for position, (k, pictures) in enumerate(experience.micro_batches(self.args.per_device_train_batch_size)):
                 self._stop_if_asked()
@@ -134,7 +138,7 @@ class DDPOTrainer(PolicyTrainer):
                     "next_latents": experience.trajectory.next_latents[k, pictures],
                     "old_log_probs": experience.trajectory.log_probs[k, pictures],
                     "step": step,
-                    "loss_weight": float(loss_weights[self.train_steps.index(step)]),
+                    "loss_weight": float(loss_weights[trainable.index(step)]),
                     "advantages": experience.advantages[pictures],
                     "weights": experience.weights[pictures],
                     "prompts": experience.prompts[pictures],
@@ -149,9 +153,10 @@ class DDPOTrainer(PolicyTrainer):
         prompts = [prompt for prompt in drawn for _ in range(args.num_generations)]
         mine = list(range(plan.pictures))[rank * plan.pictures_per_rank :][: plan.pictures_per_rank]
         size = args.per_device_rollout_batch_size or args.per_device_train_batch_size
+        schedule = self.rollout_schedule = self._schedule_of(number)
         probes, steps = self._probes(number), self._steps_of(number)
         # What is shared has no signal of its own, so a rollout that measures all steps shares nothing.
-        shared = [] if probes else shared_places(args.share_noise, steps, len(self.schedule))
+        shared = [] if probes else shared_places(args.share_noise, steps, len(schedule))
         self.model_wrapped.train()  # as in the update: engines may treat the two modes differently
         batches = []
         for first in range(0, len(mine), size):
@@ -162,10 +167,8 @@ class DDPOTrainer(PolicyTrainer):
                     self.model_wrapped,
                     self.reward_fn,
                     [prompts[picture] for picture in pictures],
-                    rollout_noise(
-                        self.policy, self.schedule, args.seed, number, pictures, args.num_generations, shared
-                    ),
-                    self.schedule,
+                    rollout_noise(self.policy, schedule, args.seed, number, pictures, args.num_generations, shared),
+                    schedule,
                     steps,
                     args,
                     self.clock,
@@ -182,12 +185,22 @@ class DDPOTrainer(PolicyTrainer):
         """The steps of which rollout `number` keeps what training needs."""
         if self._probes(number):
             return self.probe.steps
+        steps = self._trainable(number)
         if self.args.timestep_fraction < 1:
             generator = keyed_generator(self.args.seed, "timesteps", number)
-            return draw_steps(self.train_steps, self.args.timestep_fraction, generator)
-        return self.train_steps
+            return draw_steps(steps, self.args.timestep_fraction, generator)
+        return steps
 
     # ---- Which steps are trained ----
+
+    def _schedule_of(self, number: int) -> Schedule:
+        slides = self.args.sde_window_interval is not None
+        return self.args.schedule_of(self.scheduler, number) if slides else self.schedule
+
+    def _trainable(self, number: int) -> tuple[int, ...]:
+        """The steps that rollout `number` trains, or draws its own from."""
+        slides = self.args.sde_window_interval is not None
+        return self.args.trained_steps(self._schedule_of(number)) if slides else self.train_steps
 
     def _probes(self, number: int) -> bool:
         args = self.args
@@ -218,13 +231,13 @@ class DDPOTrainer(PolicyTrainer):
         """Loss of one micro-batch: the policy is asked again how likely its step was, now with gradients."""
         args, latents = self.args, inputs["latents"]
         steps = torch.full((len(latents),), inputs["step"], device=latents.device)
-        timesteps = self.schedule.timesteps.to(latents.device)[steps]
+        timesteps = self.rollout_schedule.timesteps.to(latents.device)[steps]
         conditioning = self.policy.encode(inputs["prompts"])
         guidance_scale = args.guidance_scale if args.train_guidance else 1.0
 
         def mean_and_std() -> tuple[torch.Tensor, torch.Tensor]:
             output = self.policy.predict(model, latents, timesteps, conditioning, guidance_scale)
-            return step_mean(output, latents, steps, self.schedule)
+            return step_mean(output, latents, steps, self.rollout_schedule)
 
         if inputs["measure_kl"]:
             with torch.no_grad(), self.policy.reference(), self.accelerator.autocast():
@@ -268,6 +281,8 @@ class DDPOTrainer(PolicyTrainer):
     def _note(self, experience: Experience) -> None:
         metrics = dict(experience.metrics)
         metrics["reward"] = metrics.pop("objective")
+        if self.args.sde_window_interval is not None:
+            metrics["sde_window"] = float(self.rollout_schedule.stds.nonzero()[0])
         self._log_later(metrics)
         self._noted, self._kl_observed = True, False
         self._observe(experience.measures)

@@ -58,6 +58,15 @@ def check_ranges(args: "DDPOConfig") -> None:
 
 def check_steps(args: "DDPOConfig") -> None:
     require(0 < args.timestep_fraction <= 1, f"timestep_fraction is {args.timestep_fraction}; it lies in (0, 1]")
+    if args.sde_window_interval is not None:
+        require(args.sde_window is not None, "sde_window_interval moves sde_window, which is not set; set it, e.g. 0:2")
+        require(
+            args.train_steps == ["all"],
+            f"train_steps is {' '.join(args.train_steps)}, but with sde_window_interval a rollout trains its window's "
+            "steps; set train_steps to all",
+        )
+        for name in ("sde_window_interval", "sde_window_stride"):
+            require(getattr(args, name) >= 1, f"{name} is {getattr(args, name)}; it must be at least 1")
     if not any(part.partition(":")[0] == "auto" for part in args.train_steps):
         return
     _, _, count = args.train_steps[0].partition(":")
@@ -126,6 +135,8 @@ def warn_of_ignored_settings(args: "DDPOConfig") -> None:
         warn_of_ignored(args, ("prompt_buffer_size", "prompt_min_count"), why)
     if args.advantage_baseline != "group":
         warn_of_ignored(args, ("min_group_std",), f"advantage_baseline is {args.advantage_baseline}")
+    if args.sde_window_interval is None:
+        warn_of_ignored(args, ("sde_window_stride",), "sde_window_interval is not given, so the window stays")
     if args.probed_steps is None:
         warn_of_ignored(args, ("probe_rollouts", "probe_every"), "train_steps is not auto")
     if args.guidance_scale == 1:

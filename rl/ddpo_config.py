@@ -10,7 +10,7 @@ from rl.adapter import require
 from rl.ddpo_checks import check_ranges, check_zero3, warn_of_ignored_settings
 from rl.policy_config import RewardedPolicyConfig
 from rl.rollout_plan import RolloutPlan, check_rollout, plan_rollout
-from rl.sde import Schedule, ddim_scheduler, make_schedule, resolve_train_steps
+from rl.sde import Schedule, ddim_scheduler, make_schedule, resolve_train_steps, slide_window
 
 
 @dataclass
@@ -54,6 +54,14 @@ class DDPOConfig(RewardedPolicyConfig):
             "Default: all steps have it."
         },
     )
+    sde_window_interval: int | None = field(
+        default=None,
+        metadata={
+            "help": "Move sde_window towards the picture every so many rollouts, until the end (MixGRPO); train_steps "
+            "must be all. Evaluations sample with the first window. Default: it stays."
+        },
+    )
+    sde_window_stride: int = field(default=1, metadata={"help": "By so many steps at a time."})
     train_steps: list[str] = field(
         default_factory=lambda: ["1", "2"],
         metadata={
@@ -220,7 +228,22 @@ class DDPOConfig(RewardedPolicyConfig):
             ValueError: see `rl.sde.ddim_scheduler` and `rl.sde.make_schedule`.
         """
         scheduler = ddim_scheduler(scheduler, self.start_timestep)
-        return scheduler, make_schedule(scheduler, self.num_inference_steps, self.eta, self.sde_window)
+        return scheduler, self.schedule_of(scheduler, 0)
+
+    def schedule_of(self, scheduler: DDIMScheduler, rollout: int) -> Schedule:
+        """The steps of rollout number `rollout`; they differ where the window slides.
+
+        Args:
+            scheduler: as `make_schedule` gives it.
+
+        Raises:
+            ValueError: see `rl.sde.make_schedule` and `rl.sde.slide_window`.
+        """
+        steps, window = self.num_inference_steps, self.sde_window
+        if self.sde_window_interval is not None:
+            noisy = max(resolve_train_steps("all", make_schedule(scheduler, steps, self.eta))) + 1
+            window = slide_window(window, rollout, self.sde_window_interval, self.sde_window_stride, steps, noisy)
+        return make_schedule(scheduler, steps, self.eta, window)
 
     def trained_steps(self, schedule: Schedule) -> tuple[int, ...]:
         """The steps that may be trained: those of `train_steps`; with `auto`, every one with noise.

@@ -207,6 +207,30 @@ def _window(text: str, steps: int, setting: str) -> range:
     return window
 
 
+def slide_window(text: str, rollout: int, interval: int, stride: int, steps: int, noisy: int) -> str:
+    """Where the window "first:end" is in rollout number `rollout`: it moves by `stride` steps towards the picture every
+    `interval` rollouts, until it reaches the last step with noise, and stays there ("MixGRPO", Li et al. 2025, arXiv
+    2507.21802, algorithm 1).
+
+    Example: "0:3" of ten steps of which nine have noise, `interval` 2 and `stride` 1, is 0:3, 0:3, 1:4, 1:4, 2:5, ...
+
+    Args:
+        steps: sampling steps in all.
+        noisy: so many of them, the first ones, have noise.
+
+    Raises:
+        ValueError: the window holds no step, or one without noise.
+    """
+    window = _window(text, steps, "sde_window")
+    if window.stop > noisy:
+        raise ValueError(
+            f"sde_window is {text!r}, but only the first {noisy} of the {steps} steps have noise, and a window that "
+            f"slides keeps its size; let it end at {noisy} at most"
+        )
+    moved = min(stride * (rollout // interval), noisy - window.stop)
+    return f"{window.start + moved}:{window.stop + moved}"
+
+
 def step_weights(weighting: str, schedule: Schedule, steps: Sequence[int]) -> torch.Tensor:
     """What the loss of each trained step is multiplied by: (K,) float32 of mean 1.
 

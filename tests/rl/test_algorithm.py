@@ -124,6 +124,48 @@ def test_outside_the_window_steps_are_deterministic(make_trainer):
         make_trainer(**{**settings, "sde_window": "3:1"})
 
 
+SLIDING = {"num_inference_steps": 5, "sde_window": "0:2", "sde_window_interval": 1, "train_steps": ["all"]}
+
+
+def test_a_sliding_window_goes_on_where_it_was(make_trainer, tmp_path):
+    """Rollouts 0 to 3 train 0:2, 1:3, 2:4 and, as the fifth step is deterministic, 2:4 again."""
+    settings = {**SLIDING, "learning_rate": 0.05, "timestep_weighting": "std"}
+    whole = make_trainer(num_train_epochs=4, output_dir=str(tmp_path / "whole"), **settings)
+    rollouts, collect = [], whole.collect
+
+    def noting(number):
+        experience = collect(number)
+        rollouts.append(experience.trajectory.steps.tolist())
+        return experience
+
+    whole.collect = noting
+    whole.train()
+    assert rollouts == [[0, 1], [1, 2], [2, 3], [2, 3]]
+    assert logged(whole, "sde_window") == [0, 1, 2, 2]
+    assert logged(whole, "ratio_deviation") == [0] * 4
+    assert (whole.rollout_schedule.stds > 0).tolist() == [False, False, True, True, False]
+    assert (whole.schedule.stds > 0).tolist() == [True, True, False, False, False], "what evaluations sample with"
+    make_trainer(num_train_epochs=2, **settings).train()
+    rest = make_trainer(num_train_epochs=4, **settings)
+    rest.train(resume_from_checkpoint="latest")
+    assert all(map(torch.equal, rest.trained_weights(), whole.trained_weights()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sde_window": None}, "sde_window_interval moves sde_window, which is not set"),
+        ({"train_steps": ["1"]}, "train_steps is 1, but .* set train_steps to all"),
+        ({"sde_window_interval": 0}, "sde_window_interval is 0; it must be at least 1"),
+        ({"sde_window_stride": 0}, "sde_window_stride is 0; it must be at least 1"),
+        ({"sde_window": "3:5"}, "let it end at 4 at most"),
+    ],
+)
+def test_windows_that_cannot_slide(make_trainer, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**{**SLIDING, **changes})
+
+
 def test_weights_of_the_steps_go_into_the_loss(make_trainer):
     """One update by SGD: the weighted loss' gradient is the sum of the steps' own, weighted."""
     moves = {}
