@@ -144,7 +144,7 @@ def table(found: Mapping[Training, Result]) -> list[Row]:
     rows = []
     for name, game in GAMES.items():
         results = {training.seed: result for training, result in found.items() if training.name == name}
-        seen = []
+        seen = []  # of the seeds that were gamed, or were said to be: elsewhere there was nothing to see
         for seed, result in results.items():
             trips = {
                 "": first_trip(result.watched, {"held_out", *game.rewarded}),
@@ -159,10 +159,14 @@ def table(found: Mapping[Training, Result]) -> list[Row]:
                 said = ", ".join(trip.monitors) or "none"
                 told = last if trip.rollout is None else trip.rollout
                 rows.append(Row(f"{name}, seed {seed}: rollout of the first monitor{which} ({said})", told, n=judged))
-            seen.append(change(result, trips[""].rollout))
-            rows.append(Row(f"{name}, seed {seed}: judge's change by then", seen[-1], n=judged))
-            fall = f"{name}, seed {seed}: rollout at which the judge fell by {FALL}{'' if fallen else ' (never)'}"
-            rows.append(Row(fall, fallen or last, n=judged))
+            by_then = change(result, trips[""].rollout)
+            rows.append(Row(f"{name}, seed {seed}: judge's change by then", by_then, n=judged))
+            if fallen is not None or trips[""].rollout is not None:
+                seen.append(by_then)
+            fall = (
+                f"{name}, seed {seed}: rollout at which the judge fell by {FALL}{' (never)' if fallen is None else ''}"
+            )
+            rows.append(Row(fall, last if fallen is None else fallen, n=judged))
         if seen:
             rows.append(
                 Row(f"{name}: judge's change at the first monitor, worst seed", min(seen), n=len(seen),

@@ -52,6 +52,8 @@ def test_what_is_rewarded_does_not_count():
     names = [row.name for row in table(found)]
     assert "small files, seed 0: rollout of the first monitor (none)" in names
     assert "small files, seed 0: rollout of the first monitor, what is rewarded counting (file_size)" in names
+    assert "small files, seed 0: rollout at which the judge fell by 0.05 (never)" in names
+    assert not any("worst seed" in name for name in names)  # nothing fell, so there was nothing to see
 
 
 @pytest.mark.parametrize(("watched", "holds"), [(FADING[:3], True), (FADING, False)])
