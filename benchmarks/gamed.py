@@ -128,10 +128,11 @@ def nearest_to_limit(name: str, values: Sequence[float]) -> float:
     return min(values) if monitor.below else max(values)
 
 
-def change(result: Result, rollout: int | None) -> float:
-    """Of the judge's score, from the start to the policy that drew `rollout`; to the end for None."""
-    place = -1 if rollout is None else int(np.flatnonzero(result.rollouts == rollout)[0])
-    return float(result.judge[place].mean() - result.judge[0].mean())
+def lowest_change(result: Result, rollout: int | None) -> float:
+    """Of the judge's score against the start, up to the policy that drew `rollout`, or to the end for None."""
+    means = result.judge.mean(axis=1)
+    seen = result.rollouts <= (np.inf if rollout is None else rollout)
+    return float(means[seen].min() - means[0])
 
 
 def first_fall(result: Result, by: float = FALL) -> int | None:
@@ -144,7 +145,7 @@ def table(found: Mapping[Training, Result]) -> list[Row]:
     rows = []
     for name, game in GAMES.items():
         results = {training.seed: result for training, result in found.items() if training.name == name}
-        seen = []
+        seen = []  # of the seeds that were gamed, or were said to be: elsewhere there was nothing to see
         for seed, result in results.items():
             trips = {
                 "": first_trip(result.watched, {"held_out", *game.rewarded}),
@@ -159,13 +160,17 @@ def table(found: Mapping[Training, Result]) -> list[Row]:
                 said = ", ".join(trip.monitors) or "none"
                 told = last if trip.rollout is None else trip.rollout
                 rows.append(Row(f"{name}, seed {seed}: rollout of the first monitor{which} ({said})", told, n=judged))
-            seen.append(change(result, trips[""].rollout))
-            rows.append(Row(f"{name}, seed {seed}: judge's change by then", seen[-1], n=judged))
-            fall = f"{name}, seed {seed}: rollout at which the judge fell by {FALL}{'' if fallen else ' (never)'}"
-            rows.append(Row(fall, fallen or last, n=judged))
+            by_then = lowest_change(result, trips[""].rollout)
+            rows.append(Row(f"{name}, seed {seed}: judge's lowest change by then", by_then, n=judged))
+            if fallen is not None or trips[""].rollout is not None:
+                seen.append(by_then)
+            fall = (
+                f"{name}, seed {seed}: rollout at which the judge fell by {FALL}{' (never)' if fallen is None else ''}"
+            )
+            rows.append(Row(fall, last if fallen is None else fallen, n=judged))
         if seen:
             rows.append(
-                Row(f"{name}: judge's change at the first monitor, worst seed", min(seen), n=len(seen),
+                Row(f"{name}: judge's lowest change by the first monitor, worst seed", min(seen), n=len(seen),
                     goal=f"> -{FALL}")
             )  # fmt: skip
     sound = [result for training, result in found.items() if training.name == SOUND]

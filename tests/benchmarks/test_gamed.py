@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from gamed import GAMES, SOUND, Trip, change, first_fall, first_trip, limit_rows, nearest_to_limit, plan, table
+from gamed import GAMES, SOUND, Trip, first_fall, first_trip, limit_rows, lowest_change, nearest_to_limit, plan, table
 from trainings import Result, Training
 
 FADING = [
@@ -29,8 +29,10 @@ def test_the_judges_fall():
     result = training_of([0.8, 0.81, 0.76, 0.74, 0.6], FADING[:4])
     assert first_fall(result) == 3
     assert first_fall(training_of([0.8, 0.81, 0.76], FADING[:2])) is None
-    assert change(result, 2) == pytest.approx(-0.04)
-    assert change(result, None) == pytest.approx(-0.2)
+    assert lowest_change(result, 1) == 0
+    assert lowest_change(result, 2) == pytest.approx(-0.04)
+    assert lowest_change(result, None) == pytest.approx(-0.2)
+    assert lowest_change(training_of([0.8, 0.7, 0.8], FADING[:2]), 2) == pytest.approx(-0.1)  # it came back too late
 
 
 def test_a_game_holds_if_every_seed_was_seen_in_time():
@@ -40,7 +42,7 @@ def test_a_game_holds_if_every_seed_was_seen_in_time():
     for judges, holds in (((early, early), True), ((early, late), False)):
         found = {Training(name, seed): training_of(judge, FADING) for seed, judge in enumerate(judges)}
         rows = {row.name: row for row in table(found)}
-        verdict = rows[f"{name}: judge's change at the first monitor, worst seed"]
+        verdict = rows[f"{name}: judge's lowest change by the first monitor, worst seed"]
         assert verdict.holds is holds
         assert rows[f"{name}, seed 0: rollout of the first monitor (drawn)"].value == 5
         assert rows[f"{name}, seed 0: rollout at which the judge fell by 0.05"].value == 6
@@ -52,6 +54,8 @@ def test_what_is_rewarded_does_not_count():
     names = [row.name for row in table(found)]
     assert "small files, seed 0: rollout of the first monitor (none)" in names
     assert "small files, seed 0: rollout of the first monitor, what is rewarded counting (file_size)" in names
+    assert "small files, seed 0: rollout at which the judge fell by 0.05 (never)" in names
+    assert not any("worst seed" in name for name in names)  # nothing fell, so there was nothing to see
 
 
 @pytest.mark.parametrize(("watched", "holds"), [(FADING[:3], True), (FADING, False)])
