@@ -147,7 +147,7 @@ def test_a_window_slides_to_the_last_step_with_noise_and_stays():
     found = [slide_window("0:3", rollout, 2, 1, steps=7, noisy=6) for rollout in range(10)]
     assert found == ["0:3", "0:3", "1:4", "1:4", "2:5", "2:5", "3:6", "3:6", "3:6", "3:6"]
     assert [slide_window("1:3", rollout, 1, 3, 10, 9) for rollout in range(4)] == ["1:3", "4:6", "7:9", "7:9"]
-    with pytest.raises(ValueError, match=r"only the first 6 of the 7 steps have noise .* end at 6 at most"):
+    with pytest.raises(ValueError, match=r"only the first 6 of the 7 steps have noise, .* end at 6 at most"):
         slide_window("4:7", 0, 1, 1, 7, 6)
 
 
