@@ -1,5 +1,7 @@
 """Against Pillow's own resize, by transformers' image processor."""
 
+import json
+
 import pytest
 import torch
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -63,3 +65,13 @@ def test_preprocessings_that_are_not_known_are_refused(tmp_path, settings, messa
 def test_a_folder_without_preprocessing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="states no preprocessing"):
         read_showing(tmp_path)
+
+
+def test_the_old_form_of_the_settings_is_read(tmp_path):
+    """As the hub's CLIPs of 2021 and 2022 have it."""
+    old = {
+        "crop_size": 224, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 224,
+        "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.3],
+    }  # fmt: skip
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(old))
+    assert read_showing(tmp_path) == Showing((224, 224), "crop", 224, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.2, 0.3))
