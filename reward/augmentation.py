@@ -9,12 +9,14 @@ Shapes: H x W pixels of a picture, h' x w' of its maps.
 
 import hashlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 
+SIDED_WORDS = ("left", "right")
 _GREY = (0.299, 0.587, 0.114)
 _BEST_QUALITY = 95  # Pillow's advice: above it, files grow and nothing is gained
 
@@ -25,8 +27,9 @@ class Augmentation:
 
     Args:
         seed: with an example's uid and the epoch, all that the draws depend on; not the batch, nor the worker.
-        flip_probability: how often left and right are swapped. 0 unless no prompt speaks of sides: a flip turns "left
-            of" into "right of", and the rated words and misalignment with it.
+        flip_probability: how often left and right are swapped, where the prompt has none of `sided_words`.
+        sided_words: a flip would belie a prompt with one of them, in any case of letters ("left of" becomes "right
+            of", and the rated words and misalignment with it).
         crop_probability: how often a picture and its maps are cut, alike.
         crop_min_side: the smallest side kept, as a share of the whole, in (0, 1]; the largest is 1.
         brightness, contrast, saturation: strength x in [0, 1]; the factor is uniform in [1 - x, 1 + x].
@@ -41,6 +44,7 @@ class Augmentation:
 
     seed: int = 0
     flip_probability: float = 0.0
+    sided_words: tuple[str, ...] = SIDED_WORDS
     crop_probability: float = 0.0
     crop_min_side: float = 0.8
     brightness: float = 0.0
@@ -63,9 +67,11 @@ class Augmentation:
             raise ValueError(f"jpeg_min_quality must be in [1, {_BEST_QUALITY}], not {self.jpeg_min_quality}")
 
     def __call__(
-        self, image: torch.Tensor, maps: torch.Tensor, key: str, size: tuple[int, int]
+        self, image: torch.Tensor, maps: torch.Tensor, key: str, size: tuple[int, int], tokens: Sequence[str] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Picture (3, H, W) and maps (2, h', w'), both in [0, 1], changed; their sizes may differ and may shrink.
+
+        `tokens` are the prompt's words.
 
         The cut's edges lie on a lattice of `size` = (rows, columns), so that picture and maps lose exactly the same
         where their sides are multiples of it, and to a rounding of half a pixel elsewhere.
@@ -75,7 +81,8 @@ class Augmentation:
         flip, crop, *box, brightness, contrast, hue, saturation, grayscale, jpeg, quality = torch.rand(
             12, generator=generator
         ).tolist()  # all of them, whatever is switched on: a setting more moves no other's draws
-        if flip < self.flip_probability:
+        sided = {word.lower() for word in self.sided_words}
+        if flip < self.flip_probability and sided.isdisjoint(token.lower() for token in tokens):
             image, maps = image.flip(-1), maps.flip(-1)
         if crop < self.crop_probability:
             image, maps = self._crop(image, maps, box, size)

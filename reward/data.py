@@ -155,7 +155,8 @@ class FeedbackDataset(torch.utils.data.Dataset):
         example = self.examples[index] if self.examples is not None else self._decode(read_row(self.split, index))
         image, maps = example["image"].float() / 255, example["maps"]
         if self.augmentation is not None:
-            image, maps = self.augmentation(image, maps, f"{example['uid']} {self.epoch}", self.size)
+            key = f"{example['uid']} {self.epoch}"
+            image, maps = self.augmentation(image, maps, key, self.size, example["tokens"])
         return {**example, "image": image, "maps": maps}
 
     def _decode_all(self) -> list[dict]:

@@ -16,6 +16,8 @@ SCORES = ("plausibility", "alignment", "aesthetics", "overall")
 HEATMAPS = ("implausibility", "misalignment")
 """The two heatmaps of RichHF-18K, in [0, 1], higher is worse."""
 
+LABEL_RANGE = (0.0, 1.0)
+"""What scores and heatmaps lie in, as labels and as predictions."""
 
 SEPARATORS = ',.?!":; '
 """Characters at which a prompt is split into words; RichHF-18K's own rule."""

@@ -30,7 +30,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
 from reward import losses
-from reward.feedback import HEATMAPS, SCORES, SEPARATORS
+from reward.feedback import HEATMAPS, LABEL_RANGE, SCORES, SEPARATORS
 from reward.heads import (
     HEATMAP_LOGIT,
     HeatmapReadOut,
@@ -69,6 +69,8 @@ class RahfConfig(PreTrainedConfig):
         max_text_length: prompts are cut after so many pieces; words behind are not judged.
         word_separators: characters at which prompts are split into words, those of `reward.feedback.tokenize`: a model
             that was trained on other words is refused.
+        label_range: lowest and highest label of scores and heatmaps that the model was trained on, and so of what it
+            predicts: [0, 1] here; a model of another range is refused.
         word_threshold: a word counts as misaligned if its probability is above; training sets it to the best F1 on dev.
         score_loss_weight, heatmap_loss_weight, word_loss_weight: weights of the loss terms.
         heatmap_positive_weight: how often marked pixels count in the heatmaps' loss, see `reward.losses.heatmap_loss`.
@@ -96,6 +98,7 @@ class RahfConfig(PreTrainedConfig):
     image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
     max_text_length: int = 128
     word_separators: str = SEPARATORS
+    label_range: list[float] | tuple[float, float] = LABEL_RANGE
     word_threshold: float = 0.5
     score_loss_weight: float = 1.0
     heatmap_loss_weight: float = 1.0
@@ -120,6 +123,8 @@ class RahfConfig(PreTrainedConfig):
             )
         if self.word_separators != SEPARATORS:
             raise ValueError(f"the model's prompts were split at {self.word_separators!r}; here it is {SEPARATORS!r}")
+        if tuple(self.label_range) != LABEL_RANGE:
+            raise ValueError(f"the model's labels lay in {list(self.label_range)}; here they lie in {list(LABEL_RANGE)}")
         if self.image_size is None:
             self.image_size = size_of(self.vision_config)
         if self.heatmap_size is None:

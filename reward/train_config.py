@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
-from reward.augmentation import Augmentation
+from reward.augmentation import SIDED_WORDS, Augmentation
 
 LOSS_SETTINGS = ("score_loss_weight", "heatmap_loss_weight", "word_loss_weight", "heatmap_positive_weight")
 """Settings that go into the model's config, where the loss is computed."""
@@ -42,7 +42,11 @@ class RahfArguments:
     in_memory: bool = field(default=False, metadata={"help": "decode all pictures once; for small pictures"})
     flip_probability: float = field(
         default=0.0,
-        metadata={"help": "how often left and right are swapped; 0, since it belies prompts with 'left of'"},
+        metadata={"help": "how often left and right are swapped, where the prompt has none of sided_words"},
+    )
+    sided_words: list[str] = field(
+        default_factory=lambda: list(SIDED_WORDS),
+        metadata={"help": "words of prompts that a flip would belie, as left of becomes right of"},
     )
     crop_probability: float = field(default=0.0, metadata={"help": "how often picture and maps are cropped alike"})
     crop_min_side: float = field(default=0.8, metadata={"help": "smallest side kept by a crop, as a share"})

@@ -62,6 +62,14 @@ def test_flips_swap_left_and_right_of_picture_and_maps(places):
     assert 0.15 < np.mean(flipped) < 0.35
 
 
+def test_prompts_that_speak_of_sides_are_not_flipped(places):
+    flip = Augmentation(flip_probability=1.0)
+    for tokens, flipped in ((["a", "cat"], True), (["Left", "of", "it"], False), (["leftovers"], True), ([], True)):
+        assert torch.equal(flip(*places, "a 0", (32, 32), tokens)[1], places[1].flip(-1) if flipped else places[1])
+    sided = Augmentation(flip_probability=1.0, sided_words=("Gauche",))
+    assert torch.equal(sided(*places, "a 0", (32, 32), ["gauche"])[1], places[1])
+
+
 def test_a_flip_and_a_crop_together_keep_picture_and_maps_in_step(places):
     for key in range(10):
         image, maps = Augmentation(flip_probability=1.0, crop_probability=1.0)(*places, f"{key}", (32, 32))

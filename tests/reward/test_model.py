@@ -1,4 +1,5 @@
 import copy
+import json
 
 import pytest
 import torch
@@ -424,6 +425,14 @@ def test_bfloat16_predicts_with_maps_of_any_size(make_config, batch):
 def test_words_split_otherwise_are_refused(make_config):
     with pytest.raises(ValueError, match="the model's prompts were split at ' '"):
         make_config(word_separators=" ")
+
+
+def test_labels_of_another_range_are_refused(make_config, tmp_path):
+    make_config().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["label_range"] == [0.0, 1.0]
+    assert RahfConfig.from_pretrained(tmp_path).label_range == [0.0, 1.0]
+    with pytest.raises(ValueError, match=r"labels lay in \[1, 5\]; here they lie in \[0.0, 1.0\]"):
+        make_config(label_range=[1, 5])
 
 
 def test_a_part_can_have_its_own_attention(make_config, tmp_path):
