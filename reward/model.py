@@ -124,7 +124,7 @@ class RahfConfig(PreTrainedConfig):
         if self.word_separators != SEPARATORS:
             raise ValueError(f"the model's prompts were split at {self.word_separators!r}; here it is {SEPARATORS!r}")
         if tuple(self.label_range) != LABEL_RANGE:
-            raise ValueError(f"the model's labels lay in {list(self.label_range)}; here they lie in {list(LABEL_RANGE)}")
+            raise ValueError(f"the model's labels lay in {list(self.label_range)}; here it is {list(LABEL_RANGE)}")
         if self.image_size is None:
             self.image_size = size_of(self.vision_config)
         if self.heatmap_size is None:

@@ -56,7 +56,8 @@ class RichReward:
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
         """The scores that are rewarded, each in the range of the predictor's labels."""
-        return {name: tuple(self.predictor.model.config.label_range) for name, weight in self.score_weights.items() if weight}
+        lowest, highest = self.predictor.model.config.label_range
+        return {name: (lowest, highest) for name, weight in self.score_weights.items() if weight}
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """What the predictor's vision encoder sees in `images` (B, 3, H, W) in [0, 1], (B, D)."""

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from tinyworld.loop import fit, keyed
+from tinyworld.loop import fit, half_precision, keyed
 
 STEPS = 2500
 _BATCH = 24
@@ -61,7 +61,7 @@ def train_autoencoder(pictures: np.ndarray, captions: list[str], work: Path, ste
         plain = blocks.std((3, 5)).amax(1) < 0.02  # (B, 16, 16)
         weight = torch.where(plain, 1.0, 1.0 + _DETAIL)[:, None].repeat_interleave(4, 2).repeat_interleave(4, 3)
         noise = torch.randn(_BATCH, 4, 16, 16, generator=source)
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             posterior = vae.encode(images).latent_dist
             latents = posterior.mean + _NOISE * posterior.mean.detach().std() * noise
             decoded = vae.decode(latents).sample.float()

@@ -47,6 +47,7 @@ from tinyworld.autoencoder import encode, train_autoencoder
 from tinyworld.figures import figures_of
 from tinyworld.generator import Denoiser, finish_generator, new_unet, pipeline, sample, train_generator
 from tinyworld.grammar import ASSETS, draw_request, is_held_out
+from tinyworld.loop import half_precision
 from tinyworld.pool import FLAWED, make_pool
 from tinyworld.pretrain import make_predictor_tokenizer, pretrain_predictor
 from tinyworld.rated import Variant
@@ -240,7 +241,7 @@ class Build:
         if not file.exists():
             pictures, _ = self._pool(flawed)
             vae = self._vae()
-            with torch.autocast("cpu", torch.bfloat16):
+            with half_precision():
                 chunks = [encode(vae, pictures[i : i + 1000]).half() for i in range(0, len(pictures), 1000)]
             latents = (torch.cat(chunks) * vae.config.scaling_factor).contiguous()
             save_file({"latents": latents}, file.with_suffix(".part"))

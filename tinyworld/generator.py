@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tinyworld.loop import fit, keyed
+from tinyworld.loop import fit, half_precision, keyed
 from tinyworld.text import WIDTH, tokenize
 
 STEPS = 7000
@@ -122,7 +122,7 @@ def _velocity_loss(
         timesteps = (slices * (scheduler.config.num_train_timesteps / BATCH)).long()
         dropped = torch.rand(BATCH, generator=source) < _DROPPED
         wanted = torch.where(dropped[:, None], empty, ids[rows])
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             predicted = model(scheduler.add_noise(clean, noise, timesteps), timesteps, wanted)
         return F.mse_loss(predicted.float(), scheduler.get_velocity(clean, noise, timesteps))
 

@@ -100,6 +100,13 @@ def fit(
     return average.eval()
 
 
+def half_precision() -> torch.autocast:
+    """bfloat16 on CPUs that compute in it; those that only imitate it are twenty times faster in float32."""
+    able = torch.cpu.get_capabilities()
+    enabled = any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
 def keyed(*key: int) -> torch.Generator:
     """A random generator that depends on the key's numbers alone, not on what was drawn before."""
     seed = 0x9E3779B97F4A7C15

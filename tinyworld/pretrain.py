@@ -22,7 +22,7 @@ from reward.model import RahfConfig, RahfModel
 from reward.vision import stride_of, tokens_of, width_of
 from tinyworld.corruption import corrupt
 from tinyworld.grammar import COLOURS, RELATIONS, ROOMY, SHAPES, WORDS, Request, parse
-from tinyworld.loop import fit, keyed
+from tinyworld.loop import fit, half_precision, keyed
 from tinyworld.scenes import SIZE
 
 VISION_STEPS = 2000
@@ -145,7 +145,7 @@ def pretrain_vision(model: RahfModel, pictures: np.ndarray, captions: list[str],
         source = keyed(6, step)
         rows = torch.randint(len(pictures), (_BATCH,), generator=source)
         images, spoiled = _partly_spoiled(pictures[rows.numpy()], source)
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             seen, where = seer(preprocess(images, model.config))
         kinds_loss = F.binary_cross_entropy_with_logits(seen[:whole], kinds[rows[:whole]], reduction="sum") / whole
         return kinds_loss + _place_loss(where[whole:], spoiled)
@@ -204,7 +204,7 @@ def pretrain_predictor(
         ids, mask = text["input_ids"], text["attention_mask"]
         hidden = (torch.rand(ids[:half].shape, generator=source) < _HIDDEN) & (text_words(text)[:half])
         masked = torch.cat([ids[:half].masked_fill(hidden, tokenizer.mask_token_id), ids[half:]])
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             seen, fused = model.fuse(preprocess(images, model.config), masked, mask)
             said = fused[:half][hidden] * fused.shape[-1] ** -0.5 @ model.encoder.embed_tokens.weight.T
             wrong = model.word_head(fused[half:whole], text["word_positions"][half:whole])

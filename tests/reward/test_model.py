@@ -431,7 +431,7 @@ def test_labels_of_another_range_are_refused(make_config, tmp_path):
     make_config().save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["label_range"] == [0.0, 1.0]
     assert RahfConfig.from_pretrained(tmp_path).label_range == [0.0, 1.0]
-    with pytest.raises(ValueError, match=r"labels lay in \[1, 5\]; here they lie in \[0.0, 1.0\]"):
+    with pytest.raises(ValueError, match=r"labels lay in \[1, 5\]; here it is \[0.0, 1.0\]"):
         make_config(label_range=[1, 5])
 
 
