@@ -20,9 +20,10 @@ those with a star on one of them; all in all about three and a half hours, witho
     finishing   the generator of the assets, finished on fewer flawed pictures               12*
     assets      everything above into `tinyworld/assets`, in half precision                   0
     ceiling     the same generator on flawless pictures only, and its figures                48 (as the generator)
+    finer       a predictor of twice the resolution, from lessons with planted flaws         TIME*
 
-`ceiling` is not among the default stages: nothing needs it but the figure in the README. `--stages feedback` alone
-makes the rated data set again from the pictures that the repository keeps.
+`ceiling` and `finer` are not among the default stages: nothing needs them but figures in the README. `--stages
+feedback` alone makes the rated data set again from the pictures that the repository keeps.
 """
 
 import json
@@ -42,25 +43,32 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from reward import richhf
 from reward.arguments import main_guard, parse_arguments
+from reward.model import RahfModel
 from tinyworld import rated
 from tinyworld.autoencoder import encode, train_autoencoder
 from tinyworld.figures import figures_of
 from tinyworld.generator import Denoiser, finish_generator, new_unet, pipeline, sample, train_generator
 from tinyworld.grammar import ASSETS, draw_request, is_held_out
+from tinyworld.lessons import make_lessons
 from tinyworld.loop import half_precision
 from tinyworld.pool import FLAWED, make_pool
 from tinyworld.pretrain import make_predictor_tokenizer, pretrain_predictor
+from tinyworld.pretrain_on_lessons import pretrain_on_lessons
 from tinyworld.rated import Variant
 from tinyworld.text import make_tokenizer, new_text_encoder, pretrain_text_encoder
 
 STAGES = (
     *("pictures", "text", "autoencoder", "generator", "pretraining", "rated", "first", "policies", "rated_again"),
-    *("feedback", "predictor", "finishing", "assets", "ceiling"),
+    *("feedback", "predictor", "finishing", "assets", "ceiling", "finer"),
 )
+EXTRA = ("ceiling", "finer")
+"""Stages that are run where they are named only."""
+
 SNAPSHOTS = {"early": 2500, "middle": 4500}
 """States of the generator's training that draw some of the rated pictures, by step."""
 
-DEMO = "configs/ddpo_tinyworld.yaml"
+DEMO, PREDICTOR = "configs/ddpo_tinyworld.yaml", "configs/rahf_tinyworld.yaml"
+FINER = "configs/rahf_tinyworld_finer.yaml"
 _APART = ["--share_noise", "none"]  # as they were when the kept pictures were drawn
 _FEW_LARGE = ["--num_train_epochs", "24", "--generation_batch_size", "768", "--gradient_accumulation_steps", "24"]
 POLICIES = {
@@ -71,7 +79,7 @@ POLICIES = {
 """Fine-tuned policies that draw some of the rated pictures: what each changes of `DEMO`."""
 
 PROMPTS = {"train": 512, "held_out": 256}
-_PICTURE_SEED, _FLAWLESS_SEED, _PROMPT_SEED = 0, 1, 7
+_PICTURE_SEED, _FLAWLESS_SEED, _LESSON_SEED, _PROMPT_SEED = 0, 1, 5, 7
 
 
 @dataclass
@@ -80,7 +88,8 @@ class BuildArguments:
 
     work: str = field(default="build/tinyworld", metadata={"help": "folder for everything in between"})
     stages: list[str] = field(
-        default_factory=lambda: list(STAGES[:-1]), metadata={"help": f"which of {', '.join(STAGES)}"}
+        default_factory=lambda: [stage for stage in STAGES if stage not in EXTRA],
+        metadata={"help": f"which of {', '.join(STAGES)}; all but {' and '.join(EXTRA)} by default"},
     )
 
     def __post_init__(self):
@@ -152,17 +161,15 @@ class Build:
         self._rate(self.work / "pickapic" if (self.work / "pickapic").exists() else ASSETS / "pickapic", self.work)
 
     def pretraining(self) -> None:
-        pictures, captions = self._pool(flawed=False)
-        model = pretrain_predictor(pictures, captions, self.work)
-
-        def save(folder: Path) -> None:
-            model.save_pretrained(folder)
-            make_predictor_tokenizer().save_pretrained(folder)
-
-        self._whole("rahf_pretrained", save)
+        self._save_pretrained("rahf_pretrained", pretrain_predictor(*self._pool(flawed=False), self.work))
 
     def predictor(self) -> None:
         self._train_predictor(self.work / "feedback", self.work / "rahf")
+
+    def finer(self) -> None:
+        lessons = make_lessons(self.work / "lessons", _LESSON_SEED)
+        self._save_pretrained("rahf_finer_pretrained", pretrain_on_lessons(lessons, self.work))
+        self._train_predictor(self.work / "feedback", self.work / "rahf_finer", FINER, "rahf_finer_pretrained")
 
     # What the repository keeps ------------------------------------------------------------------------------------
 
@@ -217,9 +224,18 @@ class Build:
         places = {"--tfrecords": folder / "rated", "--images": pickapic, "--out": folder / "feedback"}
         richhf.main([str(word) for place in places.items() for word in place])
 
-    def _train_predictor(self, data: Path, output: Path) -> None:
-        settings = ["--config", "configs/rahf_tinyworld.yaml", "--overwrite_output_dir", "true"]
-        places = ["--model", self.work / "rahf_pretrained", "--data", data, "--output_dir", output]
+    def _save_pretrained(self, name: str, model: RahfModel) -> None:
+        def save(folder: Path) -> None:
+            model.save_pretrained(folder)
+            make_predictor_tokenizer().save_pretrained(folder)
+
+        self._whole(name, save)
+
+    def _train_predictor(
+        self, data: Path, output: Path, config: str = PREDICTOR, start: str = "rahf_pretrained"
+    ) -> None:
+        settings = ["--config", config, "--overwrite_output_dir", "true"]
+        places = ["--model", self.work / start, "--data", data, "--output_dir", output]
         subprocess.run([sys.executable, "-m", "reward.train", *map(str, [*settings, *places])], check=True)
 
     def _whole(self, name: str, save: Callable[[Path], object]) -> None:

@@ -30,6 +30,8 @@ GROUND = (236, 233, 224)
 """The plain ground every scene is drawn on, sRGB."""
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
+KINDS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+"""The names of all kinds of things, as `Noun.kind` says them."""
 PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
 COUNTS = {"a": 1, "two": 2, "three": 3}
 RELATIONS = ("left of", "above", "inside")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyworld.grammar import COLOURS, SHAPES, draw_request, is_held_out
+from tinyworld.grammar import KINDS, draw_request, is_held_out
 from tinyworld.scenes import SIZE, Scene, applicable, lay_out, plant, render
 
-KINDS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+COUNT = 40_000
 MOST_WORDS = 12  # of a caption of the grammar
 NO_WORD = -100
 OUTLINES = ("warped", "bitten", "blotched")
@@ -48,7 +48,7 @@ class Lessons:
         return bits.reshape(len(rows), SIZE, SIZE).astype(bool)
 
 
-def make_lessons(folder: Path, seed: int, count: int) -> Lessons:
+def make_lessons(folder: Path, seed: int, count: int = COUNT) -> Lessons:
     """`count` lessons, from `folder` or drawn on the first call by as many processes as there are cores."""
     names = ("pictures", "implausible", "misaligned", "words", "kinds")
     if not (folder / "captions.txt").exists():

@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerFast, ResNetConfig, T5Config
 from reward import losses
 from reward.data import encode_prompts, pad_rows, preprocess
 from reward.model import RahfConfig, RahfModel
-from reward.vision import stride_of, tokens_of, width_of
+from reward.vision import tokens_of, width_of
 from tinyworld.corruption import corrupt
-from tinyworld.grammar import COLOURS, RELATIONS, ROOMY, SHAPES, WORDS, Request, parse
+from tinyworld.grammar import COLOURS, KINDS, RELATIONS, ROOMY, SHAPES, WORDS, Request, parse
 from tinyworld.loop import fit, half_precision, keyed
 from tinyworld.scenes import SIZE
 
@@ -29,7 +29,6 @@ VISION_STEPS = 2000
 STEPS = 4000
 _BATCH = 64
 _SPOILED = 24  # of a batch
-KINDS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 _HIDDEN = 0.7
 _NOISE = 0.04  # on pictures in [0, 1]: generated pictures are never as clean as rendered ones
 
@@ -45,13 +44,16 @@ def make_predictor_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def new_predictor(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> RahfModel:
-    """An untrained RAHF of about 1.7 M parameters: a ResNet of 8x8 features on 64x64, a T5 encoder of 3 layers.
+VISION = {"embedding_size": 32, "hidden_sizes": [48, 128], "depths": [2, 2], "layer_type": "basic"}
+"""A ResNet of 8x8 features on 64x64: on pictures this few and small, convolutions learn outlines much sooner than a ViT
+of patch 8 does."""
 
-    A ResNet, as on pictures this few and small convolutions learn outlines much sooner than a ViT of patch 8 does.
-    """
+
+def new_predictor(
+    tokenizer: PreTrainedTokenizerFast, vision: dict = VISION, image_size: int = SIZE, seed: int = 0
+) -> RahfModel:
+    """An untrained RAHF of about 1.7 M parameters: a ResNet as `vision` says, a T5 encoder of 3 layers."""
     torch.manual_seed(seed)
-    vision = ResNetConfig(embedding_size=32, hidden_sizes=[48, 128], depths=[2, 2], layer_type="basic")
     text = T5Config(
         vocab_size=len(tokenizer),
         d_model=128,
@@ -64,8 +66,8 @@ def new_predictor(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> RahfMode
         eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.pad_token_id,
     )
-    configs = {"vision_config": vision.to_dict(), "text_config": text.to_dict()}
-    return RahfModel(RahfConfig(**configs, image_size=SIZE, max_text_length=16))
+    configs = {"vision_config": ResNetConfig(**vision).to_dict(), "text_config": text.to_dict()}
+    return RahfModel(RahfConfig(**configs, image_size=image_size, heatmap_size=SIZE, max_text_length=16))
 
 
 def falsify(request: Request, rng: np.random.Generator) -> tuple[Request, list[int]]:
@@ -116,22 +118,23 @@ def _same(one: Request, other: Request) -> bool:
     return kinds[0] == kinds[1] and one.relation == other.relation
 
 
-class _Seer(nn.Module):
-    """A vision encoder that says which kinds of things ("red circle") it sees, and where the picture is spoiled."""
+class Seer(nn.Module):
+    """A predictor's vision encoder that says which kinds of things ("red circle") it sees, and where the picture is
+    spoiled."""
 
-    def __init__(self, vision: nn.Module):
+    def __init__(self, model: RahfModel):
         super().__init__()
-        self.vision, self.stride = vision, stride_of(vision.config)
-        self.kinds = nn.Linear(width_of(vision.config), len(KINDS))
-        self.spoiled = nn.Linear(width_of(vision.config), self.stride**2)
+        self.vision, self.side = model.vision, model.config.grid[0]
+        width, self.pixels = width_of(model.config.vision_config), SIZE // self.side
+        self.kinds = nn.Linear(width, len(KINDS))
+        self.spoiled = nn.Linear(width, self.pixels**2)
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 3, S, S) -> logits (B, K): the largest over places, softly, so that a place may know its own thing; and
-        logits (B, S, S)."""
-        side = pixels.shape[-1] // self.stride
-        places = tokens_of(self.vision(pixel_values=pixels).last_hidden_state, side**2)
-        spoiled = self.spoiled(places).transpose(1, 2).unflatten(2, (side, side))  # (B, stride ** 2, side, side)
-        return self.kinds(places).float().logsumexp(dim=1), F.pixel_shuffle(spoiled, self.stride)[:, 0].float()
+        logits (B, 64, 64)."""
+        places = tokens_of(self.vision(pixel_values=pixels).last_hidden_state, self.side**2)
+        spoiled = self.spoiled(places).transpose(1, 2).unflatten(2, (self.side, self.side))  # (B, pixels ** 2, ., .)
+        return self.kinds(places).float().logsumexp(dim=1), F.pixel_shuffle(spoiled, self.pixels)[:, 0].float()
 
 
 def pretrain_vision(model: RahfModel, pictures: np.ndarray, captions: list[str], work: Path, steps: int) -> None:
@@ -139,7 +142,7 @@ def pretrain_vision(model: RahfModel, pictures: np.ndarray, captions: list[str],
     kinds = torch.zeros(len(captions), len(KINDS))
     for row, caption in enumerate(captions):
         kinds[row, [KINDS.index(noun.kind) for noun in parse(caption).nouns]] = 1
-    seer, whole = _Seer(model.vision), _BATCH - _SPOILED
+    seer, whole = Seer(model), _BATCH - _SPOILED
 
     def loss(step: int) -> torch.Tensor:
         source = keyed(6, step)
@@ -148,7 +151,7 @@ def pretrain_vision(model: RahfModel, pictures: np.ndarray, captions: list[str],
         with half_precision():
             seen, where = seer(preprocess(images, model.config))
         kinds_loss = F.binary_cross_entropy_with_logits(seen[:whole], kinds[rows[:whole]], reduction="sum") / whole
-        return kinds_loss + _place_loss(where[whole:], spoiled)
+        return kinds_loss + place_loss(where[whole:], spoiled)
 
     trained = fit(seer, loss, work / "vision_pretraining.pt", steps=steps, rate=1e-3, averaging=0.995)
     model.vision.load_state_dict(trained.vision.state_dict())
@@ -158,14 +161,14 @@ def _partly_spoiled(pictures: np.ndarray, source: torch.Generator) -> tuple[torc
     """(B, 64, 64, 3) uint8 -> noisy (B, 3, 64, 64) in [0, 1], the last `_SPOILED` of them spoiled, and where."""
     images = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 255
     spoiled, where = corrupt(images[-_SPOILED:], source)
-    return _noisy(torch.cat([images[:-_SPOILED], spoiled]), source), where
+    return noisy(torch.cat([images[:-_SPOILED], spoiled]), source), where
 
 
-def _place_loss(logits: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+def place_loss(logits: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     return 3 * F.binary_cross_entropy_with_logits(logits, where.float())  # a few pixels in a hundred are spoiled
 
 
-def _noisy(images: torch.Tensor, source: torch.Generator) -> torch.Tensor:
+def noisy(images: torch.Tensor, source: torch.Generator) -> torch.Tensor:
     """(B, 3, 64, 64) in [0, 1], each with its own amount of noise."""
     amount = _NOISE * torch.rand(len(images), 1, 1, 1, generator=source)
     return (images + amount * torch.randn(images.shape, generator=source)).clamp(0, 1)
@@ -213,7 +216,7 @@ def pretrain_predictor(
         return (
             losses.caption_loss(said.float(), ids[:half][hidden])
             + losses.word_loss(wrong.float(), targets)
-            + _place_loss(where.float(), spoiled)
+            + place_loss(where.float(), spoiled)
         )
 
     return fit(model, loss, work / "predictor_pretraining.pt", steps=steps, rate=1e-3, averaging=0.998)
