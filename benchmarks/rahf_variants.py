@@ -36,8 +36,8 @@ VARIANTS = {
     "paper": [*DEFAULT, "--heatmap_head", "paper", "--score_head", "paper", "--head_width", "0.0625"],
     "finer": ["--config", "configs/rahf_tinyworld_finer.yaml"],
 }
-"""Settings. The default is `multi_head`, `tagging`, light heads; the paper's heads are a sixteenth as wide; `finer` sees
-pictures at twice the resolution and was pretrained otherwise."""
+"""Settings. The default is `multi_head`, `tagging`, light heads; the paper's heads are a sixteenth as wide; `finer`
+sees pictures at twice the resolution and was pretrained otherwise."""
 
 GOALS = {
     **{f"{metric} {score}": 0.95 for score in SCORES for metric in ("plcc", "srcc")},
