@@ -24,7 +24,7 @@ from tinyworld.scenes import SIZE
 
 VISION = {"embedding_size": 24, "hidden_sizes": [24, 64, 128], "depths": [1, 1, 2], "layer_type": "basic"}
 VISION_STEPS = 800
-STEPS = 1500
+STEPS = 1200
 _BATCH = 64
 _CORRUPTED = 20  # of a batch, spoiled further by `tinyworld.corruption`
 _MASKED = 16  # of a batch, whose captions' words are to be said from the picture
