@@ -55,8 +55,10 @@ def measure(trainer: "DDPOTrainer") -> dict[str, float]:
         if isinstance(part, torch.nn.Module)
     }
     row = noise[0, 0].numel() * 4 * 2 + noise[0, 0, 0].numel() * 4  # two latents and a map of log-probs
+    unet = sum(weight.numel() for weight in policy.pipeline.unet.parameters() if weight.requires_grad)
     return {
         "trained_weights": trained,
+        **({"trained_weights_of_text_encoders": trained - unet} if policy.trained.trains_text else {}),
         **{f"weights_{name}_mib": size for name, size in everything.items()},
         "gradients_and_optimizer_mib": trained * 4 * 3 / MIB,
         "activations_mib": activations,

@@ -109,6 +109,8 @@ def warn_of_ignored_policy_settings(args: "PolicyConfig") -> None:
     if args.tune == "full":
         lora = [setting.name for setting in fields(args) if "lora" in setting.name]
         warn_of_ignored(args, (*lora, "use_dora"), "tune is full, there is no LoRA")
+    elif not args.train_text_encoder:
+        warn_of_ignored(args, ("text_lora_target_modules",), "train_text_encoder is false")
     if args.init_adapter is not None:
         warn_of_ignored(args, ("init_lora_weights",), "the LoRA starts from init_adapter")
     if args.device.type == "cpu":
