@@ -121,6 +121,7 @@ def test_whole_unet_from_yaml_to_folder(config, tmp_path, capsys):
         (["--init_adapter", "nowhere"], ["there is no LoRA folder nowhere"]),
         (["--base_adapters", "nowhere"], ["there is no LoRA folder nowhere"]),
         (["--init_lora_weights", "eva"], ["eva", "pissa"]),
+        (["--train_text_encoder", "true", "--tune", "full"], ["train_text_encoder", "set tune to lora"]),
         (
             ["--eval_rewards", '{"judge": {"reward": "tests.rl.toy_rewards:Redness", "kwargs": {"wait": 1}}}'],
             ["'wait'"],
@@ -247,6 +248,7 @@ def test_settings_of_an_evaluation_without_prompts_are_warned_about(changes, cap
         ["--reward_kwargs", '{"nan_after": 0}'],
         ["--resolution", "3"],
         ["--lora_target_modules", "no_such_layer"],
+        ["--credit", "focus", "--reward", "tests.rl.toy_rewards:Plain", "--reward_kwargs", "{}"],
     ],
 )
 def test_a_run_that_cannot_start_deletes_nothing_of_the_one_before(config, tmp_path, flags):
