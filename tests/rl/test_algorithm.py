@@ -38,6 +38,7 @@ def assert_resumes_to_the_bit(make_trainer, tmp_path, **settings):
 @pytest.mark.parametrize(
     "changes",
     [
+        {"credit": "scalar"},
         {"credit": "words"},
         {"credit": "mask"},
         {"credit": "paid", "importance_sampling_level": "location"},

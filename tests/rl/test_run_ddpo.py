@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -195,6 +196,28 @@ def test_stop_on_ends_the_run_in_order_and_names_the_best_checkpoint(config, tmp
     assert (tmp_path / "run/checkpoint-1/complete.json").exists()
     assert (tmp_path / "run/pytorch_lora_weights.safetensors").exists()
     assert f"best checkpoint by judge, {best['held_out']:.4f} in its rollout: {best['path']}" in capsys.readouterr().out
+
+
+def test_what_a_run_leaves_is_pushed_once_and_whole(config, tmp_path, monkeypatch):
+    pushed = []
+
+    class Hub:
+        def create_repo(self, name, **settings):
+            return SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, repo_id, folder_path, **settings):
+            files = {path.name for path in Path(folder_path).iterdir() if path.is_file()}
+            pushed.append((repo_id, files, (Path(folder_path) / "README.md").read_text()))
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    flags = ["--num_train_epochs", "1", "--push_to_hub", "true", "--hub_model_id", "me/mine"]
+    assert command("--config", config, *flags) == 0
+    ((place, files, card),) = pushed
+    assert place == "me/mine"
+    results = {"pytorch_lora_weights.safetensors", "before_after.png", "curves.png", "summary.json", "evaluation.json"}
+    assert results <= files
+    assert 'pipe.load_lora_weights("me/mine")' in card
+    assert (tmp_path / "run/finished.json").exists()
 
 
 def weighted(url):
