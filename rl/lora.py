@@ -214,8 +214,9 @@ def _read_adapter(
         setting, targets, default = _targets_of(settings, part)
         layers = {name.partition(".lora_")[0] for name in weights}
         if tuple(targets) != default:
+            exclude = config.exclude_modules if isinstance(config.exclude_modules, str) else None
             require(
-                layers == set(targeted(getattr(pipeline, part), targets)),
+                layers == set(targeted(getattr(pipeline, part), targets, exclude)),
                 f"init_adapter {folder} has a LoRA on other layers than {setting} names, e.g. {min(layers)}; "
                 f"leave {setting} out, they come from there",
             )

@@ -68,6 +68,8 @@ def check_engine(args: "PolicyConfig") -> None:
     )
     if args.ema_decay is not None:
         refuse_zero3(args, "ema_decay")
+    if args.train_text_encoder:
+        refuse_zero3(args, "train_text_encoder")
     require(
         not _is_zero3(args) or args.hf_deepspeed_config.is_true(GATHER),
         f"with ZeRO-3, {GATHER} must be true in deepspeed's settings, or what is trained cannot be saved as a whole",
