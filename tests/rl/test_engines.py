@@ -152,7 +152,7 @@ def test_zero_3_that_could_not_save_is_refused(tmp_path):
 def test_zero_3_cannot_train_text_encoders(tmp_path):
     """CLIP looks at its table of positions by itself, of which a rank has a part."""
     zero3 = str(ROOT / "configs/deepspeed/zero3.json")
-    with pytest.raises(ValueError, match="train_text_encoder needs whole weights, .*; use ZeRO-2"):
+    with pytest.raises(ValueError, match=r"train_text_encoder needs whole weights, .*; use ZeRO-2"):
         DDPOConfig(output_dir=str(tmp_path), use_cpu=True, deepspeed=zero3, train_text_encoder=True)
 
 
