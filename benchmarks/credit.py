@@ -4,21 +4,25 @@
 
 Every kind of credit (rl/credit.py) gets the same reward, as many pictures and as many updates, two a rollout, so that
 the clip range matters. Each is tuned over the same grid of learning rate and clip range, on seeds of their own and by
-the judge's score of training prompts. Then the setting chosen is trained anew on the seeds that are reported, and
-judged on held-out prompts, whose compositions are in no training data. So nothing reported was selected by itself;
-which place-aware kind is "the best" is decided by the tuning as well. Intervals are of pairs, over seeds and prompts.
+the judge's score of training prompts, in two rounds (successive halving): every setting for a third of the rollouts,
+then the better half of each kind's, anew and in full, of which the best is taken. Then that setting is trained anew on
+the seeds that are reported, and judged on held-out prompts, whose compositions are in no training data. So nothing
+reported was selected by itself; which place-aware kind is "the best" is decided by the second round as well. Intervals
+are of pairs, over seeds and prompts.
 
 How many images a kind takes to where `image` ends: its mean curve, made to rise only (`benchmarks/learning.py`).
 
 Trainings are kept in `--work`, each a small file; what is there is not done again, and what is missing is left out of
-the table. The order is: tuning seed by seed, then the reported seeds one by one, all kinds of each. `--maps judge`
-takes the true judge's maps in place of the predictor's: an experiment about credit alone, which no real project can
-make.
+the table. The order is: the rounds of the tuning, then the reported seeds one by one, all kinds of each. `--kinds` may
+name two that are left out, because the gradients have answered: `paid, unit`, which leads away from the objective, and
+`paid`, which gains less than with its own place alone (`benchmarks/gradient_snr.py`). `--maps judge` takes the true
+judge's maps in place of the predictor's: an experiment about credit alone, which no real project can make.
 """
 
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -37,7 +41,8 @@ LEARNING_RATES, CLIPS = (1.5e-3, 3e-3, 6e-3), (5e-5, 1e-2)
 """5e-5 clips about a quarter of the second update's ratios at 3e-3, 1e-2 none."""
 LOCATION = 16
 """A place's ratio moves sqrt(h * w) times as far as an image's, so its clip range is as much wider; h = w = 16."""
-TUNING_SEEDS = 1000  # and on: none is reported
+TUNING_SEEDS = 1000  # and on: none is reported; the first is the first round's
+MAIN = ("image", "scalar", "focus on maps", "focus on content", "words", "paid, own place", "mask")
 WITHOUT_PLACE = ("image", "scalar")
 STEPS = 2  # that the config trains
 
@@ -63,7 +68,7 @@ class JudgeMaps(RichReward):
         return Reward(said.total, maps, said.word_penalties, said.terms)
 
 
-def changes(kind: str, setting: Setting, options: Namespace) -> dict:
+def changes(kind: str, setting: Setting, options: Namespace, rollouts: int) -> dict:
     """Settings of run_ddpo.py for one kind of credit."""
     learning_rate, clip = setting
     found = {"credit": "image", **CREDITS[kind], "learning_rate": learning_rate}
@@ -75,7 +80,7 @@ def changes(kind: str, setting: Setting, options: Namespace) -> dict:
         found["reward"] = "credit:JudgeMaps"
     batch = min(PICTURES, options.pictures)
     return found | {
-        "num_train_epochs": options.rollouts,
+        "num_train_epochs": rollouts,
         "generation_batch_size": options.pictures,
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": options.pictures // batch * STEPS // 2,
@@ -86,43 +91,99 @@ def grid(options: Namespace) -> list[Setting]:
     return [(rate, clip) for rate in options.learning_rates for clip in options.clips]
 
 
-def plan_tuning(options: Namespace) -> dict[tuple[str, Setting, int], Training]:
-    """(kind, setting, seed) -> training; all kinds of a setting, all settings of a seed. None if there is no choice."""
-    if len(grid(options)) == 1:
-        return {}
+def plan_tuning(
+    options: Namespace, settings: Mapping[str, Sequence[Setting]], rollouts: int, seeds: Sequence[int]
+) -> dict[tuple[str, Setting, int], Training]:
+    """One round: (kind, setting, seed) -> training, seed by seed.
+
+    Args:
+        settings: of each kind, those that are tried.
+        rollouts: of a training; the learning rate is constant, so fewer are the beginning of more.
+    """
     return {
         (kind, setting, seed): Training(
-            f"tuning {kind}, {setting[0]:g}, {setting[1]:g}", seed, changes(kind, setting, options),
-            judged=TRAINED_ON, count=options.prompts, every=options.rollouts,
+            f"tuning {kind}, {setting[0]:g}, {setting[1]:g}", seed, changes(kind, setting, options, rollouts),
+            judged=TRAINED_ON, count=options.prompts, every=rollouts,
         )
-        for seed in range(TUNING_SEEDS, TUNING_SEEDS + options.tuning_seeds)
-        for setting in grid(options)
+        for seed in seeds
         for kind in options.kinds
+        for setting in settings[kind]
     }  # fmt: skip
 
 
-def choose(options: Namespace, scores: Mapping[tuple[str, Setting, int], float]) -> dict[str, tuple[Setting, float]]:
-    """For each kind the setting of the best mean score over tuning seeds, and that score.
+def ranking(scores: Mapping[tuple[str, Setting, int], float]) -> dict[str, list[tuple[Setting, float]]]:
+    """For each kind its settings and their mean scores over seeds, the best first; equal ones in their order.
 
     Args:
-        scores: of every kind, setting and seed.
+        scores: of every kind, setting and seed of a round.
     """
-    best = {}
-    for kind in options.kinds:
-        means = {
-            setting: float(np.mean([score for (k, s, _), score in scores.items() if (k, s) == (kind, setting)]))
-            for setting in grid(options)
-        }
-        best[kind] = max(means.items(), key=lambda item: item[1])
-    return best
+    found: dict[str, dict[Setting, list[float]]] = {}
+    for (kind, setting, _), score in scores.items():
+        found.setdefault(kind, {}).setdefault(setting, []).append(score)
+    return {
+        kind: sorted(((setting, float(np.mean(values))) for setting, values in cells.items()), key=lambda one: -one[1])
+        for kind, cells in found.items()
+    }
+
+
+def better_half(ranked: Mapping[str, Sequence[tuple[Setting, float]]]) -> dict[str, list[Setting]]:
+    """Of each kind's settings the better half, rounded up."""
+    return {kind: [setting for setting, _ in order[: (len(order) + 1) // 2]] for kind, order in ranked.items()}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What the tuning has found.
+
+    Attributes:
+        settings: of each kind the one chosen; None where trainings of it are missing.
+        best: the place-aware kind of the best score; None where nothing was compared.
+        rows: its scores.
+        done: how many trainings are there.
+    """
+
+    settings: Mapping[str, Setting] | None
+    best: str | None = None
+    rows: Sequence[Row] = ()
+    done: int = 0
+
+
+def tune(options: Namespace, train: Callable[[Mapping], Mapping[tuple[str, Setting, int], Result]]) -> Tuning:
+    """Both rounds, as far as `train` gets: it gives the results of those trainings that are there."""
+    left = dict.fromkeys(options.kinds, grid(options))
+    if len(grid(options)) == 1:
+        return Tuning({kind: setting for kind, (setting,) in left.items()})
+    second = range(TUNING_SEEDS + 1, TUNING_SEEDS + 1 + options.tuning_seeds)
+    rows, done = [], 0
+    for which, rollouts, seeds in (
+        ("first round", options.rollouts // 3, [TUNING_SEEDS]),
+        ("second round", options.rollouts, second),
+    ):
+        planned = plan_tuning(options, left, rollouts, seeds)
+        scores = {key: float(result.judge[-1].mean()) for key, result in train(planned).items()}
+        rows, done = [*rows, *tuning_rows(which, scores)], done + len(scores)
+        if len(scores) < len(planned):
+            return Tuning(None, rows=rows, done=done)
+        ranked = ranking(scores)
+        left = better_half(ranked)
+    aware = [kind for kind in options.kinds if kind not in WITHOUT_PLACE]
+    best = max(aware, key=lambda kind: ranked[kind][0][1], default=None)
+    return Tuning({kind: order[0][0] for kind, order in ranked.items()}, best, rows, done)
+
+
+def count_planned(options: Namespace) -> int:
+    """Trainings of the tuning and of the report."""
+    settings = len(grid(options))
+    tuning = settings + (settings + 1) // 2 * options.tuning_seeds if settings > 1 else 0
+    return len(options.kinds) * (tuning + options.seeds)
 
 
 def plan_report(options: Namespace, settings: Mapping[str, Setting]) -> dict[tuple[str, int], Training]:
     """(kind, seed) -> training."""
     return {
         (kind, seed): Training(
-            kind, seed, changes(kind, settings[kind], options), judged=HELD_OUT, count=options.prompts,
-            every=options.rollouts // 6,
+            kind, seed, changes(kind, settings[kind], options, options.rollouts), judged=HELD_OUT,
+            count=options.prompts, every=options.rollouts // 6,
         )
         for seed in range(options.seeds)
         for kind in options.kinds
@@ -132,14 +193,15 @@ def plan_report(options: Namespace, settings: Mapping[str, Setting]) -> dict[tup
 # ---- What is made of them ----
 
 
-def tuning_rows(scores: Mapping[tuple[str, Setting, int], float]) -> list[Row]:
-    cells: dict[tuple[str, Setting], list[float]] = {}
-    for (kind, setting, _), score in scores.items():
-        cells.setdefault((kind, setting), []).append(score)
+def tuning_rows(which: str, scores: Mapping[tuple[str, Setting, int], float]) -> list[Row]:
     return [
-        Row(f"tuning, {kind}, learning rate {rate:g}, clip {clip:g}: judge", float(np.mean(found)), n=len(found))
-        for (kind, (rate, clip)), found in cells.items()
-    ]
+        Row(
+            f"tuning, {which}, {kind}, learning rate {rate:g}, clip {clip:g}: judge", score,
+            n=sum((k, s) == (kind, (rate, clip)) for k, s, _ in scores),
+        )
+        for kind, order in ranking(scores).items()
+        for (rate, clip), score in order
+    ]  # fmt: skip
 
 
 def together(found: Mapping[tuple[str, int], Result], kinds: Sequence[str]) -> tuple[list[int], list[np.ndarray]]:
@@ -210,13 +272,13 @@ def over_limits(result: Result) -> list[str]:
 def make_parser() -> ArgumentParser:
     parser = flags(__doc__.splitlines()[0], seeds=5)
     add_flags(parser, "outputs/credit")
-    parser.add_argument("--kinds", nargs="+", default=list(CREDITS), choices=list(CREDITS))
+    parser.add_argument("--kinds", nargs="+", default=list(MAIN), choices=list(CREDITS))
     parser.add_argument("--rollouts", type=int, default=18, help="a multiple of 6")
     parser.add_argument("--pictures", type=int, default=256, help="of a rollout")
     parser.add_argument("--prompts", type=int, default=256, help="that the judge looks at")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=list(LEARNING_RATES))
     parser.add_argument("--clips", type=float, nargs="+", default=list(CLIPS), help="of an image's ratio")
-    parser.add_argument("--tuning_seeds", type=int, default=2)
+    parser.add_argument("--tuning_seeds", type=int, default=1, help="of the second round")
     parser.add_argument("--maps", choices=("predictor", "judge"), default="predictor", help="whose maps are trained on")
     return parser
 
@@ -225,7 +287,7 @@ def main() -> None:
     parser = make_parser()
     options = parser.parse_args()
     if options.quick:
-        options.kinds, options.seeds, options.tuning_seeds, options.jobs = ["image", "scalar", "mask"], 1, 1, 2
+        options.kinds, options.seeds, options.jobs = ["image", "scalar", "mask"], 1, 2
         options.rollouts, options.pictures, options.prompts = 6, 16, 16
         options.learning_rates, options.clips = [3e-3, 6e-3], [1e-2]
     if options.rollouts % 6:
@@ -235,26 +297,19 @@ def main() -> None:
     began = time.perf_counter()
     budget, work = Budget(options.budget_minutes), work_folder(options)
 
-    tuning = plan_tuning(options)
-    done = finish(list(tuning.values()), work, options.jobs, budget)
-    scores = {key: float(done[one].judge[-1].mean()) for key, one in tuning.items() if one in done}
-    rows, share = tuning_rows(scores), len(scores) / max(len(tuning), 1)
-    best = None
-    if len(scores) == len(tuning):
-        settings = {kind: grid(options)[0] for kind in options.kinds}
-        if tuning:
-            chosen = choose(options, scores)
-            settings = {kind: setting for kind, (setting, _) in chosen.items()}
-            aware = [kind for kind in options.kinds if kind not in WITHOUT_PLACE]
-            best = max(aware, key=lambda kind: chosen[kind][1], default=None)
-        for kind, (rate, clip) in settings.items():
+    def train(planned: Mapping[tuple, Training]) -> dict[tuple, Result]:
+        results = finish(list(planned.values()), work, options.jobs, budget)
+        return {key: results[one] for key, one in planned.items() if one in results}
+
+    tuned = tune(options, train)
+    rows, done = list(tuned.rows), tuned.done
+    if tuned.settings is not None:
+        for kind, (rate, clip) in tuned.settings.items():
             rows += [Row(f"{kind}: learning rate", rate), Row(f"{kind}: clip range", clip)]
-        planned = plan_report(options, settings)
-        done = finish(list(planned.values()), work, options.jobs, budget)
-        found = {key: done[one] for key, one in planned.items() if one in done}
-        rows += report_rows(found, options.kinds, best)
-        share = (len(scores) + len(found)) / (len(tuning) + len(planned))
-    rows.append(Row("trainings, of those planned", share))
+        found = train(plan_report(options, tuned.settings))
+        rows += report_rows(found, options.kinds, tuned.best)
+        done += len(found)
+    rows.append(Row("trainings, of those planned", done / count_planned(options), n=done))
     publish(rows, began, options.json, options.quick)
 
 

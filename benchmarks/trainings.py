@@ -38,6 +38,10 @@ CONFIG = "configs/ddpo_tinyworld.yaml"
 HELD_OUT, TRAINED_ON = "tinyworld/assets/prompts_held_out.txt", "tinyworld/assets/prompts_train.txt"
 JUDGE = "judge"
 """The evaluation's reward whose word counts."""
+UNTRAINED = ("learning_rate", "credit", "focus_on", "focus_floor", "paid_scale", "paid_reach", "paid_weight", "epsilon",
+             "epsilon_location", "importance_sampling_level", "num_train_epochs", "generation_batch_size",
+             "per_device_train_batch_size", "gradient_accumulation_steps", "train_steps", "watch_reward")  # fmt: skip
+"""Settings that change nothing about the base model and how it is looked at."""
 MODEL_WORK = ("rollout", "decode", "reward", "probe", "update")
 """The phases whose seconds are the training's own; watching is not."""
 
@@ -69,6 +73,14 @@ class Training:
         config = Path(self.config).read_text(encoding="utf-8")
         digest = hashlib.blake2b((json.dumps(asdict(self), sort_keys=True) + config).encode(), digest_size=4)
         return f"{re.sub(r'[^a-z0-9]+', '_', self.name.lower())}-seed{self.seed}-{digest.hexdigest()}.json"
+
+    @property
+    def base_file(self) -> str:
+        """The name of the file of the look at the base model, the same for every training that begins with it."""
+        config = Path(self.config).read_text(encoding="utf-8")
+        told = {name: value for name, value in self.changes.items() if name not in UNTRAINED}
+        key = json.dumps([told, self.judged, self.count], sort_keys=True) + config
+        return f"base-{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}.json"
 
     def argv(self, output_dir: str) -> list[str]:
         """As the command line of run_ddpo.py, but for files that nobody would read."""
@@ -129,11 +141,16 @@ class ProcessorClock(PhaseClock):
 
 
 class Looks(TrainerCallback):
-    """Looks at the policy before every so many rollouts, and notes what `rl.watch` is told of each rollout."""
+    """Looks at the policy before every so many rollouts, and notes what `rl.watch` is told of each rollout.
+
+    The first look is at the base model, from the same noise whatever the training: what `base` holds is not looked at
+    again, and what it does not hold is left there.
+    """
 
     def __init__(self, trainer: DDPOTrainer, rewards: Mapping[str, Any], prompts: Sequence[str], run: RunArguments,
-                 every: int):  # fmt: skip
+                 every: int, base: Path | None):  # fmt: skip
         self.trainer, self.rewards, self.prompts, self.run, self.every = trainer, rewards, prompts, run, every
+        self.base = base
         self.looks: dict[str, list] = {name: [] for name in ("rollouts", "pictures", "seconds", "judge", "satisfied",
                                                              "reward")}  # fmt: skip
         self.watched: list[dict[str, float]] = []
@@ -152,26 +169,41 @@ class Looks(TrainerCallback):
             self.look()
 
     def look(self) -> None:
-        trainer, args = self.trainer, self.trainer.args
+        trainer = self.trainer
         rollouts = trainer.state.global_step // trainer.plan.updates
-        found = evaluate(
-            trainer.policy, trainer.schedule, self.prompts, self.rewards, generations=1, seed=self.run.eval_seed,
-            guidance_scale=args.guidance_scale, batch_size=args.per_device_eval_batch_size,
-        ).values  # fmt: skip
         values = {
             "rollouts": rollouts,
             "pictures": rollouts * trainer.plan.pictures,
             "seconds": round(sum(trainer.clock.seconds.get(phase, 0.0) for phase in MODEL_WORK), 2),
+        }
+        if rollouts or self.base is None:
+            values |= self._seen()
+        else:
+            if not self.base.is_file():
+                write_json(self.base, self._seen())
+            values |= json.loads(self.base.read_text(encoding="utf-8"))
+        for name, value in values.items():
+            self.looks[name].append(value)
+
+    def _seen(self) -> dict[str, Any]:
+        args = self.trainer.args
+        found = evaluate(
+            self.trainer.policy, self.trainer.schedule, self.prompts, self.rewards, generations=1,
+            seed=self.run.eval_seed, guidance_scale=args.guidance_scale, batch_size=args.per_device_eval_batch_size,
+        ).values  # fmt: skip
+        return {
             "judge": [round(value, 4) for value in found[f"{JUDGE}.total"].flatten().tolist()],
             "satisfied": [round(value) for value in found[f"{JUDGE}.satisfied"].flatten().tolist()],
             "reward": float(found["reward"].mean()),
         }
-        for name, value in values.items():
-            self.looks[name].append(value)
 
 
-def train(training: Training) -> dict[str, Any]:
-    """Do it; what `Result.read` reads."""
+def train(training: Training, work: Path | None = None) -> dict[str, Any]:
+    """Do it; what `Result.read` reads.
+
+    Args:
+        work: the folder where trainings share their look at the base model; None: it is shared with none.
+    """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         run, args = parse_arguments([RunArguments, DDPOConfig], training.argv(folder))
@@ -183,7 +215,7 @@ def train(training: Training) -> dict[str, Any]:
         policy = load_policy(run.policy, args)
         trainer = DDPOTrainer(policy, rewards["reward"], args, read_prompt_file(run.prompts), held_out=held_out)
         trainer.clock = ProcessorClock()
-        looks = Looks(trainer, rewards, prompts, run, training.every)
+        looks = Looks(trainer, rewards, prompts, run, training.every, work and work / training.base_file)
         trainer.add_callback(looks)
         trainer.train()
         looks.look()
@@ -289,4 +321,4 @@ def start(training: Training, work: Path) -> bool:
 
 if __name__ == "__main__":
     wanted, file = map(Path, sys.argv[1:])
-    write_json(file, train(Training(**json.loads(wanted.read_text(encoding="utf-8")))))
+    write_json(file, train(Training(**json.loads(wanted.read_text(encoding="utf-8"))), file.parent))

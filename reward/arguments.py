@@ -18,6 +18,7 @@ import difflib
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 import typing
@@ -92,7 +93,7 @@ def read_prompt_file(path: str | Path) -> list[str]:
     """The prompts of a UTF-8 text file, one a line. Blank lines are skipped, and a log line says how many.
 
     Raises:
-        ValueError: no such file, not UTF-8, or nothing but blank lines.
+        ValueError: no such file, not UTF-8, nothing but blank lines, or a line without a word.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -103,6 +104,9 @@ def read_prompt_file(path: str | Path) -> list[str]:
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"the prompt file {path} holds no prompt; write one a line")
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and not re.search(r"\w", line):
+            raise ValueError(f"line {number} of the prompt file {path} has no words: {line.strip()!r}; take it out")
     if len(prompts) < len(lines):
         logger.warning("%s: %d blank lines skipped, %d prompts", path, len(lines) - len(prompts), len(prompts))
     return prompts

@@ -1,4 +1,4 @@
-"""What of the U-Net is trained, a LoRA on it or all of it: the settings, and what is checked before loading."""
+"""What of a pipeline is trained, a LoRA or all of the U-Net: the settings, and what is checked before loading."""
 
 import re
 from collections.abc import Sequence
@@ -14,6 +14,11 @@ DEFAULT_LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0"),  # attention
     *("conv1", "conv2", "conv_shortcut", "proj_in", "proj_out"),  # convolutions
 )
+
+DEFAULT_TEXT_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""A text encoder's attention, as diffusers' own scripts train it."""
+
+NO_TEXT_DORA = "which diffusers does not load into text encoders: its magnitudes would be lost without a word"
 
 _INITS = "default, gaussian, orthogonal, olora, pissa, pissa_niter_N"
 _REFUSED_INITS = {
@@ -42,12 +47,15 @@ class AdapterSettings:
     init_lora_weights: str = "default"
     init_adapter: str | None = None
     base_adapters: Sequence[str] = ()
+    train_text_encoder: bool = False
+    text_lora_target_modules: Sequence[str] = DEFAULT_TEXT_LORA_TARGETS
 
     def __post_init__(self):
         require(self.tune in ("lora", "full"), f"tune is {self.tune!r}; it must be one of lora, full")
         require(self.lora_rank >= 1, f"lora_rank is {self.lora_rank}; it must be at least 1")
         require(self.lora_alpha > 0, f"lora_alpha is {self.lora_alpha}; it must be above 0")
-        require(len(self.lora_target_modules) > 0, "lora_target_modules is empty; name at least one layer")
+        for name in ("lora_target_modules", "text_lora_target_modules"):
+            require(len(getattr(self, name)) > 0, f"{name} is empty; name at least one layer")
         require(
             self.lora_dropout == 0,
             f"lora_dropout is {self.lora_dropout}; what is dropped in the update was not in the rollout, so the ratio "
@@ -76,6 +84,15 @@ class AdapterSettings:
             "tune full trains the U-Net's own weights, and init_adapter is a LoRA to train on; "
             "to start from it, fuse it: base_adapters",
         )
+        require(
+            self.tune == "lora" or not self.train_text_encoder,
+            "train_text_encoder puts LoRAs on the text encoders beside the U-Net's, and with tune full there is none; "
+            "set tune to lora, or train_text_encoder to false",
+        )
+        require(
+            not (self.train_text_encoder and self.use_dora),
+            f"use_dora with train_text_encoder makes a DoRA of text encoders, {NO_TEXT_DORA}; use one of the two",
+        )
 
     @property
     def starts_from_base(self) -> bool:
@@ -102,10 +119,10 @@ def check_adapter_files(settings: AdapterSettings) -> None:
             raise ValueError(f"{file} is not a safetensors file: {error}") from error
         if folder == settings.init_adapter:
             text = [name for name in names if name.startswith(("text_encoder", "lora_te"))]
-            if text:
+            if text and not settings.train_text_encoder:
                 raise ValueError(
-                    f"init_adapter {folder} changes a text encoder too ({text[0]}), and only a U-Net's LoRA can be "
-                    "trained; to keep all of it, fuse it: base_adapters"
+                    f"init_adapter {folder} changes a text encoder too ({text[0]}); to train that on as well, set "
+                    "train_text_encoder to true; to keep all of it under a new LoRA, fuse it: base_adapters"
                 )
             require(bool(names), f"init_adapter {folder} holds no weights")
 

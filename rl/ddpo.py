@@ -18,7 +18,14 @@ from reward.feedback import RewardFn
 from rl.advantages import PromptStatistics
 from rl.ddpo_config import DDPOConfig
 from rl.evaluate import HeldOut
-from rl.experience import Experience, Samples, gather_experience, rollout_noise, sample_and_score
+from rl.experience import (
+    Experience,
+    Samples,
+    check_reward_fits_credit,
+    gather_experience,
+    rollout_noise,
+    sample_and_score,
+)
 from rl.losses import ppo_loss
 from rl.policy import StableDiffusionPolicy
 from rl.policy_trainer import PolicyTrainer
@@ -106,6 +113,7 @@ class DDPOTrainer(PolicyTrainer):
         self.rollout_schedule = schedule
         super().__init__(policy, args, sampler, plan, watch, callbacks, eval_on)
         self.add_callback(StopWhenGamed(self.watch))
+        check_reward_fits_credit(policy, reward_fn, args, self.prompts[0])
         if args.probed_steps is not None:
             weights = sum(weight.numel() for weight in self.trained_weights())
             chunks = self.plan.pictures / args.chunk_size * args.num_iterations / self.plan.updates

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.checkpoint import checkpoint
 
 from rl.experience import rollout_noise, sample_and_score
 from rl.timing import PhaseClock
@@ -28,7 +29,8 @@ def measure(trainer: "DDPOTrainer") -> dict[str, float]:
 
     Returns:
         name -> number; names that end in `_mib` are memory, in `seconds` time. `activations_mib` is what autograd keeps
-        of one micro-batch; on a GPU `peak_mib` is the most that was allocated, models included.
+        of one micro-batch from forward to backward, with `activation_checkpointing` what its blocks are computed again
+        from; on a GPU `peak_mib` is the most that was allocated, models and the block that is computed again included.
     """
     args, policy, plan = trainer.args, trainer.policy, trainer.plan
     size = args.per_device_rollout_batch_size or args.per_device_train_batch_size
@@ -55,8 +57,10 @@ def measure(trainer: "DDPOTrainer") -> dict[str, float]:
         if isinstance(part, torch.nn.Module)
     }
     row = noise[0, 0].numel() * 4 * 2 + noise[0, 0, 0].numel() * 4  # two latents and a map of log-probs
+    unet = sum(weight.numel() for weight in policy.pipeline.unet.parameters() if weight.requires_grad)
     return {
         "trained_weights": trained,
+        **({"trained_weights_of_text_encoders": trained - unet} if policy.trained.trains_text else {}),
         **{f"weights_{name}_mib": size for name, size in everything.items()},
         "gradients_and_optimizer_mib": trained * 4 * 3 / MIB,
         "activations_mib": activations,
@@ -89,6 +93,7 @@ def _update(trainer: "DDPOTrainer", trajectory, prompts: list[str]) -> tuple[flo
         "prompts": prompts[rows],
         "measure_kl": trainer.args.beta > 0,
     }
+    unet = trainer.policy.pipeline.unet
     weights = {weight.data_ptr() for weight in trainer.policy.network.parameters()}
     saved: dict[int, int] = {}
 
@@ -98,6 +103,14 @@ def _update(trainer: "DDPOTrainer", trajectory, prompts: list[str]) -> tuple[flo
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    def checkpointed(block: torch.nn.Module, *inputs):
+        for one in inputs:
+            if isinstance(one, torch.Tensor):
+                note(one)
+        return checkpoint(block.__call__, *inputs, use_reentrant=False)
+
+    if trainer.args.activation_checkpointing:  # as the Trainer does when it begins
+        unet.enable_gradient_checkpointing(checkpointed)
     start = time.perf_counter()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), trainer.accelerator.autocast():
         loss = trainer.compute_loss(trainer.policy.network, inputs)

@@ -177,26 +177,51 @@ def credit_map(
         ValueError: the reward does not say what the kind of credit needs.
     """
     grid = policy.latent_shape[1:]
+    check_credit_is_told(args, reward)
     if args.credit == "words":
-        if reward.word_penalties is None:
-            raise ValueError(
-                "credit words needs a reward that says what each word costs (word_penalties); this one does not: "
-                "give it a word_weight, or choose another credit"
-            )
         positions = word_positions(policy.pipeline.tokenizer, prompts)
         return to_latent_grid(word_map(attention, positions, reward.word_penalties), grid).to(images.device)
     if args.credit == "focus" and args.focus_on == "content":
         return to_latent_grid(content_map(images), grid)
-    if args.credit not in ("focus", "paid", "mask"):
+    if not _goes_by_maps(args):
         return None
-    maps = penalty_map(reward.penalties, grid)
-    if maps is None:
+    return penalty_map(reward.penalties, grid).to(images.device)
+
+
+def check_credit_is_told(args: DDPOConfig, reward: Reward) -> None:
+    """Complain if the reward does not say what the kind of credit goes by.
+
+    Raises:
+        ValueError: it has no penalties of words, or no maps.
+    """
+    if args.credit == "words" and reward.word_penalties is None:
+        raise ValueError(
+            "credit words needs a reward that says what each word costs (word_penalties); this one does not: "
+            "give it a word_weight, or choose another credit"
+        )
+    if _goes_by_maps(args) and not reward.penalties:
         instead = ", or set focus_on to content" if args.credit == "focus" else ""
         raise ValueError(
             f"credit {args.credit}{' on maps' if args.credit == 'focus' else ''} needs a reward with penalty maps; "
             f"this one has none: give its heatmaps a weight{instead}"
         )
-    return maps.to(images.device)
+
+
+def check_reward_fits_credit(policy: StableDiffusionPolicy, reward_fn: RewardFn, args: DDPOConfig, prompt: str) -> None:
+    """Ask a reward about one grey picture whether it says what the kind of credit goes by; only if it goes by any.
+
+    Raises:
+        ValueError: see `check_credit_is_told`.
+        RewardError: what it says cannot be trained on.
+    """
+    if args.credit == "words" or _goes_by_maps(args):
+        sides = [side * policy.pipeline.vae_scale_factor for side in policy.latent_shape[1:]]
+        grey = torch.full((1, 3, *sides), 0.5, device=policy.device)
+        check_credit_is_told(args, score(reward_fn, grey, [prompt]))
+
+
+def _goes_by_maps(args: DDPOConfig) -> bool:
+    return args.credit in ("paid", "mask") or (args.credit == "focus" and args.focus_on == "maps")
 
 
 def gather_experience(

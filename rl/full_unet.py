@@ -22,6 +22,7 @@ class FullUnet:
     """
 
     what = "U-Net"
+    trains_text = False
 
     def __init__(self, pipeline: DiffusionPipeline, keep_reference: bool):
         """Make `pipeline.unet` trainable.

@@ -1,88 +1,73 @@
-"""A LoRA on the U-Net of a diffusers pipeline: how it is made, read, saved and fused."""
+"""The LoRAs on a diffusers pipeline, on its U-Net and, if wanted, its text encoders: how they are made, read, saved and
+fused."""
 
-import copy
-import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from rl.adapter import DEFAULT_LORA_TARGETS, LORA_WEIGHTS, AdapterSettings, lora_file, require
+from rl.adapter import (
+    DEFAULT_LORA_TARGETS,
+    DEFAULT_TEXT_LORA_TARGETS,
+    LORA_WEIGHTS,
+    NO_TEXT_DORA,
+    AdapterSettings,
+    lora_file,
+    require,
+)
 from rl.adapter_file import sort_metadata
 from rl.full_unet import prepare_for_trainer, shapes
+from rl.part_lora import PEFT_PREFIX, TRAINED, PartLora, new_config, targeted
+from rl.pipelines import family_of
 
-logger = logging.getLogger(__name__)
-
-_PEFT_PREFIX = "base_model.model."
-_TRAINED, _INITIAL = "default", "initial"  # peft's names of the adapters
+UNET = "unet"
+_NESTED = "text_model."
+"""Behind `text_encoder.` in the names of a LoRA's weights, whether or not the text encoder itself has it: transformers
+before 5 had it in every CLIP, and diffusers takes it away where there is none."""
 
 
 class Lora:
-    """A LoRA on a frozen U-Net.
-
-    One that starts from the base model's own weights (PiSSA, "Principal singular values and singular vectors
-    adaptation", Meng et al. 2024; OLoRA, Büyükakyüz 2024) trains s B A on W - s B0 A0, where B0 A0 is how it started.
-    Here the frozen U-Net keeps W, and a second, frozen adapter holds -B0 A0. It is the same function, but the base
-    model is not rounded anew, comes back when both adapters are switched off, and is the one that plain diffusers adds
-    what is saved to: the LoRA [A; A0], [B, -B0] of twice the rank.
+    """A LoRA on a frozen U-Net, and, with `train_text_encoder`, one on each text encoder; see `PartLora`.
 
     Attributes:
-        network: a `PeftModel` around the U-Net.
+        network: a `PeftModel` around the U-Net; a module that holds the text encoders' beside it, where these are
+            trained.
+        trains_text: whether they are.
     """
 
     what = "LoRA"
     has_reference = True
 
     def __init__(self, pipeline: DiffusionPipeline, settings: AdapterSettings, seed: int):
-        """Put the LoRA on `pipeline.unet`; initial weights depend on `seed` only.
+        """Put the LoRAs on the parts of `pipeline`; initial weights depend on `seed` only.
 
         Raises:
             ValueError: no layer matches the targets, or the initial weights or `init_adapter` do not fit them.
         """
         self._pipeline_class = type(pipeline)
-        unet = pipeline.unet
-        start = None
-        if settings.init_adapter is not None:
-            config, start = _read_adapter(pipeline, settings)
-        else:
-            layers = _targeted(unet, settings.lora_target_modules)
-            _check_init(layers, settings)
-            config = LoraConfig(
-                r=settings.lora_rank,
-                lora_alpha=settings.lora_alpha,
-                target_modules=sorted(settings.lora_target_modules),
-                lora_dropout=0.0,
-                use_rslora=settings.use_rslora,
-                use_dora=settings.use_dora,
-                init_lora_weights=settings.peft_init,
-            )
-        base = {}
-        if start is None and settings.starts_from_base:
-            base = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+        self.trains_text = settings.train_text_encoder
+        names = (UNET, *(family_of(pipeline).text_encoders if self.trains_text else ()))
+        found = _read_adapter(pipeline, settings, names) if settings.init_adapter is not None else {}
+        # All before any: what does not fit is said before a part has changed.
+        configs = {name: found[name][0] if name in found else _fresh_config(pipeline, settings, name) for name in names}
+        starts = {name: start for name, (_, start) in found.items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.network: PeftModel = get_peft_model(unet, config)
-        self._initial: dict[str, torch.Tensor] | None = None
-        if start is not None:
-            set_peft_model_state_dict(self.network, start)
-        if base:
-            for name, weight in base.items():
-                unet.get_submodule(name).base_layer.weight.data = weight
-            self._add_initial(config)
-        prepare_for_trainer(self.network, unet)
+            self._parts = {name: PartLora(getattr(pipeline, name), configs[name], starts.get(name)) for name in names}
+        networks = {name: part.network for name, part in self._parts.items()}
+        self.network: nn.Module = _WithTextEncoders(networks) if self.trains_text else networks[UNET]
+        prepare_for_trainer(self.network, pipeline.unet)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within it the LoRA is switched off and the network is the base model."""
-        layers = [layer for layer in self.network.modules() if isinstance(layer, LoraLayer)]
+        """Within it the LoRAs are switched off and the pipeline is the base model."""
+        layers = [layer for part in self._parts.values() for layer in part.layers]
         # Not by peft's disable_adapter(), which would make the frozen initial adapter trainable behind it.
         for layer in layers:
             layer._disable_adapters = True
@@ -104,65 +89,72 @@ class Lora:
         Args:
             state_dict: the network's, where an engine has gathered it; None: taken from the network.
         """
-        weights = get_peft_model_state_dict(self.network, state_dict=state_dict, adapter_name=_TRAINED)
-        weights = {name: weight.detach().cpu() for name, weight in weights.items()}
-        config = copy.copy(self.network.peft_config[_TRAINED])
-        config.init_lora_weights = True  # or diffusers would change the base's weights before it loads these
-        if self._initial is not None:
-            weights = {name: _joined(name, weight, self._initial[name]) for name, weight in weights.items()}
-            config.lora_alpha = config.lora_alpha * (2**0.5 if config.use_rslora else 2)  # the same scale at rank 2 r
-            config.r = 2 * config.r
-        metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-        self._pipeline_class.save_lora_weights(
-            folder,
-            unet_lora_layers={name.removeprefix(_PEFT_PREFIX): weight.contiguous() for name, weight in weights.items()},
-            unet_lora_adapter_metadata=json.loads(json.dumps(metadata, default=str)),
-        )
+        arguments = {}
+        for name, part in self._parts.items():
+            own = state_dict
+            if state_dict is not None and self.trains_text:
+                own = {key.removeprefix(f"{name}."): weight for key, weight in state_dict.items() if _is_of(key, name)}
+            weights = part.weights(own)
+            if name != UNET:
+                weights = {_NESTED + key.removeprefix(_NESTED): weight for key, weight in weights.items()}
+            arguments |= {f"{name}_lora_layers": weights, f"{name}_lora_adapter_metadata": part.metadata()}
+        self._pipeline_class.save_lora_weights(folder, **arguments)
         sort_metadata(Path(folder) / LORA_WEIGHTS)
 
     def load(self, folder: str | Path) -> None:
         """Read back what `save` wrote.
 
         Raises:
-            ValueError: no such file, or the LoRA has other layers, another rank or another kind.
+            ValueError: no such file, or the LoRA has other parts, other layers, another rank or another kind.
         """
         file = Path(folder) / LORA_WEIGHTS
         if not file.is_file():
             raise ValueError(f"{folder} holds no {LORA_WEIGHTS}")
-        weights = {_PEFT_PREFIX + name.removeprefix("unet."): weight for name, weight in load_file(file).items()}
-        expected = get_peft_model_state_dict(self.network, adapter_name=_TRAINED)
-        if self._initial is not None:
-            expected = {name: _joined(name, weight.cpu(), self._initial[name]) for name, weight in expected.items()}
-        if shapes(expected) != shapes(weights):
+        read = load_file(file)
+        weights = {name: _own_names(part.network.get_base_model(), read, name) for name, part in self._parts.items()}
+        same = all(shapes(weights[name]) == shapes(part.weights()) for name, part in self._parts.items())
+        if not same or sum(map(len, weights.values())) != len(read):
             raise ValueError(
-                f"the LoRA in {file} has other layers or another rank than this run's; "
-                "give lora_rank, lora_target_modules, use_dora and init_lora_weights the values it was trained with"
+                f"the LoRA in {file} has other layers or another rank than this run's; give lora_rank, "
+                "lora_target_modules, use_dora, init_lora_weights and train_text_encoder the values it was trained with"
             )
-        if self._initial is not None:
-            parts = {name: _halves(name, weight) for name, weight in weights.items()}
-            weights = {name: trained for name, (trained, _) in parts.items()}
-            self._initial = {name: initial for name, (_, initial) in parts.items()}
-            set_peft_model_state_dict(self.network, self._initial, adapter_name=_INITIAL)
-        set_peft_model_state_dict(self.network, weights, adapter_name=_TRAINED)
+        for name, part in self._parts.items():
+            part.load(weights[name])
 
     @staticmethod
     def usage(folder: str | Path) -> str:
         """A line of Python that loads what `save` wrote into a pipeline `pipe`."""
         return f'pipe.load_lora_weights("{folder}")'
 
-    def _add_initial(self, config: LoraConfig) -> None:
-        """The second, frozen adapter: minus what the first one starts as."""
-        start = get_peft_model_state_dict(self.network, adapter_name=_TRAINED)
-        self._initial = {
-            name: (-weight if "lora_B" in name else weight).detach().cpu().clone() for name, weight in start.items()
-        }
-        plain = copy.copy(config)
-        plain.init_lora_weights = True
-        self.network.add_adapter(_INITIAL, plain)
-        set_peft_model_state_dict(self.network, self._initial, adapter_name=_INITIAL)
-        self.network.base_model.set_adapter([_TRAINED, _INITIAL])
-        for name, weight in self.network.named_parameters():
-            weight.requires_grad_(f".{_TRAINED}." in name)
+
+class _WithTextEncoders(nn.Module):
+    """The U-Net, which is what it computes, and the text encoders, so that an engine sees their weights too."""
+
+    def __init__(self, networks: Mapping[str, nn.Module]):
+        super().__init__()
+        for name, network in networks.items():
+            self.add_module(name, network if name == UNET else network.eval())
+
+    def forward(self, *args, **kwargs):
+        return self.unet(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "_WithTextEncoders":
+        """Of the U-Net alone: what a text encoder dropped in the update would make the ratio differ from 1."""
+        self.training = mode
+        self.unet.train(mode)
+        return self
+
+
+def _is_of(name: str, part: str) -> bool:
+    return name.startswith(f"{part}.")
+
+
+def _own_names(module: nn.Module, weights: Mapping[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
+    """A LoRA file's weights of one part, as `module` names its layers."""
+    own = {name.removeprefix(f"{part}."): weight for name, weight in weights.items() if _is_of(name, part)}
+    if part == UNET or hasattr(module, _NESTED.rstrip(".")):
+        return own
+    return {name.removeprefix(_NESTED): weight for name, weight in own.items()}
 
 
 def fuse_base_adapters(pipeline: DiffusionPipeline, folders: Sequence[str]) -> None:
@@ -172,61 +164,70 @@ def fuse_base_adapters(pipeline: DiffusionPipeline, folders: Sequence[str]) -> N
         ValueError: one of them does not fit this pipeline.
     """
     for folder in folders:
-        with _in_float32(pipeline.unet):
+        with _in_float32(pipeline):
             _load_with_diffusers(pipeline, folder)
             pipeline.fuse_lora()
             pipeline.unload_lora_weights()
 
 
-def _targeted(unet: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
-    """The layers that these targets name, by peft's rule: a whole name, or the end of one behind a dot.
+def _targets_of(settings: AdapterSettings, part: str) -> tuple[str, Sequence[str], Sequence[str]]:
+    """The setting that names a part's layers, its value, and its default."""
+    if part == UNET:
+        return "lora_target_modules", settings.lora_target_modules, DEFAULT_LORA_TARGETS
+    return "text_lora_target_modules", settings.text_lora_target_modules, DEFAULT_TEXT_LORA_TARGETS
+
+
+def _fresh_config(pipeline: DiffusionPipeline, settings: AdapterSettings, part: str) -> LoraConfig:
+    setting, targets, _ = _targets_of(settings, part)
+    module, unread = getattr(pipeline, part), family_of(pipeline).unread_layers.get(part, 0)
+    exclude = None
+    if unread:
+        layers = module.config.num_hidden_layers
+        exclude = rf"(.*\.)?layers\.({'|'.join(str(layer) for layer in range(layers - unread, layers))})\..*"
+    what = "the U-Net" if part == UNET else f"the {part}"
+    return new_config(settings, module, targets, what, setting, exclude)
+
+
+def _read_adapter(
+    pipeline: DiffusionPipeline, settings: AdapterSettings, parts: Sequence[str]
+) -> dict[str, tuple[LoraConfig, dict[str, torch.Tensor]]]:
+    """Config and weights of the LoRA to start from, whatever format diffusers reads it in, of those of `parts` that it
+    is on; `pipeline` stays as it was.
 
     Raises:
-        ValueError: none.
+        ValueError: it does not fit the pipeline, has none for the U-Net, or a setting says otherwise.
     """
-    known = dict(unet.named_modules())
-    idle = [target for target in targets if not any(_matches(name, target) for name in known)]
-    if len(idle) == len(targets):
-        raise ValueError(f"no layer of the U-Net is named like any of lora_target_modules: {', '.join(targets)}")
-    if idle:
-        logger.warning("no layer of the U-Net is named like these lora_target_modules: %s", ", ".join(idle))
-    return {name: layer for name, layer in known.items() if any(_matches(name, target) for target in targets)}
-
-
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def _check_init(layers: Mapping[str, nn.Module], settings: AdapterSettings) -> None:
-    if settings.init_lora_weights in ("default", "gaussian"):
-        return
-    other = [name for name, layer in layers.items() if not isinstance(layer, nn.Linear)]
-    if other:
-        raise ValueError(
-            f"init_lora_weights {settings.init_lora_weights} is for linear layers, and {other[0]} is none; "
-            "set lora_target_modules to to_q to_k to_v to_out.0"
-        )
-    smallest = min(min(layer.weight.shape) for layer in layers.values())
-    require(
-        not settings.starts_from_base or settings.lora_rank <= smallest,
-        f"init_lora_weights {settings.init_lora_weights} needs a lora_rank of at most {smallest}, the size of the "
-        f"smallest layer; it is {settings.lora_rank}",
-    )
-
-
-def _read_adapter(pipeline: DiffusionPipeline, settings: AdapterSettings) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """Config and weights of the LoRA to start from, whatever format diffusers reads it in; `pipeline` stays as it was.
-
-    Raises:
-        ValueError: it does not fit the pipeline, or a setting says otherwise.
-    """
-    unet, folder = pipeline.unet, settings.init_adapter
-    with _in_float32(unet):
+    folder, found = settings.init_adapter, {}
+    with _in_float32(pipeline):
         _load_with_diffusers(pipeline, folder)
-        config = getattr(unet, "peft_config", {}).get(_TRAINED)
-        require(isinstance(config, LoraConfig), f"init_adapter {folder} holds no LoRA of a U-Net")
-        weights = {name: weight.clone() for name, weight in get_peft_model_state_dict(unet).items()}
+        for part in parts:
+            module = getattr(pipeline, part)
+            config = getattr(module, "peft_config", {}).get(TRAINED)
+            if isinstance(config, LoraConfig):
+                weights = get_peft_model_state_dict(module, adapter_name=TRAINED)
+                weights = {name.removeprefix(PEFT_PREFIX): weight.clone() for name, weight in weights.items()}
+                found[part] = config, weights
         pipeline.unload_lora_weights()
+    require(UNET in found, f"init_adapter {folder} holds no LoRA of a U-Net")
+    _check_settings(settings, found[UNET][0])
+    for part, (config, weights) in found.items():
+        setting, targets, default = _targets_of(settings, part)
+        layers = {name.partition(".lora_")[0] for name in weights}
+        if tuple(targets) != default:
+            exclude = config.exclude_modules if isinstance(config.exclude_modules, str) else None
+            require(
+                layers == set(targeted(getattr(pipeline, part), targets, exclude)),
+                f"init_adapter {folder} has a LoRA on other layers than {setting} names, e.g. {min(layers)}; "
+                f"leave {setting} out, they come from there",
+            )
+        # diffusers has just lost its magnitudes.
+        require(part == UNET or not config.use_dora, f"init_adapter {folder} has a DoRA on the {part}, {NO_TEXT_DORA}")
+        config.inference_mode, config.lora_dropout, config.init_lora_weights = False, 0.0, True
+    return found
+
+
+def _check_settings(settings: AdapterSettings, config: LoraConfig) -> None:
+    """Complain about settings that contradict the U-Net's LoRA that is started from."""
     found = {
         "lora_rank": config.r,
         "lora_alpha": config.lora_alpha,
@@ -238,44 +239,25 @@ def _read_adapter(pipeline: DiffusionPipeline, settings: AdapterSettings) -> tup
         asked = getattr(settings, name)
         require(
             asked in (value, defaults[name]),
-            f"{name} is {asked}, but init_adapter {folder} was trained with {value}; leave {name} out",
+            f"{name} is {asked}, but init_adapter {settings.init_adapter} was trained with {value}; leave {name} out",
         )
-    layers = {name.partition(".lora_")[0] for name in weights}
-    if tuple(settings.lora_target_modules) != DEFAULT_LORA_TARGETS:
-        require(
-            layers == set(_targeted(unet, settings.lora_target_modules)),
-            f"init_adapter {folder} has a LoRA on other layers than lora_target_modules names, e.g. {min(layers)}; "
-            "leave lora_target_modules out, they come from there",
-        )
-    config.inference_mode, config.lora_dropout, config.init_lora_weights = False, 0.0, True
-    return config, {_PEFT_PREFIX + name: weight for name, weight in weights.items()}
 
 
 def _load_with_diffusers(pipeline: DiffusionPipeline, folder: str) -> None:
     file = lora_file(folder)
     try:
-        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=_TRAINED)
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=TRAINED)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"the LoRA {folder} does not fit this pipeline: {error}") from error
 
 
 @contextmanager
-def _in_float32(unet: nn.Module) -> Iterator[None]:
+def _in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
     """LoRAs take on their network's dtype, so what is read or added within it is not rounded."""
-    dtype = unet.dtype
-    nn.Module.to(unet, torch.float32)  # diffusers' own warns of modules to be kept in float32; here are none
-    try:
+    with ExitStack() as back:
+        for part in (UNET, *family_of(pipeline).text_encoders):
+            module = getattr(pipeline, part)
+            dtype = module.dtype
+            nn.Module.to(module, torch.float32)  # diffusers' own warns of modules to be kept in float32; here are none
+            back.callback(nn.Module.to, module, dtype)
         yield
-    finally:
-        nn.Module.to(unet, dtype)
-
-
-def _joined(name: str, trained: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
-    """A (r, in) and A0 below one another, B (out, r) and -B0 beside one another."""
-    return torch.cat([trained, initial], dim=0 if "lora_A" in name else 1)
-
-
-def _halves(name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `_joined` joined."""
-    first, second = weight.chunk(2, dim=0 if "lora_A" in name else 1)
-    return first.contiguous(), second.contiguous()

@@ -85,7 +85,8 @@ def write_model_card(
     lines = [
         "---", data.to_yaml(), "---", "",
         f"# {Path(folder).name}", "",
-        f"`{base}`, fine-tuned by {method.name}{f' {method.reward_is} `{reward}`' if reward else ''}.", "",
+        f"`{base}`, fine-tuned by {method.name}{f' {method.reward_is} `{reward}`' if reward else ''}. "
+        f"What was trained is {_what(settings)}.", "",
         "```python", *_usage(settings, folder), "```", "",
         f"Licences: base: {licence_of(base)}{f'; reward: {theirs}' if reward else ''}.", "",
     ]  # fmt: skip
@@ -101,6 +102,12 @@ def write_model_card(
 
 def _is_lora(settings: Mapping[str, Any]) -> bool:
     return settings.get("tune", "lora") == "lora"
+
+
+def _what(settings: Mapping[str, Any]) -> str:
+    if not _is_lora(settings):
+        return "the U-Net"
+    return f"a LoRA on the U-Net{' and the text encoders' if settings.get('train_text_encoder') else ''}"
 
 
 def _usage(settings: Mapping[str, Any], folder: str | Path) -> list[str]:

@@ -5,7 +5,7 @@ Shapes: B pictures, T tokens, D text width, P width of the pooled embedding, H x
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,14 @@ class Conditioning:
         pooled: (B, P) embeddings of whole prompts, of Stable Diffusion XL; None for 1.x and 2.x.
         time_ids: (B, 6) sizes in pixels that XL is told: original height and width, top and left of the crop, target
             height and width ("SDXL", Podell et al. 2023, section 2.2); None for 1.x and 2.x.
+        prompts: what was encoded, B texts, where text encoders are trained: the base model is told them in its own
+            words. None where all encode alike.
     """
 
     embeds: torch.Tensor
     pooled: torch.Tensor | None = None
     time_ids: torch.Tensor | None = None
+    prompts: Sequence[str] | None = None
 
     def after(self, other: "Conditioning") -> "Conditioning":
         """Both behind one another, `other` first."""
@@ -53,6 +56,7 @@ class Family:
         parts: all that its folder must hold.
         left_out: arguments of `from_pretrained` that leave out what training does not need.
         more_channels: how many channels its U-Net may take more than it returns.
+        unread_layers: how many of a text encoder's last layers nothing is read from: they cannot be trained.
     """
 
     name: str
@@ -61,6 +65,7 @@ class Family:
     parts: tuple[str, ...]
     left_out: Mapping[str, Any]
     more_channels: tuple[int, ...] = (0,)
+    unread_layers: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def is_xl(self) -> bool:
@@ -85,6 +90,8 @@ FAMILIES = {
         ("text_encoder", "text_encoder_2"),
         _XL_PARTS,
         {"add_watermarker": False, **_NO_IMAGES},
+        # Both are read before their last layer, the second one behind it as well: its pooled embedding.
+        unread_layers={"text_encoder": 1},
     ),
 }
 """By the class that a folder's `model_index.json` names."""
@@ -192,16 +199,17 @@ def family_of(pipeline: DiffusionPipeline) -> Family:
     return FAMILIES[type(pipeline).__name__]
 
 
-def encode_prompt(pipeline: DiffusionPipeline, prompt: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Embeddings of one prompt, as the pipeline itself makes them: text (T, D) and pooled (P,), or None in its place.
+def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Embeddings of B prompts, as the pipeline itself makes them: text (B, T, D) and pooled (B, P), or None in its
+    place. Gradients flow to text encoders whose weights require them.
 
     Only the text encoders are used, on the device they are on.
     """
     encoder = getattr(pipeline, family_of(pipeline).text_encoders[-1])
     embeds, _, *pooled = pipeline.encode_prompt(
-        [prompt], device=encoder.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        list(prompts), device=encoder.device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )
-    return embeds[0], pooled[0][0] if pooled else None
+    return embeds, pooled[0] if pooled else None
 
 
 def time_ids(

@@ -1,6 +1,7 @@
-"""The policy: a frozen Stable Diffusion pipeline of which a LoRA, or the U-Net, is trained.
+"""The policy: a frozen Stable Diffusion pipeline of which LoRAs, or the U-Net, are trained.
 
-This file and those it is made of (`rl.pipelines`, `rl.lora`, `rl.full_unet`) are the ones that know diffusers.
+This file and those it is made of (`rl.pipelines`, `rl.lora`, `rl.part_lora`, `rl.full_unet`) are the ones that know
+diffusers.
 Shapes: B prompts or pictures, T tokens, D text width, C latent channels, h x w the latent grid, H x W pixels.
 """
 
@@ -8,7 +9,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rl.adapter import AdapterSettings, check_adapter_files
 from rl.full_unet import FullUnet
 from rl.lora import Lora, fuse_base_adapters
 from rl.memory import MemorySettings, borrowed, compile_blocks
-from rl.pipelines import Conditioning, check_pipeline_folder, encode_prompt, family_of, load_pipeline, time_ids
+from rl.pipelines import Conditioning, check_pipeline_folder, encode_prompts, family_of, load_pipeline, time_ids
 from rl.sde import at_least_float32
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,9 @@ class StableDiffusionPolicy:
     """A text-to-image pipeline of the Stable Diffusion families, as reinforcement learning sees it.
 
     Attributes:
-        network: what the Trainer trains: the U-Net with its LoRA, or the U-Net. Engines (DDP, DeepSpeed) wrap it, so
-            methods that run it take the wrapped one as an argument.
+        network: what the Trainer trains: the U-Net with its LoRA, or the U-Net; where text encoders are trained, these
+            with theirs beside it. Engines (DDP, DeepSpeed) wrap it, so methods that run it take the wrapped one as an
+            argument. Text encoders are asked by themselves: engines see their gradients wherever they come from.
         trained: the `Lora` or `FullUnet` that made it, and saves it.
         scheduler: the pipeline's own scheduler; see `rl.sde.ddim_scheduler`.
         latent_shape: (C, h, w) of one picture.
@@ -99,7 +101,7 @@ class StableDiffusionPolicy:
         self.network = self.trained.network
         if memory.torch_compile_unet:
             compile_blocks(pipeline.unet)
-        self._stand_in: nn.Module | None = None
+        self._asks_reference, self._stand_in = False, None
         self._embeddings: OrderedDict[str, tuple[torch.Tensor, torch.Tensor | None]] = OrderedDict()
 
     @classmethod
@@ -164,7 +166,7 @@ class StableDiffusionPolicy:
         return self.pipeline.unet.device
 
     def to(self, device: torch.device) -> "StableDiffusionPolicy":
-        """Move the network there, and, unless they are offloaded, all other parts."""
+        """Move what is trained there, and, unless they are offloaded, all other parts."""
         self.trained.to(device)
         if not self._memory.offload:
             for part in (self.pipeline.vae, *self._text_encoders):
@@ -172,20 +174,33 @@ class StableDiffusionPolicy:
         self._embeddings.clear()
         return self
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """What the network is told of B prompts.
 
         Each prompt is encoded once, then remembered (on the CPU, the last `REMEMBERED_PROMPTS`); and by itself, so that
-        its embedding depends on nothing but the prompt.
+        its embedding depends on nothing but the prompt. Where text encoders are trained, prompts are encoded anew every
+        time, those of one call together, with gradients if they are enabled; but for `reference`, which remembers.
         """
+        if self.trained.trains_text and not self._asks_reference:
+            return self._encode_anew(prompts)
+        return self._encode_once(prompts)
+
+    def _encode_anew(self, prompts: Sequence[str]) -> Conditioning:
+        different = list(dict.fromkeys(prompts))
+        with _exact(self.device):
+            embeds, pooled = encode_prompts(self.pipeline, different)
+        rows = torch.tensor([different.index(prompt) for prompt in prompts], device=embeds.device)
+        return self._conditioning(embeds[rows], None if pooled is None else pooled[rows], list(prompts))
+
+    @torch.no_grad()
+    def _encode_once(self, prompts: Sequence[str]) -> Conditioning:
         found = {prompt: self._embeddings.get(prompt) for prompt in prompts}
         new = [prompt for prompt, embedding in found.items() if embedding is None]
         if new:
             with borrowed(self._text_encoders, self.device), _exact(self.device):
                 for prompt in new:
-                    embeds, pooled = encode_prompt(self.pipeline, prompt)
-                    found[prompt] = embeds.cpu(), None if pooled is None else pooled.cpu()
+                    embeds, pooled = encode_prompts(self.pipeline, [prompt])
+                    found[prompt] = embeds[0].cpu(), None if pooled is None else pooled[0].cpu()
         for prompt, embedding in found.items():
             self._embeddings[prompt] = embedding
             self._embeddings.move_to_end(prompt)
@@ -194,9 +209,11 @@ class StableDiffusionPolicy:
         embeds, pooled = zip(*[found[prompt] for prompt in prompts], strict=True)
         return self._conditioning(torch.stack(embeds), None if pooled[0] is None else torch.stack(pooled))
 
-    def _conditioning(self, embeds: torch.Tensor, pooled: torch.Tensor | None) -> Conditioning:
+    def _conditioning(
+        self, embeds: torch.Tensor, pooled: torch.Tensor | None, prompts: Sequence[str] | None = None
+    ) -> Conditioning:
         sizes = None if self._time_ids is None else self._time_ids.to(self.device).expand(len(embeds), -1)
-        return Conditioning(embeds.to(self.device), None if pooled is None else pooled.to(self.device), sizes)
+        return Conditioning(embeds.to(self.device), None if pooled is None else pooled.to(self.device), sizes, prompts)
 
     def _without_prompt(self, like: Conditioning) -> Conditioning:
         """What guidance leads away from: the empty prompt, or zeros if the pipeline says so."""
@@ -238,6 +255,8 @@ class StableDiffusionPolicy:
         """
         dtype = self.pipeline.unet.dtype
         guided = guidance_scale != 1.0
+        if self._asks_reference and conditioning.prompts is not None:
+            conditioning = replace(self.encode(conditioning.prompts), time_ids=conditioning.time_ids)
         if guided:
             conditioning = conditioning.after(self._without_prompt(conditioning))
             latents, timesteps = latents.repeat(2, 1, 1, 1), timesteps.repeat(2)
@@ -256,12 +275,14 @@ class StableDiffusionPolicy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within it `predict` asks the base model (`base_adapters` included), whatever network it is given."""
+        """Within it `predict` asks the base model (`base_adapters` included), whatever network it is given, and however
+        the prompts were encoded."""
         with self.trained.reference() as self._stand_in:
+            self._asks_reference = True
             try:
                 yield
             finally:
-                self._stand_in = None
+                self._asks_reference, self._stand_in = False, None
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) -> pictures (B, 3, H, W) float32 in [0, 1].

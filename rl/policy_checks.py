@@ -68,6 +68,8 @@ def check_engine(args: "PolicyConfig") -> None:
     )
     if args.ema_decay is not None:
         refuse_zero3(args, "ema_decay")
+    if args.train_text_encoder:
+        refuse_zero3(args, "train_text_encoder")
     require(
         not _is_zero3(args) or args.hf_deepspeed_config.is_true(GATHER),
         f"with ZeRO-3, {GATHER} must be true in deepspeed's settings, or what is trained cannot be saved as a whole",
@@ -109,6 +111,8 @@ def warn_of_ignored_policy_settings(args: "PolicyConfig") -> None:
     if args.tune == "full":
         lora = [setting.name for setting in fields(args) if "lora" in setting.name]
         warn_of_ignored(args, (*lora, "use_dora"), "tune is full, there is no LoRA")
+    elif not args.train_text_encoder:
+        warn_of_ignored(args, ("text_lora_target_modules",), "train_text_encoder is false")
     if args.init_adapter is not None:
         warn_of_ignored(args, ("init_lora_weights",), "the LoRA starts from init_adapter")
     if args.device.type == "cpu":

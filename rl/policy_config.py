@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, TypeVar
 from diffusers import DDIMScheduler
 from transformers import TrainingArguments
 
-from rl.adapter import DEFAULT_LORA_TARGETS, AdapterSettings, require
+from rl.adapter import DEFAULT_LORA_TARGETS, DEFAULT_TEXT_LORA_TARGETS, AdapterSettings, require
 from rl.engines import prepare_deepspeed_on_cpu
 from rl.memory import MemorySettings
 from rl.policy import PictureSize
@@ -100,6 +100,17 @@ class PolicyConfig(TrainingArguments):
             "`unet`. A copy of the base is then kept if beta is above 0; else `kl` is not logged."
         },
     )
+    train_text_encoder: bool = field(
+        default=False,
+        metadata={
+            "help": "Train a LoRA on the text encoder too, on both of XL; prompts are then encoded in every batch and "
+            "update. Rank, alpha and kind are the U-Net's."
+        },
+    )
+    text_lora_target_modules: list[str] = field(
+        default_factory=lambda: list(DEFAULT_TEXT_LORA_TARGETS),
+        metadata={"help": "Names of the text encoders' layers that get a LoRA: attention; fc1 fc2 are the others."},
+    )
     lora_rank: int = field(default=8, metadata={"help": "Rank of the LoRA."})
     lora_alpha: float = field(default=8.0, metadata={"help": "The LoRA's output is scaled by lora_alpha / lora_rank."})
     lora_target_modules: list[str] = field(
@@ -160,7 +171,8 @@ class PolicyConfig(TrainingArguments):
     offload: bool = field(
         default=False,
         metadata={
-            "help": "Keep the VAE, the text encoders and the reward's model on the CPU while they are not needed."
+            "help": "Keep the VAE, the text encoders (unless they are trained) and the reward's model on the CPU while "
+            "they are not needed."
         },
     )
     torch_compile_unet: bool = field(

@@ -283,11 +283,13 @@ class PolicyTrainer(ResumableTrainer):
             self.average.copy_to(self.trained_weights())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call and output_dir is None:  # `push_to_hub`, called when all is saved, by one rank alone
+            return
         if _internal_call:  # of a checkpoint, which explains what it cannot write
             return super().save_model(output_dir, _internal_call)
         folder = output_dir or self.args.output_dir
         with explained(f"the {self.policy.trained.what} to {folder}", self.args.output_dir):
-            super().save_model(folder)
+            super().save_model(folder, _internal_call=True)  # or it would be pushed before the rest is there
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: checkpoints are written beside their place, where the Trainer would upload them half-made. What a

@@ -88,8 +88,27 @@ def test_a_training_is_looked_at_before_between_and_behind(tmp_path):
     assert found.watched[0]["kl"] == 0 < found.watched[1]["kl"]
 
 
-def test_the_first_look_is_at_the_base_whatever_the_seed():
-    one, other = (trainings.train(Training("tiny", seed, TINY | {"num_train_epochs": 1}, count=2)) for seed in (0, 1))
-    assert one["looks"]["judge"][0] == other["looks"]["judge"][0]
-    assert one["looks"]["reward"][0] == other["looks"]["reward"][0]
-    assert one["looks"]["reward"][-1] != other["looks"]["reward"][-1]
+def test_the_first_look_is_at_the_base_whatever_the_seed(tmp_path, monkeypatch):
+    """So trainings share it."""
+    looked, evaluate = [], trainings.evaluate
+    monkeypatch.setattr(trainings, "evaluate", lambda *args, **how: looked.append(1) or evaluate(*args, **how))
+    changes = TINY | {"num_train_epochs": 1}
+    one = trainings.train(Training("tiny", 0, changes, count=2))
+    assert len(looked) == 2
+    for seed in (1, 2):
+        other = trainings.train(Training("tiny", seed, changes | {"learning_rate": 1e-3 * seed}, count=2), tmp_path)
+        for name in ("judge", "satisfied", "reward"):
+            assert one["looks"][name][0] == other["looks"][name][0]
+        assert one["looks"]["reward"][-1] != other["looks"]["reward"][-1]
+    assert len(looked) == 2 + 3
+    assert len(list(tmp_path.glob("base-*.json"))) == 1
+
+
+def test_another_base_is_looked_at_by_itself():
+    one = Training("a", 0, {"learning_rate": 1e-3})
+    assert replace(one, name="b", seed=1, changes={"learning_rate": 2e-3, "credit": "mask"}, every=1).base_file == (
+        one.base_file
+    )
+    others = [replace(one, changes={"guidance_scale": 2}), replace(one, changes={"reward": "a:B"}),
+              replace(one, count=8), replace(one, judged="other.txt")]  # fmt: skip
+    assert len({other.base_file for other in [one, *others]}) == 5

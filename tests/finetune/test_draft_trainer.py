@@ -128,6 +128,15 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_bit(make_trainer, tmp_path)
         assert logged(part, name) == logged(whole, name)
 
 
+def test_text_encoder_learns_too_whether_or_not_steps_are_computed_again(make_trainer):
+    how = {"train_text_encoder": True, "num_train_epochs": 1, "beta": 0.1, "optim": "sgd", "learning_rate": 0.1}
+    again, kept = (trained(make_trainer(recompute_steps=recompute, **how)) for recompute in (True, False))
+    assert_same(again, kept, rtol=1e-4, atol=1e-6)
+    moved = [weight.abs().max() > 0 for name, weight in again.items() if name.startswith("text") and "lora_B" in name]
+    assert moved
+    assert all(moved)
+
+
 def picture_change(trainer):
     """Mean difference of what the policy draws now from what the base draws, from noise that it has not seen."""
     policy = trainer.policy

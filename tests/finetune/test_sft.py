@@ -73,6 +73,15 @@ def make_trainer(settings):
     return make
 
 
+def test_text_encoder_learns_too(make_trainer):
+    trainer = make_trainer(train_text_encoder=True, prompt_dropout=0.5, max_steps=2)
+    trainer.train()
+    text = {name: weight for name, weight in trainer.policy.network.named_parameters() if name.startswith("text")}
+    moved = [weight.abs().max() > 0 for name, weight in text.items() if "lora_B" in name]
+    assert moved
+    assert all(moved)
+
+
 def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

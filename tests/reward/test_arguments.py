@@ -157,7 +157,13 @@ def test_blank_lines_are_skipped_and_counted(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "holds no prompt"), (b"\n \n", "holds no prompt"), (b"caf\xe9\n", "not UTF-8"), (None, "cannot read")],
+    [
+        (b"", "holds no prompt"),
+        (b"\n \n", "holds no prompt"),
+        (b"caf\xe9\n", "not UTF-8"),
+        (b"a cat\n\n ?! - \n", r"line 3 of the prompt file .* has no words: '\?! -'"),
+        (None, "cannot read"),
+    ],
 )
 def test_unusable_prompt_files(tmp_path, content, message):
     path = tmp_path / "prompts.txt"

@@ -1,6 +1,7 @@
 """The same small run by one engine after another, under torchrun: `ranks.py PIPELINE FOLDER ENGINE... [-- FLAG...]`.
 
-An engine is ddp or the name of a file in configs/deepspeed, with `:full` behind it to train the whole U-Net. What is
+An engine is ddp or the name of a file in configs/deepspeed, with `:full` behind it to train the whole U-Net, or `:text`
+to train the text encoder too. What is
 noted of each goes to FOLDER/ENGINE/noted-RANK.pt. At the end, if there are flags, `run_ddpo.py FLAG...`. Importing
 takes longer than a run, so one launch does them all.
 """
@@ -8,6 +9,7 @@ takes longer than a run, so one launch does them all.
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import run_ddpo
 from reward.arguments import whole_models
+from rl.adapter import AdapterSettings
 from rl.ddpo import DDPOConfig, DDPOTrainer
 from rl.policy import StableDiffusionPolicy
 from tests.rl.conftest import PROMPTS
@@ -27,7 +30,8 @@ ROOT = Path(__file__).parents[2]
 
 def settings(folder: Path, engine: str, world_size: int) -> dict:
     """Three rollouts of 8 pictures in 2 updates each, the second of which has moved away from the first."""
-    name, _, tune = engine.partition(":")
+    name, _, trained = engine.partition(":")
+    full = trained == "full"
     deepspeed = None
     if name != "ddp":
         deepspeed = json.loads((ROOT / f"configs/deepspeed/{name}.json").read_text())
@@ -39,8 +43,8 @@ def settings(folder: Path, engine: str, world_size: int) -> dict:
         "generation_batch_size": 8, "num_generations": 4, "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": 16 // batch // world_size, "num_iterations": 2, "lora_rank": 2,
         "lora_alpha": 4.0, "disable_tqdm": True, "report_to": [], "seed": 3, "num_log_images": 0,
-        "train_steps": ["0:2"], "optim": "sgd", "learning_rate": 0.003 if tune else 0.02, "tune": tune or "lora",
-        "deepspeed": deepspeed,
+        "train_steps": ["0:2"], "optim": "sgd", "learning_rate": 0.003 if full else 0.02,
+        "tune": "full" if full else "lora", "train_text_encoder": trained == "text", "deepspeed": deepspeed,
     }  # fmt: skip
 
 
@@ -48,7 +52,7 @@ def run(pipeline: str, folder: Path, engine: str, world_size: int) -> dict:
     """One run; returns what must not depend on the engine, and two things that show which engine it was."""
     args = DDPOConfig(**settings(folder, engine, world_size))
     with whole_models(args):
-        policy = StableDiffusionPolicy.load(pipeline, lora_rank=2, lora_alpha=4.0, seed=3, tune=args.tune)
+        policy = StableDiffusionPolicy.load(pipeline, seed=3, **asdict(args.part(AdapterSettings)))
     trainer = DDPOTrainer(policy, Redness(), args, PROMPTS, held_out=Plain())
     drawn, collect = [], trainer.collect
 

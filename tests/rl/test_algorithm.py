@@ -38,6 +38,7 @@ def assert_resumes_to_the_bit(make_trainer, tmp_path, **settings):
 @pytest.mark.parametrize(
     "changes",
     [
+        {"credit": "scalar"},
         {"credit": "words"},
         {"credit": "mask"},
         {"credit": "paid", "importance_sampling_level": "location"},
@@ -82,7 +83,7 @@ def test_words_credit_needs_words(make_trainer):
             return Reward(super().__call__(images, prompts).total)
 
     with pytest.raises(ValueError, match="credit words needs a reward that says what each word costs"):
-        make_trainer(Wordless(), credit="words").train()
+        make_trainer(Wordless(), credit="words")
 
 
 def test_paid_credit_is_what_each_places_log_prob_is_multiplied_by(make_trainer):

@@ -162,7 +162,7 @@ def test_focus_changes_where_the_gradient_acts(make_trainer, focus_on):
 
 def test_focus_on_maps_needs_maps(make_trainer):
     with pytest.raises(ValueError, match="this one has none"):
-        make_trainer(Plain(), credit="focus").train()
+        make_trainer(Plain(), credit="focus")  # before a picture is drawn
 
 
 def test_scalar_credit_ignores_the_penalties(make_trainer):

@@ -26,6 +26,7 @@ def test_steps_per_generation_says_the_same(make_args):
         ({"generation_batch_size": 10}, r"\(10\) is not a multiple of num_generations \(4\); use 8 or 12"),
         ({"per_device_train_batch_size": 3}, r"per_device_train_batch_size \(3\).*use 6 or 9"),
         ({"steps_per_generation": 4}, "both say how large"),
+        ({"num_generations": 16}, r"\(8\) is not a multiple of num_generations \(16\); use 16 pictures"),
         ({"num_generations": 1}, "at least 2 pictures"),
         ({"eta": 0}, "eta is 0"),
         ({"eta": 1.5}, "eta is 1.5"),

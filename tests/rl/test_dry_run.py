@@ -29,3 +29,9 @@ def test_activations_grow_with_the_batch(make_trainer):
     )
     assert large["activations_mib"] == pytest.approx(2 * small["activations_mib"], rel=0.2)
     assert small["activations_mib"] > 0.1
+
+
+def test_activation_checkpointing_is_counted(make_trainer):
+    """What blocks are computed again from, which is not nothing."""
+    whole, again = (measure(make_trainer(activation_checkpointing=wanted)) for wanted in (False, True))
+    assert 0.05 * whole["activations_mib"] < again["activations_mib"] < 0.7 * whole["activations_mib"]

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"), **os.environ}
 TRAINED = 7776
 """Weights of the LoRA."""
+TRAINED_TEXT = 4 * 2 * (16 + 16)
+"""Of the text encoder's: four layers of 16 x 16, rank 2."""
 
 
 def launch(launcher: list[str], arguments: list) -> subprocess.Popen:
@@ -87,6 +89,7 @@ def test_two_ranks_of_every_engine_are_one_process(pipeline_folder, alone, tmp_p
     """They draw its pictures, compare them over both, and leave its weights, up to rounding. Last, the command."""
     folder, one = alone
     engines = ["ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3:full"]
+    texts = ["ddp:text", "zero2:text"]
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
     settings = {
@@ -98,7 +101,7 @@ def test_two_ranks_of_every_engine_are_one_process(pipeline_folder, alone, tmp_p
     }  # fmt: skip
     flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
     launcher = ["--nproc_per_node=2", "--rdzv_endpoint=localhost:0"]
-    finish(launch(launcher, [pipeline_folder, tmp_path, *engines, "--", *flags]))
+    finish(launch(launcher, [pipeline_folder, tmp_path, *engines, *texts, "--", *flags]))
     assert one["trained"] == TRAINED
     for engine in engines[:-1]:
         two = noted(tmp_path, engine, 2)
@@ -112,6 +115,12 @@ def test_two_ranks_of_every_engine_are_one_process(pipeline_folder, alone, tmp_p
     assert_same_run(one, noted(tmp_path, "zero3:full", 2))
     left = (tmp_path / "alone/ddp:full", tmp_path / "zero3:full")
     assert_close(*(UNet2DConditionModel.from_pretrained(place, subfolder="unet").state_dict() for place in left))
+
+    one = ranks.run(pipeline_folder, tmp_path / "alone", "ddp:text", 1)
+    assert one["trained"] == TRAINED + TRAINED_TEXT
+    for engine in texts:
+        assert_same_run(one, noted(tmp_path, engine, 2))
+        assert_close(lora(tmp_path / "alone/ddp:text"), lora(tmp_path / engine))
 
     summary = json.loads((tmp_path / "command/summary.json").read_text())
     assert summary["before"]["reward"] != summary["after"]["reward"]
@@ -138,6 +147,13 @@ def test_zero_3_that_could_not_save_is_refused(tmp_path):
     settings = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"}
     with pytest.raises(ValueError, match="stage3_gather_16bit_weights_on_model_save must be true"):
         DDPOConfig(output_dir=str(tmp_path), use_cpu=True, deepspeed=settings)
+
+
+def test_zero_3_cannot_train_text_encoders(tmp_path):
+    """CLIP looks at its table of positions by itself, of which a rank has a part."""
+    zero3 = str(ROOT / "configs/deepspeed/zero3.json")
+    with pytest.raises(ValueError, match=r"train_text_encoder needs whole weights, .*; use ZeRO-2"):
+        DDPOConfig(output_dir=str(tmp_path), use_cpu=True, deepspeed=zero3, train_text_encoder=True)
 
 
 @pytest.mark.parametrize("left", ["loading", ""])

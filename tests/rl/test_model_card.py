@@ -46,6 +46,9 @@ def test_card_shows_how_to_use_what_was_trained(tmp_path):
         'pipe = DiffusionPipeline.from_pretrained("somebody/a-pipeline")', 'pipe.load_lora_weights("first")',
         "pipe.fuse_lora()", "pipe.unload_lora_weights()", 'pipe.load_lora_weights("me/mine")',
     ]  # fmt: skip
+    assert "What was trained is a LoRA on the U-Net.\n" in (tmp_path / "README.md").read_text()
+    used(tmp_path, train_text_encoder=True)
+    assert "a LoRA on the U-Net and the text encoders." in (tmp_path / "README.md").read_text()
     front, lines = used(tmp_path, tune="full")
     assert "- lora" not in front
     assert lines[1:] == [f'pipe.unet = UNet2DConditionModel.from_pretrained("{tmp_path}", subfolder="unet")']

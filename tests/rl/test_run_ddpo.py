@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -121,6 +122,7 @@ def test_whole_unet_from_yaml_to_folder(config, tmp_path, capsys):
         (["--init_adapter", "nowhere"], ["there is no LoRA folder nowhere"]),
         (["--base_adapters", "nowhere"], ["there is no LoRA folder nowhere"]),
         (["--init_lora_weights", "eva"], ["eva", "pissa"]),
+        (["--train_text_encoder", "true", "--tune", "full"], ["train_text_encoder", "set tune to lora"]),
         (
             ["--eval_rewards", '{"judge": {"reward": "tests.rl.toy_rewards:Redness", "kwargs": {"wait": 1}}}'],
             ["'wait'"],
@@ -196,6 +198,28 @@ def test_stop_on_ends_the_run_in_order_and_names_the_best_checkpoint(config, tmp
     assert f"best checkpoint by judge, {best['held_out']:.4f} in its rollout: {best['path']}" in capsys.readouterr().out
 
 
+def test_what_a_run_leaves_is_pushed_once_and_whole(config, tmp_path, monkeypatch):
+    pushed = []
+
+    class Hub:
+        def create_repo(self, name, **settings):
+            return SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, repo_id, folder_path, **settings):
+            files = {path.name for path in Path(folder_path).iterdir() if path.is_file()}
+            pushed.append((repo_id, files, (Path(folder_path) / "README.md").read_text()))
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    flags = ["--num_train_epochs", "1", "--push_to_hub", "true", "--hub_model_id", "me/mine"]
+    assert command("--config", config, *flags) == 0
+    ((place, files, card),) = pushed
+    assert place == "me/mine"
+    results = {"pytorch_lora_weights.safetensors", "before_after.png", "curves.png", "summary.json", "evaluation.json"}
+    assert results <= files
+    assert 'pipe.load_lora_weights("me/mine")' in card
+    assert (tmp_path / "run/finished.json").exists()
+
+
 def weighted(url):
     """Flags of a weighted sum in place of the config's reward, one member of it at `url`."""
     red = {"reward": "tests.rl.toy_rewards:Redness", "weight": 2.0}
@@ -247,6 +271,7 @@ def test_settings_of_an_evaluation_without_prompts_are_warned_about(changes, cap
         ["--reward_kwargs", '{"nan_after": 0}'],
         ["--resolution", "3"],
         ["--lora_target_modules", "no_such_layer"],
+        ["--credit", "focus", "--reward", "tests.rl.toy_rewards:Plain", "--reward_kwargs", "{}"],
     ],
 )
 def test_a_run_that_cannot_start_deletes_nothing_of_the_one_before(config, tmp_path, flags):
