@@ -140,7 +140,9 @@ def uses_of(seed: int, options: Namespace) -> list[Use]:
         use(name, "plain", part)
     use(f"DRaFT-K, best of {options.best_of}", "best_of", trainings["DRaFT-K, K = 1"], config=DDPO,
         count=options.best_of)  # fmt: skip
-    return found
+    if unknown := set(options.only or ()) - {one.name for one in found}:
+        raise SystemExit(f"--only: there is no use {unknown.pop()!r}; there are {', '.join(one.name for one in found)}")
+    return [one for one in found if not options.only or one.name in (BASE, *options.only)]
 
 
 def flags_of(config: str, seed: int, more: Iterable[str]) -> list[object]:
@@ -169,7 +171,10 @@ class Figures:
 
 
 def figures_of(plans: Mapping[int, Sequence[Use]], done: Mapping[Part, Mapping[str, Any]]) -> dict[str, Figures]:
-    """Use -> its figures, of the seeds in which it is done; those without any are left out."""
+    """Use -> its figures, of the seeds in which it is done, and the base too; those without any are left out."""
+    plans = {seed: plan for seed, plan in plans.items() if plan[0].draw in done}
+    if not plans:
+        return {}
     found = {}
     for name in [use.name for use in next(iter(plans.values()))]:
         uses = {seed: next(use for use in plan if use.name == name) for seed, plan in plans.items()}
@@ -255,6 +260,7 @@ def make_parser() -> ArgumentParser:
     parser = flags(__doc__.splitlines()[0])
     add_flags(parser, "outputs/uses")
     parser.add_argument("--page", type=Path, metavar="FILE", help="also write the table to this file, as markdown")
+    parser.add_argument("--only", nargs="+", metavar="USE", help="these lines of the table, and the base")
     parser.add_argument("--prompts", type=int, default=256, metavar="N", help="held-out prompts (default 256)")
     parser.add_argument("--generations", type=int, default=2, metavar="N", help="pictures of each (default 2)")
     parser.add_argument("--best_of", type=int, default=4, metavar="N", help="of how many the best is kept (default 4)")
@@ -264,8 +270,11 @@ def make_parser() -> ArgumentParser:
 
 
 def make_quick(options: Namespace) -> None:
-    """As little of everything as there can be."""
+    """As little as there can be, and one of each kind only."""
     options.seeds, options.jobs, options.prompts, options.best_of = 1, 2, 6, 2
+    options.only = options.only or ["best of 2", "guided by the reward", "mended", "DRaFT-K, K = 1",
+                                    "DDPO, credit scalar", "SFT on selected", "SFT on selected, then DDPO",
+                                    "DRaFT-K, best of 2"]  # fmt: skip
     few = work_folder(options) / "prompts.txt"
     few.parent.mkdir(parents=True, exist_ok=True)
     few.write_text("\n".join(read_prompt_file(TRAINED_ON)[:4]) + "\n")

@@ -42,6 +42,7 @@ def options(tmp_path):
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_training_is_taken_by_its_command(options, quick, tmp_path):
     if quick:
+        options.only = [use.name for use in uses.uses_of(3, options) if "best of" not in use.name]
         uses.make_quick(options)
     plan = uses.uses_of(3, options)
     commands = {}
@@ -68,6 +69,17 @@ def test_every_training_is_taken_by_its_command(options, quick, tmp_path):
     pictures = {name: args.num_train_epochs * args.per_device_train_batch_size * args.gradient_accumulation_steps
                 for name, (_, args) in commands.items() if name in uses.VARIANTS}  # fmt: skip
     assert len(set(pictures.values())) == 1
+
+
+def test_some_lines_only(options):
+    options.only = ["DDPO, credit scalar"]
+    assert [use.name for use in uses.uses_of(0, options)] == ["base", "DDPO, credit scalar"]
+    options.only = ["DDPO"]
+    with pytest.raises(SystemExit, match="there is no use 'DDPO'; there are base, classifier-free guidance 2"):
+        uses.uses_of(0, options)
+    uses.make_quick(options := uses.make_parser().parse_args(["--work", str(options.work)]))
+    kinds = {part.name for part in with_needs([use.draw for use in uses.uses_of(0, options)])}
+    assert {"DRaFT-K, K = 1", "DDPO scalar", "selection", "SFT", "SFT, then DDPO"} <= kinds
 
 
 def test_one_seed_of_everything_comes_first_and_shares_its_noise(options):
@@ -100,7 +112,7 @@ def test_gains_are_over_the_base_of_the_same_seeds_and_costs_are_of_all_steps(op
     for seed, plan in plans.items():
         for use in plan:
             for part in with_needs([use.draw]):
-                done[part] = result_of(part, 0.1 * seed if use.name == "base" else 0.1 * seed + 0.05)
+                done[part] = result_of(part, 0.1 * seed + (0.05 if part.name != "pictures of base" else 0))
     for use in plans[1]:  # of the second seed only the base is there, and it says nothing of the others' gains
         if use.name != "base":
             del done[use.draw]
@@ -123,6 +135,8 @@ def test_uses_that_are_not_done_are_left_out(options):
     plans = {0: uses.uses_of(0, options)}
     done = {plans[0][0].draw: result_of(plans[0][0].draw), plans[0][3].draw: result_of(plans[0][3].draw)}
     assert list(uses.figures_of(plans, done)) == ["base", "guided by the reward"]
+    del done[plans[0][0].draw]
+    assert uses.figures_of(plans, done) == {}
 
 
 def task_of(tmp_path, by, needs=(), seed=0, **how):
