@@ -8,6 +8,10 @@ pool's pictures at random. A judge that neither has seen compares them with each
 held-out prompts and noise. Pairs of tuned and original are counted as the paper counts them (Liang et al. 2024, section
 5.1: its tuned model was preferred in 51.8% of pairs, the original in 16.8%).
 
+To tune the two configs, judge by other prompts than the proof reports, and give settings of `finetune.sft` behind them:
+
+    python benchmarks/selection_proof.py --judged tinyworld/assets/prompts_train.txt --seeds 1 --learning_rate 1e-3
+
 Parts are kept in `--work`; what is there is not done again, and seeds that are not complete yet are left out.
 """
 
@@ -23,9 +27,11 @@ from long_runs import Budget, add_flags, work_folder
 from paired import paired_interval
 from parts import Part, finish, with_needs
 from report import Row, flags, publish
-from uses import SELECT, SFT, TRAINED_ON, drawing, flags_of, training
+from uses import HELD_OUT, SELECT, SFT, TRAINED_ON, drawing, flags_of, training
 
-from reward.arguments import read_prompt_file
+from finetune.sft import SftArguments
+from finetune.sft_config import SftConfig
+from reward.arguments import parse_arguments, read_prompt_file
 from rl.folder_lock import taken
 
 GOALS = ("satisfied", "overall")
@@ -109,6 +115,7 @@ def make_parser() -> ArgumentParser:
     add_flags(parser, "outputs/selection_proof")
     parser.add_argument("--select", default=SELECT, help=f"config of the selection (default {SELECT})")
     parser.add_argument("--sft", default=SFT, help=f"config of the fine-tuning (default {SFT})")
+    parser.add_argument("--judged", default=HELD_OUT, metavar="FILE", help=f"prompts that are judged ({HELD_OUT})")
     parser.set_defaults(prompts=256, generations=2, pool=[], run=[])
     return parser
 
@@ -120,11 +127,20 @@ def make_quick(options: Namespace) -> None:
     few.parent.mkdir(parents=True, exist_ok=True)
     few.write_text("\n".join(read_prompt_file(TRAINED_ON)[:8]) + "\n")
     options.pool = ["--prompts", str(few.absolute()), "--num_generations", "4"]
-    options.run = ["--max_steps", "4", "--per_device_train_batch_size", "8"]
+    options.run += ["--max_steps", "4", "--per_device_train_batch_size", "8"]
+
+
+def check_settings(options: Namespace) -> None:
+    """Complain about settings of `finetune.sft` that it would refuse, before a pool is drawn."""
+    try:
+        parse_arguments([SftArguments, SftConfig], ["--config", options.sft, *options.run])
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def main() -> None:
-    options = make_parser().parse_args()
+    options, options.run = make_parser().parse_known_args()
+    check_settings(options)
     if options.quick:
         make_quick(options)
     began = time.perf_counter()

@@ -84,15 +84,15 @@ def training(name: str, seed: int, command: Sequence[object], config: str, *need
 def drawing(
     name: str, seed: int, options: Namespace, by: str, *needs: Part, config: str | None = None, **how: Any
 ) -> Part:
-    """Pictures for held-out prompts, judged.
+    """Pictures, judged.
 
     Args:
-        options: how many prompts, and pictures of each.
+        options: `judged`, a file of prompts, how many of them, and how many pictures of each.
         by: see `use_drawing.draw`.
         needs: the training whose LoRA draws; or the pictures that are to be mended.
         config: of the use.
     """
-    told = {"by": by, "policy": POLICY, "prompts": read_prompt_file(HELD_OUT)[: options.prompts],
+    told = {"by": by, "policy": POLICY, "prompts": read_prompt_file(options.judged)[: options.prompts],
             "generations": options.generations, "tuned": bool(needs) and needs[0].script == TRAINING, "config": config,
             **how}  # fmt: skip
     return Part(f"pictures of {name}", seed, DRAWING, told, needs, (config,) if config else ())
@@ -265,7 +265,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--generations", type=int, default=2, metavar="N", help="pictures of each (default 2)")
     parser.add_argument("--best_of", type=int, default=4, metavar="N", help="of how many the best is kept (default 4)")
     parser.add_argument("--place", choices=PLACES, default="mask", help="DDPO's place-aware credit (default mask)")
-    parser.set_defaults(ddpo=[], draft=[], select=[], sft=[])
+    parser.set_defaults(judged=HELD_OUT, ddpo=[], draft=[], select=[], sft=[])
     return parser
 
 

@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 import yaml
 from parts import Task, with_needs
-from selection_proof import TERMS, choose, make_parser, make_quick, outcomes, plan, rows_of
+from selection_proof import TERMS, check_settings, choose, make_parser, make_quick, outcomes, plan, rows_of
 from use_training import at_home
+from uses import TRAINED_ON
 
 from finetune.generate import GenerationArguments
 from finetune.rule_reading import read_rules
 from finetune.select import SelectArguments
 from finetune.sft import SftArguments
 from finetune.sft_config import SftConfig
-from reward.arguments import parse_arguments
+from reward.arguments import parse_arguments, read_prompt_file
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,8 @@ def test_goals_are_about_the_difference_to_random_pictures():
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_both_kinds_are_tuned_alike_on_as_many_pictures(quick, tmp_path):
-    options = make_parser().parse_args(["--work", str(tmp_path)])
+    argv = ["--work", str(tmp_path), "--judged", TRAINED_ON, "--learning_rate", "0.5"]
+    options, options.run = make_parser().parse_known_args(argv)
     if quick:
         make_quick(options)
     chosen = choose(options)
@@ -69,13 +71,21 @@ def test_both_kinds_are_tuned_alike_on_as_many_pictures(quick, tmp_path):
     assert other.data == str(tmp_path / "random/selection/data")
     differ = {name for name, value in vars(settings).items() if str(value) != str(getattr(same, name))}
     assert differ <= {"output_dir", "logging_dir"}
-    assert settings.seed == 2
+    assert (settings.seed, settings.learning_rate) == (2, 0.5)
+    judged = parts["pictures of SFT on chosen"].how["prompts"]
+    assert judged == parts["pictures of base"].how["prompts"] == read_prompt_file(TRAINED_ON)[: len(judged)]
     kinds = [SelectArguments, GenerationArguments]
     (first, pool), (second, again) = told("chosen", kinds), told("random", kinds)
     assert pool == again
     assert first.pictures == second.pictures == str(tmp_path / "chosen/pool/pictures")
     assert read_rules(second.rules) == read_rules({"at random": {"random": 33, "seed": 2}})
     assert set(first.rules) == set(_rules_of(options.select))
+
+
+def test_a_mistaken_setting_is_found_before_a_pool_is_drawn():
+    options, options.run = make_parser().parse_known_args(["--seds", "1"])
+    with pytest.raises(SystemExit, match="error: unknown setting on the command line: `--seds`"):
+        check_settings(options)
 
 
 def _rules_of(config):
