@@ -17,6 +17,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ QUIET = ["--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true
          "--eval_rewards", "{}"]  # fmt: skip
 HELD_OUT, TRAINED_ON = "tinyworld/assets/prompts_held_out.txt", "tinyworld/assets/prompts_train.txt"
 BASE = "base"
+WIDE = 240  # characters of a line of the table
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,9 @@ def flags_of(config: str, seed: int, more: Iterable[str]) -> list[object]:
 # ---- What is made of it ----
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Figures:
-    """What is known of one use, over its S seeds.
+    """What is known of one use, over its S seeds; a cache's key by itself.
 
     Attributes:
         seeds: those that are done.
@@ -194,12 +196,14 @@ def figures_of(plans: Mapping[int, Sequence[Use]], done: Mapping[Part, Mapping[s
     return found
 
 
+@cache
 def gain(one: Figures, base: Figures, term: str) -> tuple[float, float, float]:
     """Over the base, on the seeds of `one`, which the base has too: mean, low, high."""
     before = dict(zip(base.seeds, base.values[term], strict=True))
     return paired_interval([new - before[seed] for seed, new in zip(one.seeds, one.values[term], strict=True)])
 
 
+@cache
 def kept_diversity(one: Figures, base: Figures) -> tuple[float, float, float]:
     """Of the base's, on the seeds of `one`."""
     before = dict(zip(base.seeds, base.values["diversity"], strict=True))
@@ -245,7 +249,9 @@ def show(lines: Sequence[Sequence[str]], quick: bool) -> None:
         table.add_column(heading, justify="left" if heading == "use" else "right")
     for line in lines:
         table.add_row(*line)
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, WIDE)  # too long a line is better than half a figure
+    console.print(table)
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
