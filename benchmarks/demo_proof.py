@@ -137,10 +137,15 @@ def term(verdicts: list[Verdict], name: str) -> np.ndarray:
     return np.array(values).reshape(-1, GENERATIONS).mean(axis=1)
 
 
+def spread_of(verdicts: list[Verdict], generations: int) -> list[float]:
+    """For each prompt the judge's `diversity` of its pictures: places and sizes."""
+    groups = [verdicts[start : start + generations] for start in range(0, len(verdicts), generations)]
+    return [diversity(group) for group in groups]
+
+
 def spread(verdicts: list[Verdict]) -> float:
-    """Mean over prompts of the judge's `diversity` of a prompt's pictures: places and sizes."""
-    groups = [verdicts[start : start + GENERATIONS] for start in range(0, len(verdicts), GENERATIONS)]
-    return float(np.mean([diversity(group) for group in groups]))
+    """Mean over prompts of `spread_of`."""
+    return float(np.mean(spread_of(verdicts, GENERATIONS)))
 
 
 def main() -> None:

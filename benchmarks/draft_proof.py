@@ -8,7 +8,6 @@ at most a fifth of its pictures; with the constraint, at most a third of the cha
 less than 0.9 of the gain. Runs that are there already (`--work`, `--ddpo_work`) are not repeated.
 """
 
-import json
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 from demo_proof import TERMS, Proof, spread, term
 from paired import paired_interval, paired_ratio
 from report import Row, flags, publish
+from use_training import pictures_of
 
 from finetune.region_constraint import problem_region
 from reward.rich import RichReward
@@ -103,16 +103,6 @@ def main() -> None:
     kept = paired_ratio(gains[held], gains[free])
     rows.append(Row("gain, with / without the constraint", *kept, len(seeds), ">= 0.9"))
     publish(rows, began, options.json, options.quick)
-
-
-def pictures_of(folder: Path) -> int:
-    """How many pictures a run was trained on, from its settings."""
-    settings = json.loads((folder / "run_config.json").read_text())
-    finished = json.loads((folder / "finished.json").read_text())
-    if "generation_batch_size" in settings:
-        return int(settings["num_train_epochs"]) * settings["generation_batch_size"]
-    per_update = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
-    return finished["updates"] * per_update * settings["processes"]
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 import yaml
+from long_runs import ROOT, Budget, add_flags, work_folder
 from report import Row, flags, publish
-from trainings import CONFIG, ROOT, Budget, Result, Training, add_flags, finish, work_folder
+from trainings import CONFIG, Result, Training, finish
 
 from rl.watch import MONITORS, Watch
 

@@ -53,16 +53,10 @@ def flags(description: str, seeds: int | None = 3) -> argparse.ArgumentParser:
     return parser
 
 
-def publish(rows: list[Row], began: float, json_file: Path | None, quick: bool) -> None:
-    """Print the table and write the JSON; `began` is `time.perf_counter()` at the start."""
-    table = Table(title="a quick run: these figures prove nothing" if quick else None)
-    for column in ("", "value", "95% interval", "n", "goal", "holds"):
-        table.add_column(column, justify="left" if not column else "right")
-    for row in rows:
-        interval = "" if row.low is None else f"{row.low:.4g} .. {row.high:.4g}"
-        holds = {None: "", True: "yes", False: "NO"}[row.holds]
-        table.add_row(row.name, f"{row.value:.4g}", interval, str(row.n or ""), row.goal or "", holds)
-    Console().print(table)
+def publish(rows: list[Row], began: float, json_file: Path | None, quick: bool, shown: bool = True) -> None:
+    """Print the table, if it is to be `shown`, and write the JSON; `began` is `time.perf_counter()` at the start."""
+    if shown:
+        _show(rows, quick)
     if json_file:
         content = {
             "command": shlex.join(["python", *sys.argv]),
@@ -74,3 +68,14 @@ def publish(rows: list[Row], began: float, json_file: Path | None, quick: bool) 
         beside = json_file.with_name(json_file.name + ".part")
         beside.write_text(json.dumps(content, indent=1) + "\n")
         beside.replace(json_file)
+
+
+def _show(rows: list[Row], quick: bool) -> None:
+    table = Table(title="a quick run: these figures prove nothing" if quick else None)
+    for column in ("", "value", "95% interval", "n", "goal", "holds"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in rows:
+        interval = "" if row.low is None else f"{row.low:.4g} .. {row.high:.4g}"
+        holds = {None: "", True: "yes", False: "NO"}[row.holds]
+        table.add_row(row.name, f"{row.value:.4g}", interval, str(row.n or ""), row.goal or "", holds)
+    Console().print(table)

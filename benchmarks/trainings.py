@@ -15,7 +15,6 @@ import sys
 import tempfile
 import threading
 import time
-from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from long_runs import ROOT, Budget, write_json
 from transformers import TrainerCallback
 
 from finetune.run import load_policy
@@ -33,7 +33,6 @@ from rl.evaluate import evaluate
 from rl.timing import PhaseClock
 from run_ddpo import RunArguments
 
-ROOT = Path(__file__).parents[1]
 CONFIG = "configs/ddpo_tinyworld.yaml"
 HELD_OUT, TRAINED_ON = "tinyworld/assets/prompts_held_out.txt", "tinyworld/assets/prompts_train.txt"
 JUDGE = "judge"
@@ -223,44 +222,7 @@ def train(training: Training, work: Path | None = None) -> dict[str, Any]:
     return {"training": asdict(training), "wall": wall, "looks": looks.looks, "watched": looks.watched}
 
 
-def write_json(file: Path, content: Any) -> None:
-    """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f"{file.name}.{os.getpid()}.part")
-    beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    beside.replace(file)
-
-
 # ---- Many of them ----
-
-
-def add_flags(parser: ArgumentParser, work: str) -> None:
-    """What every benchmark of trainings takes."""
-    parser.add_argument("--work", type=Path, help=f"folder of the finished trainings (default {work})")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings beside each other, a thread each")
-    parser.add_argument(
-        "--budget_minutes", type=float, metavar="M", help="start no training that would end later than in M minutes"
-    )
-    parser.set_defaults(default_work=Path(work))
-
-
-def work_folder(options: Namespace) -> Path:
-    return options.work or options.default_work.with_name(options.default_work.name + "_quick" * options.quick)
-
-
-class Budget:
-    """Minutes from now on, None for any number."""
-
-    def __init__(self, minutes: float | None):
-        self.end = None if minutes is None else time.monotonic() + 60 * minutes
-        self._longest = 0.0
-
-    def allows_another(self) -> bool:
-        """Whether one more training, as long as the longest so far, would end in time."""
-        return self.end is None or time.monotonic() + self._longest <= self.end
-
-    def note(self, seconds: float) -> None:
-        self._longest = max(self._longest, seconds)
 
 
 def finish(trainings: Sequence[Training], work: Path, jobs: int, budget: Budget) -> dict[Training, Result]:

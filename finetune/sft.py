@@ -24,6 +24,7 @@ diffusers.logging.disable_progress_bar()
 from finetune.pool import TABLES, open_pool  # noqa: E402
 from finetune.run import (  # noqa: E402
     begin,
+    claimed,
     judge,
     leave,
     load_policy,
@@ -40,7 +41,6 @@ from reward.arguments import main_guard, parse_arguments, read_prompt_file  # no
 from reward.by_name import check_reward_name, make_reward  # noqa: E402
 from reward.feedback import RewardFn  # noqa: E402
 from rl.adapter import AdapterSettings, check_adapter_files  # noqa: E402
-from rl.checkpoints import claim_output_dir  # noqa: E402
 from rl.evaluate import TRAINING_REWARD  # noqa: E402
 from rl.model_card import Method  # noqa: E402
 from rl.policy_checks import warn_of_ignored  # noqa: E402
@@ -112,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pool = open_pool(run.data, run.prompt_column, run.split)
     weights = read_weights(pool, args.weight_by, args.weight_temperature)
     eval_prompts = read_prompt_file(run.eval_prompts) if run.eval_prompts else []
+    run.check_eval_strategy(args.eval_strategy.value)
     read_schedule(run.policy, args)
     check_adapter_files(args.part(AdapterSettings))
     table = next((str(pool.place / name) for name in TABLES if (pool.place / name).is_file()), None)
@@ -124,20 +125,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     rewards = {name: place_reward(reward, args) for name, reward in run.make_rewards().items()}
     policy = load_policy(run.policy, args)
     pictures = TrainingPictures(pool, make_buckets(policy, args.aspect_buckets), weights)
-    trainer = SftTrainer(policy, pictures, args)
+    eval_on = run.held_out(eval_prompts, rewards) if eval_prompts else None
+    trainer = SftTrainer(policy, pictures, args, eval_on=eval_on)
     if args.cache_latents:
         encode(trainer, console)
 
     before = judge("before", trainer, eval_prompts, rewards, run, console) if eval_prompts else None
-    if args.should_save:  # only now that nothing else can be wrong: this deletes what is there, if it may
-        claim_output_dir(args.output_dir, settings, resume=beginning.keep)
-    console.print(f"[bold]training[/] on {len(pictures)} pictures")
-    train(trainer, beginning.checkpoint, console)
-    after = judge("after", trainer, eval_prompts, rewards, run, console) if eval_prompts else None
+    with claimed(trainer, settings, beginning):  # only now that nothing else can be wrong: it may delete what is there
+        console.print(f"[bold]training[/] on {len(pictures)} pictures")
+        train(trainer, beginning.checkpoint, console)
+        after = judge("after", trainer, eval_prompts, rewards, run, console) if eval_prompts else None
 
-    facts = {"pictures": len(pictures), "updates": trainer.state.global_step, "seed": args.seed}
-    judged = (before, after) if before and after else None
-    leave(trainer, settings, SFT, judged, facts, began, console)
+        facts = {"pictures": len(pictures), "updates": trainer.state.global_step, "seed": args.seed}
+        judged = (before, after) if before and after else None
+        leave(trainer, settings, SFT, judged, facts, began, console)
 
 
 def encode(trainer: SftTrainer, console: Console) -> None:

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from finetune.sft_config import SftConfig
 from finetune.sft_data import BucketBatches, BucketLoader, TrainingPictures, Visit, collate
 from finetune.sft_loss import min_snr_weights, noised, offset_noise, sft_loss, target
+from rl.evaluate import HeldOut
 from rl.pipelines import Conditioning
 from rl.policy import StableDiffusionPolicy
 from rl.policy_trainer import PolicyTrainer
@@ -40,6 +41,7 @@ class SftTrainer(PolicyTrainer):
         pictures: what it is shown.
         args: the settings.
         callbacks: as the Trainer's.
+        eval_on: what it is judged on in the midst of training, where `args.eval_strategy` says so.
     """
 
     def __init__(
@@ -48,10 +50,11 @@ class SftTrainer(PolicyTrainer):
         pictures: TrainingPictures,
         args: SftConfig,
         callbacks: list[TrainerCallback] | None = None,
+        eval_on: HeldOut | None = None,
     ):
         self.pictures = pictures
         watch = Watch({}, [], speaks=args.should_save)
-        super().__init__(policy, args, args.make_schedule(policy.scheduler), EveryUpdate(), watch, callbacks)
+        super().__init__(policy, args, args.make_schedule(policy.scheduler), EveryUpdate(), watch, callbacks, eval_on)
 
     def get_train_dataloader(self) -> BucketLoader:
         args = self.args

@@ -5,7 +5,8 @@ from dataclasses import asdict, replace
 
 import pytest
 import trainings
-from trainings import Budget, Result, Training, finish
+from long_runs import Budget, write_json
+from trainings import Result, Training, finish
 
 TINY = {
     "reward": "tests.rl.toy_rewards:Redness", "reward_kwargs": {}, "num_inference_steps": 3, "train_steps": [1],
@@ -29,7 +30,7 @@ def started(monkeypatch):
 
     def start(training, work):
         names.append(training.name)
-        trainings.write_json(work / training.file, result())
+        write_json(work / training.file, result())
         return training.name != "fails"
 
     monkeypatch.setattr(trainings, "start", start)
@@ -46,7 +47,7 @@ def test_other_settings_are_another_file():
 
 def test_what_is_done_is_not_done_again(tmp_path, started):
     planned = [Training(name, 0) for name in "abc"]
-    trainings.write_json(tmp_path / planned[1].file, result())
+    write_json(tmp_path / planned[1].file, result())
     found = finish(planned, tmp_path, jobs=1, budget=Budget(None))
     assert started == ["a", "c"]
     assert list(found) == planned
@@ -74,7 +75,7 @@ def test_a_training_is_looked_at_before_between_and_behind(tmp_path):
     """The real thing, on the small world's pipeline, as few of everything as there can be."""
     training = Training("tiny", 0, TINY, count=2, every=1)
     done = trainings.train(training)
-    trainings.write_json(tmp_path / training.file, done)
+    write_json(tmp_path / training.file, done)
     found = Result.read(tmp_path / training.file)
     assert json.loads((tmp_path / training.file).read_text())["training"] == asdict(training)
     assert found.rollouts.tolist() == [0, 1, 2]

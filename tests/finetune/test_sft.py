@@ -1,6 +1,9 @@
 """The real command, and its trainer, on a tiny pipeline."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from finetune.sft_trainer import SftTrainer
 from reward.arguments import main_guard, parse_arguments
 from rl.adapter import AdapterSettings
 from rl.checkpoints import complete_checkpoints
+from rl.folder_lock import FolderInUseError, check_free, taken
 from rl.interrupt import RunInterrupted
 from rl.policy import StableDiffusionPolicy
 from tests.rl.conftest import make_xl_pipeline
@@ -194,6 +198,27 @@ def test_accumulated_micro_batches_are_one_batch(make_trainer, tmp_path):
     assert moved > 0
 
 
+@pytest.mark.timeout(600)
+def test_two_ranks_are_one(make_trainer, settings, tmp_path):
+    """They share every batch of four, and the pictures to encode."""
+    plain = {"optim": "sgd", "learning_rate": 1.0, "warmup_steps": 0, "prompt_dropout": 0.5}
+    one = make_trainer(max_steps=3, save_strategy="no", **plain)
+    one.train()
+    one.save_model()
+    output = tmp_path / "two"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command += [Path(__file__).parent / "two_ranks_sft.py", settings["policy"], settings["data"], output]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (load_file(tmp_path / name / LORA) for name in ("run", "two"))
+    moved = 0.0
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=1e-3)
+        moved += float(first[name].abs().sum()) if "lora_B" in name or "lora.up" in name else 0.0
+    assert moved > 0
+
+
 def test_latents_kept_or_encoded_each_time_teach_the_same(make_trainer, tmp_path):
     runs = [
         make_trainer(output_dir=tmp_path / str(kept), cache_latents=kept, max_steps=2, save_strategy="no")
@@ -235,6 +260,31 @@ def test_xl_is_told_how_each_picture_was_cut(make_trainer, write_pictures, tmp_p
     assert sorted(told) == [((6, 12), [[24, 48, 0, 0, 12, 24]] * 2), ((8, 8), [[20, 20, 0, 0, 16, 16]] * 2)]
 
 
+def test_it_is_judged_in_the_midst_too(settings, prompt_file, tmp_path):
+    how = {
+        "eval_prompts": prompt_file, "reward": "tests.rl.toy_rewards:Redness", "reward_kwargs": {"weight": 1.0},
+        "eval_generations": 1, "num_before_after": 2, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no",
+    }  # fmt: skip
+    assert command(*flags(**settings, **how)) == 0
+    assert sorted(file.name for file in (tmp_path / "run/samples").iterdir()) == [
+        "rollout-000002.png", "rollout-000004.png",
+    ]  # fmt: skip
+
+
+def test_nobody_else_may_write_where_it_trains(settings, tmp_path, monkeypatch, capsys):
+    with taken(tmp_path / "run"):
+        assert command(*flags(**settings)) == 2
+    assert "is in use by another run" in capsys.readouterr().err
+
+    def train(trainer, checkpoint, console):
+        with pytest.raises(FolderInUseError):
+            check_free(trainer.args.output_dir)
+        trainer.save_model()
+
+    monkeypatch.setattr(sft, "train", train)
+    assert command(*flags(**settings)) == 0
+
+
 def test_the_whole_unet_can_be_trained(make_trainer, tmp_path):
     trainer = make_trainer(tune="full", max_steps=1, learning_rate=1e-3, save_strategy="no")
     before = {name: weight.clone() for name, weight in trainer.policy.network.state_dict().items()}
@@ -252,6 +302,7 @@ def test_mistakes(settings, prompt_file, tmp_path, capsys):
         ({"weight_by": {"overal": 1.0}}, "(nearest name: `overall`)"),
         ({"policy": tmp_path / "flux"}, "is a FluxPipeline; what works here is StableDiffusionPipeline"),
         ({"eval_prompts": prompt_file}, "judged before and after, but by what? name a `reward`"),
+        ({"eval_strategy": "epoch"}, "eval_strategy is epoch, but there are no eval_prompts to evaluate on"),
         ({"prompt_dropout": 2}, "prompt_dropout is 2.0; it must lie in [0, 1]"),
         ({"snr_gamma": 0}, "snr_gamma is 0.0; it must be above 0"),
         ({"noise_offset": -1}, "noise_offset is -1.0; it must not be negative"),

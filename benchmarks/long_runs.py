@@ -1,0 +1,47 @@
+"""What benchmarks that take hours have in common: where results are kept, how long they may take, how many run."""
+
+import json
+import os
+import time
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def add_flags(parser: ArgumentParser, work: str) -> None:
+    """What every benchmark of trainings takes."""
+    parser.add_argument("--work", type=Path, help=f"folder of the finished trainings (default {work})")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings beside each other, a thread each")
+    parser.add_argument(
+        "--budget_minutes", type=float, metavar="M", help="start no training that would end later than in M minutes"
+    )
+    parser.set_defaults(default_work=Path(work))
+
+
+def work_folder(options: Namespace) -> Path:
+    return options.work or options.default_work.with_name(options.default_work.name + "_quick" * options.quick)
+
+
+class Budget:
+    """Minutes from now on, None for any number."""
+
+    def __init__(self, minutes: float | None):
+        self.end = None if minutes is None else time.monotonic() + 60 * minutes
+        self._longest = 0.0
+
+    def allows_another(self) -> bool:
+        """Whether one more training, as long as the longest so far, would end in time."""
+        return self.end is None or time.monotonic() + self._longest <= self.end
+
+    def note(self, seconds: float) -> None:
+        self._longest = max(self._longest, seconds)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.name}.{os.getpid()}.part")
+    beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    beside.replace(file)
