@@ -43,6 +43,7 @@ with tempfile.TemporaryDirectory() as folder:
         save_freq=10**9,
         project_kwargs={"project_dir": folder},
         seed=0,
+        mixed_precision="no",  # as ours; its default is float16, which is many times slower on a CPU
         sample_num_steps=settings["steps"],
         sample_eta=1.0,
         sample_guidance_scale=settings["guidance_scale"],
