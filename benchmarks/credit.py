@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from gradient_snr import CREDITS, PICTURES
 from learning import NOT_REACHED, mean_curve, resampled, share_needed
-from paired import paired_interval
 from report import Row, flags, publish
 from trainings import HELD_OUT, TRAINED_ON, Budget, Result, Training, add_flags, finish, work_folder
 
+from finetune.paired import paired_interval
 from reward.feedback import Reward
 from reward.rich import RichReward
 from rl.watch import Watch

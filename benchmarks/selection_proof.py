@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from paired import paired_interval
 from report import Row, flags, publish
+
+from finetune.paired import paired_interval
 
 TERMS = ("satisfied", "overall", "plausibility", "alignment")
 GOALS = ("satisfied", "overall")
