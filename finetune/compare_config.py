@@ -48,6 +48,8 @@ FEWEST_SEEDS = 3
 _FREE = ("seeds", "jobs", "gpus", "threads", "sheet", "read_sheet", "sheet_pairs", "grid_prompts", "output_dir",
          "title", "only", "overlay", "smallest_difference", "decide_by", "report_only")  # fmt: skip
 _NAMED = 5
+_NOT_THE_EYE = ("dtype", "device", "processor", "tokenizer", "prefix")
+"""Arguments of rewards that are texts and do not say which model it is."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,11 @@ class Spec:
         """Class and models (the texts among its arguments) of each reward in it: who looks, whatever is weighed how."""
         found = set()
         for _, reward, kwargs, _ in self.named:
-            texts = {name: value for name, value in json.loads(kwargs).items() if isinstance(value, str)}
+            texts = {
+                name: value
+                for name, value in json.loads(kwargs).items()
+                if isinstance(value, str) and name not in _NOT_THE_EYE
+            }
             found.add((reward, _text(texts)))
         return found
 
@@ -199,6 +205,13 @@ class CompareArguments:
         },
     )
     agreement_generations: int = field(default=4, metadata={"help": "Pictures of each of these prompts."})
+    agreement: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "More settings of finetune.agreement, such as {choices: pairs that people chose from}; with "
+            "{pictures:, labels:} it asks about these pictures, which people have rated, and nothing is drawn."
+        },
+    )
     smallest_difference: float | None = field(
         default=None,
         metadata={
@@ -233,7 +246,7 @@ class CompareArguments:
     )
 
     def __post_init__(self):
-        for name in ("common", "overlay", "only", "gpus", "sheet_pairs"):
+        for name in ("common", "overlay", "agreement", "only", "gpus", "sheet_pairs"):
             setattr(self, name, getattr(self, name) or type(getattr(self, name))())
         self.gpus = [str(gpu) for gpu in self.gpus]
         require(bool(self.entrants), "there is no entrant; name at least one training in `entrants`")

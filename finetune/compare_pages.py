@@ -20,7 +20,7 @@ def render(template: str, content: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"figure": figure, "signed": signed, "cell": _markdown_cell}
+    environment.filters |= {"figure": figure, "signed": signed, "chance": chance, "cell": _markdown_cell}
     return environment.get_template(template).render(content)
 
 
@@ -31,6 +31,13 @@ def signed(value: float | None) -> str:
 
 def figure(value: float | None, digits: int = 3) -> str:
     return _NONE if value is None else f"{value:,.{digits}f}".replace("-", _MINUS)
+
+
+def chance(value: float | None, name: str = "p ") -> str:
+    """A p-value."""
+    if value is None:
+        return _NONE
+    return f"{name}< 0.001" if value < 0.001 else f"{name}{value:.3f}"
 
 
 def _markdown_cell(text: object) -> str:

@@ -90,18 +90,18 @@ def build(
     standings = _standings(comparison, results)
     ranked = sorted(standings, key=lambda one: _rank(one, by))
     places = {one.name: place for place, one in enumerate(comparison.entrants)}
+    done = {one.entrant.name: one for one in results if one.seeds}
     tables = {
-        one.entrant.name: dict(zip(one.seeds, one.gain(by), strict=True))
-        for one in results
-        if by is not None and one.seeds and not one.entrant.upper_bound
+        one.name: dict(zip(done[one.name].seeds, done[one.name].gain(by), strict=True))
+        for one in ranked
+        if by is not None and one.name in done and not one.upper_bound
     }
     pairs = compare_pairs(tables, arguments.smallest_difference)
     verdict = decide(standings, pairs, by)
     judged = [one.name for one in standings if one.sound]
     evaluator = next((one for one in comparison.evaluators if one.name == by), comparison.evaluators[0])
-    shown = [one.entrant for one in sorted(results, key=lambda one: _rank_of(standings, one, by)) if one.seeds]
+    shown = [done[one.name].entrant for one in ranked if one.name in done]
     seed, rows = picture_rows(comparison, evaluator, shown, judged)
-    done = {one.entrant.name: one for one in results if one.seeds}
     content = {
         "title": arguments.title,
         "verdict": asdict(verdict),
@@ -197,10 +197,6 @@ def _rank(one: Standing, by: str | None) -> tuple:
     """Those that may win first, then what is wrong with them, upper bounds last; by gain."""
     gain = one.gains[by].value if by in one.gains else float("-inf")
     return one.upper_bound, not one.sound, -gain
-
-
-def _rank_of(standings: Sequence[Standing], trained: Trained, by: str | None) -> tuple:
-    return _rank(next(one for one in standings if one.name == trained.entrant.name), by)
 
 
 def _entrant_row(one: Standing, trained: Trained | None, by: str | None, command: str) -> dict[str, Any]:

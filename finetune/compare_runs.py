@@ -430,20 +430,16 @@ def agreement_command(comparison: Comparison) -> list[str]:
     for spec, name in agreement_names(comparison).items():
         ((_, reward, kwargs, _),) = spec.named
         rewards[name] = {"reward": reward, "kwargs": json.loads(kwargs)}
-    settings: dict[str, Any] = {
-        "pictures": str(folder / "pictures"), "prompts": str(folder / "prompts.txt"), "policy": start["policy"],
-        "num_generations": arguments.agreement_generations, "num_inference_steps": start["num_inference_steps"],
-        "eta": start["eta"], "guidance_scale": start["guidance_scale"], "model_dtype": start["model_dtype"],
-        "report": str(comparison.folder / AGREEMENT), "rewards": rewards,
-    }  # fmt: skip
-    for name in ("start_timestep", "resolution"):
-        if start[name] is not None:
-            settings[name] = start[name]
-    if start["base_adapters"]:
-        settings["base_adapters"] = start["base_adapters"]
+    settings: dict[str, Any] = {"report": str(comparison.folder / AGREEMENT), "rewards": rewards}
+    if "pictures" not in arguments.agreement:
+        names = ("policy", "num_inference_steps", "eta", "guidance_scale", "model_dtype", "start_timestep",
+                 "resolution", "base_adapters")  # fmt: skip
+        settings |= {name: start[name] for name in names if start[name] not in (None, [])}
+        settings |= {"pictures": str(folder / "pictures"), "prompts": str(folder / "prompts.txt")}
+        settings["num_generations"] = arguments.agreement_generations
     if comparison.decide_by is not None:
         spec = next(one.spec for one in comparison.evaluators if one.name == comparison.decide_by)
-        settings["against"] = [agreement_names(comparison)[spec]]
+        settings["against"] = [agreement_names(comparison)[spec], *arguments.agreement.get("labels", [])]
     _, args = parse_entrant(comparison.entrants[0].command, training_command(comparison, comparison.entrants[0], 0)[1:])
-    settings["use_cpu"] = args.use_cpu
+    settings |= {"use_cpu": args.use_cpu, **arguments.agreement}
     return ["finetune.agreement", *as_flags(settings)]
