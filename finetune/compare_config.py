@@ -43,8 +43,6 @@ OWNED = {
 }  # fmt: skip
 """Settings of a training that are the comparison's, and what says them there."""
 BASE = "base"
-FEWEST_SEEDS = 3
-"""Fewer say nothing of how far seeds differ, so there are no intervals then."""
 _FREE = ("seeds", "jobs", "gpus", "threads", "sheet", "read_sheet", "sheet_pairs", "grid_prompts", "output_dir",
          "title", "only", "overlay", "smallest_difference", "decide_by", "report_only")  # fmt: skip
 _NAMED = 5
@@ -225,10 +223,10 @@ class CompareArguments:
     )
     grid_prompts: int = field(default=8, metadata={"help": "Prompts whose pictures are shown, the worst cases first."})
     only: list[str] = field(default_factory=list, metadata={"help": "Run and report these entrants only."})
-    jobs: int = field(default=1, metadata={"help": "Trainings beside each other."})
+    jobs: int = field(default=1, metadata={"help": "Trainings beside each other, where no gpus are named."})
     gpus: list[str] = field(
         default_factory=list,
-        metadata={"help": "CUDA devices to spread them over, as CUDA_VISIBLE_DEVICES names them; a training has one."},
+        metadata={"help": "CUDA devices to spread them over, as CUDA_VISIBLE_DEVICES names them, one each."},
     )
     threads: int = field(default=1, metadata={"help": "Threads of each training's processor work."})
     report_only: bool = field(default=False, metadata={"help": "Run nothing; report what there is."})

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from finetune.compare_config import FEWEST_SEEDS
 from finetune.paired import paired_interval
 
 LEVEL, POWER = 0.95, 0.8
+FEWEST_SEEDS = 3
+"""Fewer say nothing of how far seeds differ, so there are no intervals then."""
 MOST_SEEDS = 1000
 """More are not counted: a difference that needs them is none."""
 
@@ -78,10 +79,11 @@ def variance_parts(table: np.ndarray) -> Parts:
     return Parts((ms_seeds - ms_rest) / prompts, (ms_prompts - ms_rest) / seeds, ms_rest, degrees)
 
 
-def difference(table: np.ndarray, smallest: float | None = None, level: float = LEVEL) -> Difference:
+def difference(table: np.ndarray, smallest: float | None = None, tests: int = 1, level: float = LEVEL) -> Difference:
     """What differences (S, P) say, P at least 2.
 
     Args:
+        tests: how many p-values are corrected together; seeds are counted for the hardest case, Bonferroni's.
         smallest: the difference that `more_seeds` is counted for; None: the one that was found.
         level: that intervals hold with, and that a difference is to be shown at.
     """
@@ -96,7 +98,7 @@ def difference(table: np.ndarray, smallest: float | None = None, level: float = 
     wider = float(stats.t.ppf(tail, parts.degrees) / stats.norm.ppf(tail))
     without_error = 1.0 if value == 0 else 0.0
     p = float(2 * stats.t.sf(abs(value) / error, parts.degrees)) if error > 0 else without_error
-    needed = seeds_needed(parts, prompts, smallest or abs(value), 1 - level)
+    needed = seeds_needed(parts, prompts, smallest or abs(value), (1 - level) / tests)
     return Difference(
         value, value - wider * (value - low), value + wider * (high - value), p, seeds, prompts,
         None if needed is None else max(needed - seeds, 0),

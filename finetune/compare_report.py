@@ -14,8 +14,8 @@ import numpy as np
 from rich.console import Console
 
 from finetune.compare_charts import Bar, Curve, curves_chart, gains_chart
-from finetune.compare_config import FEWEST_SEEDS, Comparison, parse_entrant
-from finetune.compare_measures import band, difference
+from finetune.compare_config import Comparison, parse_entrant
+from finetune.compare_measures import FEWEST_SEEDS, band, difference
 from finetune.compare_pages import render, signed
 from finetune.compare_pictures import picture_rows
 from finetune.compare_results import Trained
@@ -279,6 +279,8 @@ def _agreement(comparison: Comparison) -> dict[str, Any] | None:
     found = json.loads(file.read_text(encoding="utf-8"))
     keep = ("raters", "pictures", "prompts", "within", "across", "accuracy", "noise", "defects", "milliseconds")
     rewards = list(found["milliseconds"])
+    if found["chosen"]:
+        found["accuracy"]["people's choices"] = found["chosen"]
     return {name: found[name] for name in keep} | {
         "rewards": rewards, "command": shlex.join(["python", "-m", *agreement_command(comparison)])
     }  # fmt: skip

@@ -74,7 +74,14 @@ class Trained:
 
 
 def read_results(comparison: Comparison, failures: Mapping[tuple[str, int], Failure]) -> list[Trained]:
-    """Everything that is there, in the order of the entrants; those without a finished training have S = 0."""
+    """Everything that is there, in the order of the entrants; those without a finished training have S = 0.
+
+    Raises:
+        ValueError: the policy before training has not been judged yet, so that there is nothing to compare with.
+    """
+    for entrant in comparison.entrants:
+        if not (file := base_findings(comparison, entrant)).is_file():
+            raise ValueError(f"there is nothing to report yet: {file} is missing; start again without --report_only")
     return [_read_entrant(comparison, entrant, failures) for entrant in comparison.entrants]
 
 

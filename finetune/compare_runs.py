@@ -21,12 +21,13 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 
 from finetune.command_line import as_flags
 from finetune.compare_config import Comparison, Entrant, Spec, parse_entrant, run_flags
@@ -169,12 +170,7 @@ class Work:
 
     @property
     def at_once(self) -> int:
-        arguments = self.comparison.arguments
-        return (
-            max(arguments.jobs, 1)
-            if not arguments.gpus
-            else min(max(arguments.jobs, len(arguments.gpus)), len(arguments.gpus))
-        )
+        return len(self.comparison.arguments.gpus) or self.comparison.arguments.jobs
 
     def do(self) -> Outcome:
         """All of it, in the order base, agreement, then seed by seed all entrants.
@@ -183,43 +179,36 @@ class Work:
             ValueError: what everyone starts from cannot be judged, so that nothing could be compared.
             KeyboardInterrupt: a signal; trainings have written checkpoints first.
         """
-        outcome = Outcome()
         with _Signals(self.stop):
             self.judge_bases()
             self.ask_for_agreement()
-            todo = [
-                (entrant, seed)
-                for seed in self.comparison.arguments.seeds
-                for entrant in self.comparison.entrants
-                if not run_findings(self.comparison, entrant, seed).is_file()
-            ]
-            total = len(self.comparison.entrants) * len(self.comparison.arguments.seeds)
-            if len(todo) < total:
-                self.console.print(f"{total - len(todo)} of {total} trainings are there already", highlight=False)
-            done = total - len(todo)
-            with ThreadPoolExecutor(self.at_once) as pool:
-                futures: dict[Future, tuple[Entrant, int]] = {
-                    pool.submit(self.train_and_judge, entrant, seed): (entrant, seed) for entrant, seed in todo
-                }
-                left = set(futures)
-                while left:
-                    ended, left = wait(left, timeout=_POLL, return_when=FIRST_COMPLETED)
-                    for future in ended:
-                        entrant, seed = futures[future]
-                        failure, seconds = future.result()
-                        if self._stopping:
-                            continue
-                        done += 1
-                        how = "done" if failure is None else f"[red]FAILED[/]: {failure.said}"
-                        self.console.print(f"{done} of {total}: {entrant.name}, seed {seed}: {how}, {seconds:.0f} s")
-                        if failure is not None:
-                            outcome.failures[entrant.name, seed] = failure
-                    if self._stopping:
-                        for future in left:
-                            future.cancel()
-                        left = {future for future in left if not future.cancelled()}
-            if self._stopping:
-                raise KeyboardInterrupt
+            return self.train_all()
+
+    def train_all(self) -> Outcome:
+        """Seed by seed all entrants, so that whenever it is stopped, they can be compared."""
+        outcome = Outcome()
+        asked = [(entrant, seed) for seed in self.comparison.arguments.seeds for entrant in self.comparison.entrants]
+        missing = [one for one in asked if not run_findings(self.comparison, *one).is_file()]
+        done = len(asked) - len(missing)
+        if done:
+            self.console.print(f"{done} of {len(asked)} trainings are there already")
+        with ThreadPoolExecutor(self.at_once) as pool:
+            futures = {pool.submit(self.train_and_judge, *one): one for one in missing}
+            left = set(futures)
+            while left:
+                ended, left = wait(left, timeout=_POLL, return_when=FIRST_COMPLETED)  # so that signals come through
+                if self._stopping:
+                    left = {future for future in left if not future.cancel()}
+                    continue
+                for future in ended:
+                    (entrant, seed), (failure, seconds) = futures[future], future.result()
+                    done += 1
+                    how = "done" if failure is None else f"[red]FAILED[/]: {escape(failure.said)}"
+                    what = f"{done} of {len(asked)}: {escape(entrant.name)}, seed {seed}"
+                    self.console.print(f"{what}: {how}, {seconds:.0f} s")
+                    if failure is not None:
+                        outcome.failures[entrant.name, seed] = failure
+        self._raise_if_stopping()
         return outcome
 
     def stop(self, terminate: bool) -> None:
@@ -230,18 +219,24 @@ class Work:
                 for process in self._running.values():
                     process.terminate()
 
+    def _raise_if_stopping(self) -> None:
+        if self._stopping:
+            raise KeyboardInterrupt
+
     def judge_bases(self) -> None:
         seen = set()
         for entrant in self.comparison.entrants:
             file = base_findings(self.comparison, entrant)
-            if entrant.base in seen or self._stopping:
+            if entrant.base in seen:
                 continue
             seen.add(entrant.base)
             if not file.is_file():
                 self.console.print("judging the policy before training")
                 flags = run_flags(self.comparison, entrant, 0, file.parent / "unused")
                 job = self._job(entrant, flags, [Look(None)], self.comparison.specs(), file)
-                if failure := self._evaluate("the policy before training", job, file):
+                failure = self._evaluate("the policy before training", job, file)
+                self._raise_if_stopping()
+                if failure:
                     raise ValueError(
                         f"the policy before training cannot be judged: {failure.said} (its log: {failure.log})"
                     )
@@ -257,7 +252,7 @@ class Work:
     def ask_for_agreement(self) -> None:
         """By `finetune.agreement`, on pictures of the first entrant's policy before training; its failure is no end."""
         arguments, folder = self.comparison.arguments, self.comparison.folder / "agreement"
-        if not arguments.agreement_prompts or (self.comparison.folder / AGREEMENT).is_file() or self._stopping:
+        if not arguments.agreement_prompts or (self.comparison.folder / AGREEMENT).is_file():
             return
         self.console.print("asking all rewards about the same pictures")
         command = agreement_command(self.comparison)
@@ -265,7 +260,9 @@ class Work:
         count = min(arguments.agreement_prompts, len(prompts))
         chosen = [prompts[place * len(prompts) // count] for place in range(count)]
         write_whole(folder / "prompts.txt", ("\n".join(chosen) + "\n").encode())
-        if failure := self._run(Step("agreement", command, folder / "log.txt")):
+        failure = self._run(Step("agreement", command, folder / "log.txt"))
+        self._raise_if_stopping()
+        if failure:
             self.console.print(f"agreement before training could not be measured: {failure.said}", markup=False)
 
     def train_and_judge(self, entrant: Entrant, seed: int) -> tuple[Failure | None, float]:

@@ -6,8 +6,7 @@ from itertools import combinations
 
 import numpy as np
 
-from finetune.compare_config import FEWEST_SEEDS
-from finetune.compare_measures import LEVEL, MOST_SEEDS, POWER, Difference, difference, holm
+from finetune.compare_measures import FEWEST_SEEDS, LEVEL, MOST_SEEDS, POWER, Difference, difference, holm
 from rl.watch import MONITORS
 
 ALPHA = 1 - LEVEL
@@ -166,12 +165,15 @@ def compare_pairs(tables: Mapping[str, Mapping[int, np.ndarray]], smallest: floa
         tables: entrant -> seed -> (P,), gains by the deciding evaluator.
         smallest: as `difference` takes it.
     """
+    common = {
+        (one, other): seeds
+        for one, other in combinations(tables, 2)
+        if (seeds := [seed for seed in tables[one] if seed in tables[other]])
+    }
     pairs = []
-    for one, other in combinations(tables, 2):
-        seeds = [seed for seed in tables[one] if seed in tables[other]]
-        if seeds:
-            table = np.stack([tables[one][seed] - tables[other][seed] for seed in seeds])
-            pairs.append((one, other, difference(table, smallest)))
+    for (one, other), seeds in common.items():
+        table = np.stack([tables[one][seed] - tables[other][seed] for seed in seeds])
+        pairs.append((one, other, difference(table, smallest, tests=len(common))))
     corrected: list[float | None] = [None] * len(pairs)
     there = [place for place, (_, _, less) in enumerate(pairs) if less.p is not None]
     for place, p in zip(there, holm([pairs[place][2].p for place in there]), strict=True):
