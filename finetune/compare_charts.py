@@ -103,5 +103,5 @@ def _svg(figure: Figure, alt: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     # Names such as figure_1 and text_1 are matplotlib's own, the same in every chart; nothing refers to them.
-    text = re.sub(r' id="[a-z]+[A-Za-z]*_\d+"', "", text)
+    text = re.sub(r' id="[A-Za-z][\w.]*_\d+"', "", text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1)

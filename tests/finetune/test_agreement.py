@@ -144,7 +144,7 @@ def test_what_people_chose_of_two(flags, choices, tmp_path, capsys):
     found = json.loads((tmp_path / "agreement.json").read_text())["chosen"]
     assert (found["bright"]["value"], found["bright"]["n"]) == (pytest.approx(2 / 3), 3)
     assert found["dark"]["value"] == pytest.approx(1 / 3)
-    assert "people's choices" in " ".join(capsys.readouterr().out.split())
+    assert "choices" in capsys.readouterr().out
     main(flags(choices=choices, most_choices="2"))
     assert json.loads((tmp_path / "agreement.json").read_text())["chosen"]["bright"]["value"] == 1
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from finetune.command_line import as_flags
 from finetune.compare import main
 from finetune.compare_config import CompareArguments, Spec, read_comparison
 from finetune.compare_runs import check_folder, claim
@@ -16,6 +17,7 @@ from tests.finetune.compare_case import (
     comparison_of,
     settings_of,
     write_config,
+    write_prompts,
 )
 from tests.test_house import ROOT
 
@@ -165,8 +167,7 @@ def test_an_evaluator_that_is_trained_on_is_allowed(tmp_path, pipeline_folder):
     assert chosen.decide_by == "redness"
 
 
-def test_the_presets_are_whole():
-    """That of the small world as it is; the large one's weights are elsewhere, but its settings are settings."""
+def test_the_small_worlds_preset_is_whole():
     (arguments,) = parse_arguments([CompareArguments], ["--config", str(ROOT / "configs" / "compare_tinyworld.yaml")])
     found = read_comparison(arguments)
     assert [one.name for one in found.entrants if one.upper_bound] == ["the true judge"]
@@ -174,8 +175,25 @@ def test_the_presets_are_whole():
     assert [one.name for one in found.impartial()] == ["satisfied", "overall", "plausibility", "alignment"]
     assert {one.rollouts for one in found.entrants} == {20}
     assert len(arguments.seeds) == 5
-    (large,) = parse_arguments([CompareArguments], ["--config", str(ROOT / "configs" / "compare_sd15.yaml")])
-    assert large.decide_by in large.evaluators
+
+
+def test_the_preset_of_a_large_model_is_whole_but_for_its_weights(tmp_path):
+    prompts = write_prompts(tmp_path)
+    flags = [
+        "--config",
+        str(ROOT / "configs" / "compare_sd15.yaml"),
+        "--common",
+        '{"use_cpu": true}',
+        *as_flags(prompts),
+    ]
+    found = read_comparison(parse_arguments([CompareArguments], flags)[0])
+    assert {one.name: one.rollouts for one in found.entrants} == {
+        "scores": 100, "scores, maps, words": 100, "scores, maps, words, back-propagated": 200, "PickScore": 100,
+        "PickScore, maps": 100,
+    }  # fmt: skip
+    assert [one.name for one in found.impartial()] == ["image reward", "HPS", "CLIP score"]
+    assert found.decide_by == "image reward"
+    assert len({one.base for one in found.entrants}) == 1  # one base for all
 
 
 def _yaml(folder, pipeline, **changes):
