@@ -38,17 +38,16 @@ class Steady(Judge):
         return Reward(total=torch.zeros(len(prompts)))
 
 
-class FailsLater:
-    """Rewards so many calls, and then no more."""
+class FailsAt:
+    """Rewards everything, until it is asked about one prompt."""
 
     differentiable = False
 
-    def __init__(self, after: int):
-        self.after = after
+    def __init__(self, prompt: str):
+        self.prompt = prompt
 
     def __call__(self, images, prompts):
-        self.after -= 1
-        if self.after < 0:
+        if self.prompt in prompts:
             raise RuntimeError("the scorer's licence has expired")
         return Reward(total=images.mean(dim=(1, 2, 3)))
 

@@ -25,10 +25,10 @@ from finetune.compare_runs import (
 from finetune.generate import GenerationArguments
 from reward.arguments import parse_arguments
 from rl.folder_lock import FolderInUseError, taken
-from tests.finetune.compare_case import JUDGE, REDNESS, comparison_of, settings_of, write_config
+from tests.finetune.compare_case import JUDGE, REDNESS, TRAIN, comparison_of, settings_of, write_config
 from tests.test_house import ROOT
 
-FAILS = "tests.finetune.compare_case:FailsLater"
+FAILS = "tests.finetune.compare_case:FailsAt"
 
 
 def test_killed_gone_on_with_and_a_reward_that_fails_half_way(tmp_path, pipeline_folder):
@@ -38,7 +38,7 @@ def test_killed_gone_on_with_and_a_reward_that_fails_half_way(tmp_path, pipeline
         agreement_generations=2, evaluators={"blue": JUDGE, "redness": REDNESS},
         entrants={
             "red": {"config": config},
-            "breaks": {"config": config, "changes": {"reward": FAILS, "reward_kwargs": {"after": 6}}},
+            "breaks": {"config": config, "changes": {"reward": FAILS, "reward_kwargs": {"prompt": TRAIN[3]}}},
         },
     )  # fmt: skip
     file = tmp_path / "comparison.yaml"
