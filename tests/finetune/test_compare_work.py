@@ -92,7 +92,7 @@ def test_processes_that_outlive_their_comparison_keep_its_folder(tmp_path):
         "from rl.folder_lock import taken\n"
         "with taken(sys.argv[1]) as lock:\n"
         "    code = 'import time; time.sleep(60)'\n"
-        "    child = subprocess.Popen([sys.executable, '-c', code], pass_fds=(lock.fileno(),))\n"
+        "    child = subprocess.Popen([sys.executable, '-c', code], pass_fds=(lock.fileno(),), stdout=-3)\n"
         "    print(child.pid, flush=True)\n"
         "    import os; os._exit(1)\n"
     )
