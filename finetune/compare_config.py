@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
 from diffusers import DDIMScheduler
 
 from finetune.command_line import as_flags
@@ -322,7 +323,7 @@ class Comparison:
         }
         matter |= {f"evaluators.{one.name}": {"reward": one.spec.named, "term": one.term} for one in self.evaluators}
         for one in self.entrants:
-            told = {"command": one.command, "config": _digest(one.config), **one.changes, "reward": one.spec.named}
+            told = {"command": one.command, "config": _says(one.config), **one.changes, "reward": one.spec.named}
             matter |= {f"entrants.{one.name}.{name}": value for name, value in told.items()}
         matter |= {f"{name} (SHA-256)": _digest(getattr(self.arguments, name)) for name in ("prompts", "held_out")}
         return json.loads(json.dumps(matter, default=str))
@@ -521,6 +522,12 @@ def _plain(prompt: str) -> str:
 
 def _digest(file: str) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+
+
+def _says(config: str) -> str:
+    """Another one if a YAML says something else; its comments do not count."""
+    content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    return hashlib.sha256(_text(content).encode()).hexdigest()[:16]
 
 
 def _text(value: Any) -> str:
