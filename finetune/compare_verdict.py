@@ -221,6 +221,8 @@ def decide(standings: Sequence[Standing], pairs: Sequence[Pair], by: str | None)
     sound = sorted(
         (one for one in standings if one.sound and one.seeds), key=lambda one: one.gains[by].value, reverse=True
     )
+    if not sound and not any(one.seeds or one.failed for one in standings):
+        return Verdict("No verdict yet: no training is finished.", about, [])
     if not sound:
         return Verdict("None of these: no entrant is finished and neither gamed nor collapsing.", about, [])
     few = min(len(one.seeds) for one in sound)

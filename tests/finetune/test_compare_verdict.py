@@ -1,5 +1,7 @@
 """The verdict follows from figures by the stated rules."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -102,6 +104,8 @@ def test_no_gain_shown_and_nobody_left():
     verdict = decide([failed], [], "judge")
     assert verdict.headline.startswith("None of these")
     assert "it is out: failed; seed 1: training failed." in verdict.sentences
+    nothing = replace(failed, flags=[], failed=False, seeds=[])
+    assert decide([nothing], [], "judge").headline == "No verdict yet: no training is finished."
     waiting = standing("it", 0.2, unfinished="no training yet of seed 2")
     assert "it is not finished: no training yet of seed 2." in decide([waiting], [], "judge").sentences
 
