@@ -24,7 +24,7 @@ demo: $(STAMP)
 	$(BIN)/python run_ddpo.py --config configs/ddpo_tinyworld.yaml --overwrite_output_dir true
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -rs
 
 kill: $(STAMP)
 	$(BIN)/python tests/kill_resume.py --kills 200

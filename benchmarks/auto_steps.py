@@ -20,9 +20,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from learning import NOT_REACHED, mean_curve, ratio_to_same_level, resampled
 from long_runs import Budget, add_flags, work_folder
-from paired import paired_interval
 from report import Row, flags, publish
 from trainings import Result, Training, finish
+
+from finetune.paired import paired_interval
 
 AUTO, ALL = "auto:2", "all"
 NOISY = 9

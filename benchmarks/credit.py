@@ -29,10 +29,10 @@ import torch
 from gradient_snr import CREDITS, PICTURES
 from learning import NOT_REACHED, mean_curve, resampled, share_needed
 from long_runs import Budget, add_flags, work_folder
-from paired import paired_interval
 from report import Row, flags, publish
 from trainings import HELD_OUT, TRAINED_ON, Result, Training, finish
 
+from finetune.paired import paired_interval
 from reward.feedback import Reward
 from reward.rich import RichReward
 from rl.watch import Watch

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
-from paired import paired_interval
 from report import Row, flags, publish
 
+from finetune.paired import paired_interval
 from reward.arguments import read_prompt_file
 from reward.rich import RichReward
 from tinyworld.autoencoder import encode

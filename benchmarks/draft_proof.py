@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from demo_proof import TERMS, Proof, spread, term
-from paired import paired_interval, paired_ratio
 from report import Row, flags, publish
 from use_training import pictures_of
 
+from finetune.paired import paired_interval, paired_ratio
 from finetune.region_constraint import problem_region
 from reward.rich import RichReward
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from paired import paired_interval
 from report import Row, flags, publish
 from tqdm import tqdm
 
 from finetune.guidance import Guidance
 from finetune.guide import GuideArguments, opinions, prepare
 from finetune.guided_sampling import sample
+from finetune.paired import paired_interval
 from finetune.reward_choice import RewardArguments
 from reward.arguments import parse_arguments
 from reward.predict import read_prompts

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from paired import paired_interval
 from report import Row, flags, publish
 from tqdm import tqdm
 
 from finetune.inpaint import FIXED, InpaintArguments, as_row, mend
+from finetune.paired import paired_interval
 from finetune.pictures_to_fix import Everything, read_picture
 from finetune.results import Results
 from finetune.reward_choice import RewardArguments

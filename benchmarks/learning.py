@@ -57,7 +57,8 @@ def mean_curve(curves: np.ndarray, seeds: np.ndarray, prompts: np.ndarray) -> np
 def resampled(
     of: Callable[[np.ndarray, np.ndarray], float], seeds: int, prompts: int, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """What `of` says of all seeds and prompts, and its bootstrap interval over both, as `paired.paired_interval`'s.
+    """What `of` says of all seeds and prompts, and its bootstrap interval over both, as
+    `finetune.paired.paired_interval`'s.
 
     Args:
         of: is given indices of seeds, and each prompt's share of the mean; see `mean_curve`.

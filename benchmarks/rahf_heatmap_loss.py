@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import DatasetDict
-from paired import paired_interval
 from report import Row, flags, publish
 from transformers import AutoTokenizer
 
+from finetune.paired import paired_interval
 from reward import train
 from reward.data import FeedbackCollator, FeedbackDataset
 from reward.feedback import HEATMAPS, SCORES

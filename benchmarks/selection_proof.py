@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from demo_proof import TERMS
 from long_runs import Budget, add_flags, work_folder
-from paired import paired_interval
 from parts import Part, finish, with_needs
 from report import Row, flags, publish
 from uses import HELD_OUT, SELECT, SFT, TRAINED_ON, drawing, flags_of, training
 
+from finetune.paired import paired_interval
 from finetune.sft import SftArguments
 from finetune.sft_config import SftConfig
 from reward.arguments import parse_arguments, read_prompt_file

@@ -26,6 +26,7 @@ import numpy as np
 from long_runs import ROOT, Budget, write_json
 from transformers import TrainerCallback
 
+from finetune.command_line import as_flags
 from finetune.run import load_policy
 from reward.arguments import parse_arguments, read_prompt_file
 from rl.ddpo import DDPOConfig, DDPOTrainer
@@ -85,11 +86,7 @@ class Training:
         """As the command line of run_ddpo.py, but for files that nobody would read."""
         quiet = {"output_dir": output_dir, "seed": self.seed, "save_strategy": "no", "report_to": "none",
                  "num_log_images": 0, "disable_tqdm": True}  # fmt: skip
-        flags = ["--config", self.config]
-        for name, value in (quiet | dict(self.changes)).items():
-            values = value if isinstance(value, list) else [value]
-            flags += [f"--{name}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in values)]
-        return flags
+        return ["--config", self.config, *as_flags(quiet | dict(self.changes))]
 
 
 @dataclass(frozen=True)

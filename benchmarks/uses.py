@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 from demo_proof import TERMS
 from long_runs import Budget, add_flags, work_folder
-from paired import paired_interval, paired_ratio
 from parts import Part, finish, with_needs
 from report import Row, flags, publish
 from rich.console import Console
 from rich.table import Table
 
+from finetune.paired import paired_interval, paired_ratio
 from reward.arguments import read_prompt_file
 from rl.folder_lock import taken
 

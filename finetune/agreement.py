@@ -3,9 +3,10 @@
     python -m finetune.agreement --config configs/agreement_tinyworld.yaml [--any_setting value]
 
 Pictures with prompts are taken from a folder or a `datasets` data set, or drawn first, as `finetune.select` does. Each
-reward judges them as they are, after a JPEG of quality 95, and moved by one pixel. A table and a JSON say: how the
-rewards' orders of the pictures agree, within prompts and across; how often each prefers what people prefer, where the
-pictures come with their numbers, or what another reward prefers; how much noise there is in each; what a picture costs.
+reward judges them as they are, after a JPEG of quality 95, moved by one pixel, and with planted defects. A table and a
+JSON say: how the rewards' orders of the pictures agree, within prompts and across; how often each prefers what people
+prefer, where the pictures come with their numbers (or as pairs of which one was chosen, `choices`), or what another
+reward prefers; how much noise there is in each; how often it sees a defect; what a picture costs.
 
 A reward that disagrees with people on the pictures that the policy draws now will not lead it to where they agree; two
 that agree fully say the same twice; one whose noise is as large as its differences teaches noise.
@@ -16,7 +17,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import diffusers
@@ -37,11 +38,14 @@ from finetune.agreement_measures import (  # noqa: E402
     groups_of,
     noise_share,
     pair_accuracy,
+    preference,
     spread_within,
     within_prompts,
 )
+from finetune.choices import Choices, open_choices  # noqa: E402
 from finetune.files import write_whole  # noqa: E402
 from finetune.generate import Generation, GenerationArguments  # noqa: E402
+from finetune.planted_defects import DEFECTS  # noqa: E402
 from finetune.pool import Pool, open_pool  # noqa: E402
 from finetune.predictions import read_pictures  # noqa: E402
 from finetune.select import draw_missing  # noqa: E402
@@ -75,6 +79,16 @@ class AgreementArguments:
         default_factory=list,
         metadata={"help": "Rewards or labels that the rewards' preferences are held against; default: the labels."},
     )
+    choices: str | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs of pictures of which people chose one, which the rewards' preferences are held against too: "
+            "a folder of Pick-a-Pic's parquet files, or a saved data set with its columns jpg_0, jpg_1, caption, "
+            "label_0."
+        },
+    )
+    choices_split: str = field(default="train", metadata={"help": "Which split of saved `choices` that have several."})
+    most_choices: int | None = field(default=None, metadata={"help": "The first so many pairs only; default: all."})
     most_pictures: int | None = field(
         default=None, metadata={"help": "Look at the first so many pictures only; default: at all."}
     )
@@ -96,6 +110,8 @@ class AgreementArguments:
             raise ValueError(f"against names {unknown}, which are neither among the rewards nor the labels")
         if self.most_pictures is not None and self.most_pictures < 2:
             raise ValueError(f"most_pictures is {self.most_pictures}; agreement needs at least 2")
+        if self.most_choices is not None and self.most_choices < 1:
+            raise ValueError(f"most_choices is {self.most_choices}; it must be at least 1")
         if self.reward_batch_size < 1:
             raise ValueError(f"reward_batch_size is {self.reward_batch_size}; it must be at least 1")
 
@@ -108,13 +124,18 @@ class Opinions:
         prompts: N.
         values: rater -> (N,) float64: rewards' objectives, then labels.
         changed: name of a change (`CHANGES`) -> reward -> (N,), of the changed pictures.
+        defective: name of a defect (`DEFECTS`) -> reward -> (N,), of the pictures with it.
         milliseconds: reward -> of one picture, the median over batches.
+        chosen: reward -> (C,), by how much it prefers, of C pairs, the picture that people chose; `captions` of them.
     """
 
     prompts: list[str]
     values: Mapping[str, np.ndarray]
     changed: Mapping[str, Mapping[str, np.ndarray]]
+    defective: Mapping[str, Mapping[str, np.ndarray]]
     milliseconds: Mapping[str, float]
+    chosen: Mapping[str, np.ndarray] = field(default_factory=dict)
+    captions: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -123,7 +144,9 @@ class Agreement:
 
     Attributes:
         noise: change -> reward -> `noise_share`.
+        defects: defect -> reward -> `preference` for the picture without it.
         spread: rater -> `spread_within`.
+        chosen: reward -> how often it prefers what people chose of two.
     """
 
     raters: list[str]
@@ -133,8 +156,10 @@ class Agreement:
     across: Mapping[str, Mapping[str, Figure]]
     accuracy: Mapping[str, Mapping[str, Figure]]
     noise: Mapping[str, Mapping[str, float | None]]
+    defects: Mapping[str, Mapping[str, Figure]]
     spread: Mapping[str, float]
     milliseconds: Mapping[str, float]
+    chosen: Mapping[str, Figure]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -154,6 +179,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         read_labels(open_pool(arguments.pictures, arguments.prompt_column, arguments.split), arguments)
 
+    choices = None
+    if arguments.choices is not None:
+        choices = open_choices(arguments.choices, arguments.choices_split, arguments.most_choices)
+
     state = PartialState(cpu=arguments.use_cpu)
     if state.num_processes > 1:
         raise ValueError(f"agreement is measured in one process, not in {state.num_processes}; start it with python")
@@ -168,6 +197,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels, count = read_labels(pool, arguments), pictures_of(pool, arguments)
     with tqdm(total=count, dynamic_ncols=True, unit="picture") as bar:
         opinions = ask(pool, count, rewards, labels, arguments.reward_batch_size, state.device, bar.update)
+    if choices is not None:
+        with tqdm(total=len(choices), dynamic_ncols=True, unit="pair") as bar:
+            opinions = replace(
+                opinions, chosen=ask_about(choices, rewards, state.device, bar.update), captions=list(choices.captions)
+            )
     found = agreement(opinions, list(rewards), arguments.against)
     every = {name: values.tolist() for name, values in opinions.values.items()}
     facts = {"settings": asdict(arguments), **asdict(found), "prompts_of_pictures": opinions.prompts, "values": every}
@@ -229,6 +263,7 @@ def ask(
     prompts = [entry.prompt for entry in pool.entries[:count]]
     values = {name: np.full(count, np.nan) for name in rewards}
     changed = {change: {name: np.full(count, np.nan) for name in rewards} for change in CHANGES}
+    defective = {defect: {name: np.full(count, np.nan) for name in rewards} for defect in DEFECTS}
     seconds = defaultdict(list)
     for places, images in _batches(pool, count, batch_size):
         images, asked = images.to(device), [prompts[place] for place in places]
@@ -240,10 +275,36 @@ def ask(
             other = apply(images)
             for name, reward in rewards.items():
                 changed[change][name][places] = _objective(reward, other, asked)
+        for defect, plant in DEFECTS.items():
+            other, said = plant(images, asked, places, prompts)
+            for name, reward in rewards.items():
+                defective[defect][name][places] = _objective(reward, other, said)
         on_pictures(len(places))
     later = {name: taken[1:] or taken for name, taken in seconds.items()}  # the first batch warms up
     milliseconds = {name: 1000 * float(np.median(taken)) for name, taken in later.items()}
-    return Opinions(prompts, {**values, **labels}, changed, milliseconds)
+    return Opinions(prompts, {**values, **labels}, changed, defective, milliseconds)
+
+
+@torch.no_grad()
+def ask_about(
+    choices: Choices, rewards: Mapping[str, RewardFn], device: torch.device, on_pairs=lambda count: None
+) -> dict[str, np.ndarray]:
+    """By how much each reward prefers, of each of C pairs, the picture that people chose: name -> (C,).
+
+    A pair at a time: its pictures may differ in size from each other, and pairs from pairs.
+
+    Raises:
+        ValueError: a picture cannot be read.
+        RewardError: a reward says something that is not finite; the prompt is named.
+    """
+    found = {name: np.empty(len(choices)) for name in rewards}
+    for number, (caption, first) in enumerate(zip(choices.captions, choices.first, strict=True)):
+        pictures = [picture[None].to(device).float() / 255 for picture in choices.read(number)]
+        for name, reward in rewards.items():
+            one, other = (float(_objective(reward, picture, [caption])[0]) for picture in pictures)
+            found[name][number] = one - other if first else other - one
+        on_pairs(1)
+    return found
 
 
 def agreement(opinions: Opinions, rewards: Sequence[str], against: Sequence[str]) -> Agreement:
@@ -267,6 +328,10 @@ def agreement(opinions: Opinions, rewards: Sequence[str], against: Sequence[str]
         change: {name: noise_share(opinions.values[name], said[name], groups) for name in rewards}
         for change, said in opinions.changed.items()
     }
+    defects = {
+        defect: {name: preference(opinions.values[name], said[name], groups) for name in rewards}
+        for defect, said in opinions.defective.items()
+    }
     return Agreement(
         raters,
         pictures=values.shape[1],
@@ -275,8 +340,13 @@ def agreement(opinions: Opinions, rewards: Sequence[str], against: Sequence[str]
         across=_by_name(raters, across_prompts(values, groups)),
         accuracy=accuracy,
         noise=noise,
+        defects=defects,
         spread={name: spread_within(opinions.values[name], groups) for name in raters},
         milliseconds=dict(opinions.milliseconds),
+        chosen={
+            name: preference(margins, np.zeros_like(margins), groups_of(opinions.captions))
+            for name, margins in opinions.chosen.items()
+        },
     )
 
 
@@ -284,12 +354,20 @@ def print_tables(console: Console, found: Agreement, rewards: Sequence[str]) -> 
     title = f"{found.pictures} pictures of {found.prompts} prompts"
     table = Table(title=title)
     headings = ["reward", "ms a picture", "spread", *(f"noise, {change}" for change in found.noise)]
+    headings += ["right about people's choices"] * bool(found.chosen)
     for heading in [*headings, *(f"right about {truth}" for truth in found.accuracy)]:
         table.add_column(heading, justify="left" if heading == "reward" else "right")
     for name in rewards:
         noise = ["-" if said[name] is None else f"{said[name]:.3f}" for said in found.noise.values()]
-        right = [_in_words(said.get(name), line="\n") for said in found.accuracy.values()]
+        asked = ([found.chosen] if found.chosen else []) + list(found.accuracy.values())
+        right = [_in_words(said.get(name), line="\n") for said in asked]
         table.add_row(name, f"{found.milliseconds[name]:.1f}", f"{found.spread[name]:.4g}", *noise, *right)
+    console.print(table)
+    table = Table(title="how often the sound picture is preferred to the same with a planted defect; 0.5 is chance")
+    for heading in ("reward", *found.defects):
+        table.add_column(heading, justify="left" if heading == "reward" else "right")
+    for name in rewards:
+        table.add_row(name, *(_in_words(said[name], line="\n") for said in found.defects.values()))
     console.print(table)
     for where, figures in (("within prompts", found.within), ("across prompts", found.across)):
         table = Table(title=f"rank correlation {where}")

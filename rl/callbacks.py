@@ -119,3 +119,15 @@ class AverageWeights(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.average.step(self.trainer.trained_weights())
+
+
+class StopWhenOutOfTime(TrainerCallback):
+    """Ends the run, with a checkpoint, behind the rollout in which its time is up."""
+
+    def __init__(self, trainer: "PolicyTrainer"):
+        self.trainer = trainer
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.trainer.out_of_time():
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != "no" and not self.trainer.is_saved

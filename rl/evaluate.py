@@ -84,6 +84,7 @@ def evaluate(
     world_size: int = 1,
     gather: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     on_batch: Callable[[int], None] = lambda pictures: None,
+    on_images: Callable[[Sequence[int], torch.Tensor], None] = lambda pictures, images: None,
 ) -> Evaluation:
     """Sample `generations` pictures for each prompt and ask every reward for its opinion.
 
@@ -95,6 +96,7 @@ def evaluate(
         rank, world_size: the ranks share the prompts among them.
         gather: (B, ...) -> (B * ranks, ...), the ranks' tensors one after another.
         on_batch: called after each batch with its number of pictures.
+        on_images: called with the numbers of a batch's pictures (prompt * `generations` + generation), and them.
 
     Raises:
         DivergedError, RewardError: what the policy draws, or what a reward says of it, is not finite.
@@ -109,6 +111,7 @@ def evaluate(
         chunk_prompts = [prompts[picture // generations] for picture in chunk]
         images = _images(policy, schedule, chunk_prompts, chunk, seed, guidance_scale)
         batches.append(_opinions(rewards, images, chunk_prompts, reward_batch_size))
+        on_images(chunk, images)
         on_batch(len(chunk))
     values = {name: gather(torch.cat([batch[name] for batch in batches])).cpu() for name in batches[0]}
     values = {name: value[: len(prompts) * generations] for name, value in values.items()}

@@ -96,6 +96,10 @@ def check_policy_ranges(args: "PolicyConfig") -> None:
         args.ema_decay is None or 0 < args.ema_decay < 1,
         f"ema_decay is {args.ema_decay}; it must lie between 0 and 1, e.g. 0.9",
     )
+    require(
+        args.max_train_seconds is None or args.max_train_seconds > 0,
+        f"max_train_seconds is {args.max_train_seconds}; it must be above 0",
+    )
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         require(getattr(args, name) >= 1, f"{name} is {getattr(args, name)}; it must be at least 1")
     require(

@@ -184,6 +184,13 @@ class PolicyConfig(TrainingArguments):
     )
 
     # Run
+    max_train_seconds: float | None = field(
+        default=None,
+        metadata={
+            "help": "End the run behind the rollout in which it has trained for so many seconds, those before it was "
+            "resumed included; on a CPU they are the processor's. A checkpoint is kept of where it ended."
+        },
+    )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={

@@ -22,6 +22,7 @@ from rl.callbacks import (
     RewardProgress,
     RunCurves,
     SampleGrids,
+    StopWhenOutOfTime,
 )
 from rl.checkpoints import SAMPLES, explained, newest_whole, written_beside
 from rl.evaluate import TRAINING_REWARD, Evaluation, HeldOut, evaluate, look
@@ -85,6 +86,7 @@ class PolicyTrainer(ResumableTrainer):
         policy.to(args.device)
         self.add_callback(EvaluationsBeforeCheckpoints(self))
         self.add_callback(ResumedLogs(self))
+        self.add_callback(StopWhenOutOfTime(self))
         if self.pop_callback(TensorBoardCallback):
             self.add_callback(RunCurves)
             self.add_callback(SampleGrids(self))

@@ -52,14 +52,15 @@ class ResumableTrainer(Trainer):
 
     Attributes:
         clock, train_seconds: seconds of each phase so far, and of `train`; of the whole run, also where it goes on.
+        processor_seconds: of `train`, of this process; what runs beside it does not count.
     """
 
     def __init__(self, plan: Boundaries, watch: Watch, **trainer):
         self.plan, self.watch = plan, watch
         self.clock = PhaseClock()
-        self.train_seconds = 0.0
+        self.train_seconds = self.processor_seconds = 0.0
         self._resumed: dict[str, Any] = {}
-        self._start = 0.0
+        self._start = self._processor_start = 0.0
         self._stop = StopSignal()
         self._run_dir: str | None = None
         self._saved_step: int | None = None
@@ -83,6 +84,7 @@ class ResumableTrainer(Trainer):
         own = checkpoint is not None and checkpoint.resolve().parent == Path(self.args.output_dir).resolve()
         self._saved_step = self._resumed["global_step"] if own else None
         self._start = time.perf_counter() - self._resumed.get("train_seconds", 0.0)
+        self._processor_start = time.process_time() - self._resumed.get("processor_seconds", 0.0)
         with StopSignal() as self._stop:
             try:
                 result = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
@@ -98,9 +100,21 @@ class ResumableTrainer(Trainer):
                     f"go on with --resume_from_checkpoint {self._checkpoint_place()}"
                 ) from None
             finally:
-                self.train_seconds = time.perf_counter() - self._start
+                self.train_seconds, self.processor_seconds = self._elapsed()
                 if self.is_in_train:  # an exception: the Trainer closes bar and writer at a normal end only
                     self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    def _elapsed(self) -> tuple[float, float]:
+        """Seconds of training so far, by the clock on the wall and of the processor."""
+        return time.perf_counter() - self._start, time.process_time() - self._processor_start
+
+    def out_of_time(self) -> bool:
+        """Whether any rank has trained for `args.max_train_seconds`. All must be here, and get the same answer."""
+        limit = self.args.max_train_seconds
+        over = limit is not None and self._elapsed()[self.args.device.type == "cpu"] >= limit
+        if limit is not None and self.args.world_size > 1:
+            over = bool(self.accelerator.gather(torch.tensor([over], device=self.args.device)).any())
+        return over
 
     def _boundary_state(self) -> RunState:
         raise NotImplementedError
@@ -157,6 +171,11 @@ class ResumableTrainer(Trainer):
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
     @property
+    def is_saved(self) -> bool:
+        """Whether there is a checkpoint of the weights as they are."""
+        return self._saved_step == self.state.global_step
+
+    @property
     def best_checkpoint(self) -> Path | None:
         """The checkpoint with the best held-out reward, as far as rollouts were drawn from checkpoints; never rotated
         away. None if no held-out reward is watched."""
@@ -182,7 +201,7 @@ class ResumableTrainer(Trainer):
             "engine": self._engine(),
             "unlogged": gather_object([self._unlogged()]),
             "seconds": dict(self.clock.seconds),
-            "train_seconds": time.perf_counter() - self._start,
+            **dict(zip(("train_seconds", "processor_seconds"), self._elapsed(), strict=True)),
         }
         try:
             with explained(f"the checkpoint {place}", self.args.output_dir):

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from paired import paired_interval
 from report import Row
+
+from finetune.paired import paired_interval
 
 
 def test_interval_of_one_seed_is_the_prompts_standard_error():

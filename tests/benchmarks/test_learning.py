@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 from learning import NOT_REACHED, mean_curve, ratio_to_same_level, reached, resampled, share_needed
-from paired import paired_interval
+
+from finetune.paired import paired_interval
 
 AXIS = np.array([0.0, 10.0, 20.0, 30.0])
 

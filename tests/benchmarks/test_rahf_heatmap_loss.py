@@ -8,7 +8,7 @@ from reward.feedback import HEATMAPS
 
 
 def test_every_choice_is_compared_with_the_papers_by_seed_and_picture(monkeypatch):
-    monkeypatch.setattr("paired.DRAWS", 200)
+    monkeypatch.setattr("finetune.paired.DRAWS", 200)
     noise = np.random.default_rng(0).random((2, 30))
     found = {
         choice: [

@@ -1,11 +1,15 @@
+import io
 import json
 import subprocess
 import sys
 
+import datasets
 import pytest
 import torch
+from PIL import Image
 
 from finetune.agreement import AgreementArguments, main
+from finetune.choices import open_choices
 from finetune.pool import open_pool
 from finetune.predictions import read_pictures
 from reward.feedback import Reward
@@ -73,6 +77,11 @@ def test_the_figures_are_those_of_the_pictures(flags, tmp_path, capsys):
     assert found["noise"]["1 pixel"]["dark"] == pytest.approx(found["noise"]["1 pixel"]["bright"])
     assert found["noise"]["jpeg 95"]["bright"] > 0
     assert all(milliseconds > 0 for milliseconds in found["milliseconds"].values())
+    assert found["defects"].keys() == {"smear", "blotch", "turned colours", "wrong prompt"}
+    seen = found["defects"]["blotch"]
+    assert seen["bright"]["value"] + seen["dark"]["value"] == 1
+    assert found["defects"]["wrong prompt"]["bright"]["value"] == 0.5  # it does not read prompts
+    assert found["chosen"] == {}
     said = capsys.readouterr().out
     assert "9 pictures of 3 prompts" in said
     assert "rank correlation within prompts" in said
@@ -110,9 +119,73 @@ def test_drawn_pictures_by_the_command_itself(pipeline_folder, prompt_file, tmp_
     assert "rank correlation within prompts" in done.stdout
 
 
+def encoded(value, size=8):
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), (value,) * 3).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def choices(tmp_path):
+    """Pick-a-Pic's form: people take the brighter one of two pairs, the darker one of a third; a fourth is a tie."""
+    pairs = [(200, 100, 1.0), (50, 80, 0.0), (90, 20, 0.0), (7, 9, 0.5)]
+    rows = {
+        "jpg_0": [encoded(one) for one, _, _ in pairs], "jpg_1": [encoded(other, 12) for _, other, _ in pairs],
+        "caption": ["a red circle", "a red circle", "a blue square", "a star"],
+        "label_0": [label for *_, label in pairs],
+    }  # fmt: skip
+    (tmp_path / "pairs").mkdir()
+    datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "pairs" / "0.parquet"))
+    return str(tmp_path / "pairs")
+
+
+def test_what_people_chose_of_two(flags, choices, tmp_path, capsys):
+    main(flags(choices=choices))
+    found = json.loads((tmp_path / "agreement.json").read_text())["chosen"]
+    assert (found["bright"]["value"], found["bright"]["n"]) == (pytest.approx(2 / 3), 3)
+    assert found["dark"]["value"] == pytest.approx(1 / 3)
+    assert "choices" in capsys.readouterr().out
+    main(flags(choices=choices, most_choices="2"))
+    assert json.loads((tmp_path / "agreement.json").read_text())["chosen"]["bright"]["value"] == 1
+
+
+def test_a_saved_data_set_of_choices(choices, tmp_path):
+    rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "pairs" / "0.parquet"), split="train")
+    rows = rows.cast_column("jpg_0", datasets.Image()).cast_column("jpg_1", datasets.Image())
+    datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "saved")
+    found = open_choices(tmp_path / "saved", split="test")
+    assert found.captions == ["a red circle", "a red circle", "a blue square"]
+    assert list(found.first) == [True, False, False]
+    one, other = found.read(1)
+    assert (one.shape, other.shape) == ((3, 8, 8), (3, 12, 12))
+    assert (int(one.max()), int(other.max())) == (50, 80)
+    with pytest.raises(ValueError, match="has no split 'train'; it has test"):
+        open_choices(tmp_path / "saved")
+
+
+def test_choices_that_cannot_be_used(choices, flags, tmp_path):
+    rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "pairs" / "0.parquet"), split="train")
+    rows.remove_columns("label_0").save_to_disk(tmp_path / "no_label")
+    rows.map(lambda row: {"label_0": 0.7}).save_to_disk(tmp_path / "odd")
+    rows.map(lambda row: {"label_0": 0.5}).save_to_disk(tmp_path / "ties")
+    rows.map(lambda row: {"jpg_0": b"no picture"}).save_to_disk(tmp_path / "broken")
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("no_label", "lacks the columns label_0; it has jpg_0, jpg_1, caption"),
+        ("odd", "label_0 of row 0 .* is 0.7; it is 0, 0.5 or 1"),
+        ("ties", "holds no pair of which one picture was chosen"),
+        ("empty", "holds neither parquet files nor a saved data set"),
+        ("broken", "row 0 of .* holds no two pictures"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(flags(choices=str(tmp_path / name)))
+    assert not (tmp_path / "agreement.json").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"most_choices": "0"}, "most_choices is 0"),
         ({"rewards": "{}"}, "there is no reward to look at"),
         ({"rewards": json.dumps({"people": BRIGHT})}, r"\['people'\] are names of rewards and of labels"),
         ({"rewards": json.dumps({"b": BRIGHT + "er"})}, "has no attribute Brightnesser"),

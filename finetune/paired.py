@@ -1,4 +1,4 @@
-"""Intervals for paired figures of several seeds: what a benchmark's claims rest on."""
+"""Intervals for paired figures of several seeds: what claims about trainings rest on."""
 
 from collections.abc import Iterator, Sequence
 

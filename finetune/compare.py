@@ -1,0 +1,66 @@
+"""Which reward should I train on? Trains on each of several, and says what came of it.
+
+    python -m finetune.compare --config configs/compare_tinyworld.yaml [--any_setting value]
+
+Every entrant is a training by `run_ddpo.py` or `finetune.draft`, over several seeds, with equal pictures or seconds and
+the same prompts. Base and tuned policies are judged by all evaluators on held-out prompts, from the same noise. The
+report - HTML, Markdown, JSON - says who gained how much in whose eyes, who was gamed, and what follows by fixed rules.
+Killed and started again, it goes on where it was. `--sheet` also writes blinded pages for people, and `--read_sheet
+CSV` counts what they chose. A YAML names code: run only those you trust.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+
+import diffusers
+import transformers
+from rich.console import Console
+
+transformers.logging.set_verbosity_error()  # says on import what does not concern us
+transformers.logging.disable_progress_bar()
+diffusers.logging.disable_progress_bar()
+
+from finetune.compare_config import CompareArguments, read_comparison  # noqa: E402
+from finetune.compare_report import write_report  # noqa: E402
+from finetune.compare_results import read_results  # noqa: E402
+from finetune.compare_runs import Outcome, Work, check_folder, claim  # noqa: E402
+from finetune.compare_sheet import count_answers, read_answers, write_sheet  # noqa: E402
+from reward.arguments import main_guard, parse_arguments  # noqa: E402
+from rl.checkpoints import check_writable  # noqa: E402
+from rl.folder_lock import check_free, taken  # noqa: E402
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    (arguments,) = parse_arguments([CompareArguments], argv)
+    console = Console(highlight=False, soft_wrap=True)
+
+    # Whatever can be wrong with the input is found out before anything is run.
+    comparison = read_comparison(arguments)
+    check_folder(comparison)
+    check_writable(arguments.output_dir)
+    answers = read_answers(comparison, arguments.read_sheet) if arguments.read_sheet else None
+    check_free(arguments.output_dir)
+
+    with taken(arguments.output_dir) as lock:
+        claim(comparison)
+        outcome = Outcome() if arguments.report_only else Work(comparison, console, lock).do()
+        results = read_results(comparison, outcome.failures)
+        counted = count_answers(answers) if answers is not None else None
+        command = ["python", "-m", "finetune.compare", *(sys.argv[1:] if argv is None else argv)]
+        report = write_report(comparison, results, counted, command, console)
+        if arguments.sheet:
+            pages = write_sheet(comparison, results, report.verdict)
+            console.print(f"pages for people: {pages}; fill in answers.csv beside them, then --read_sheet it")
+    for name, path in report.files.items():
+        console.print(f"{name}: {path}", markup=False)
+    console.print(f"[bold]{report.verdict.headline}[/]")
+    if outcome.failures:
+        for (name, seed), failure in outcome.failures.items():
+            print(f"failed: {name}, seed {seed}: {failure.step}: {failure.said}; see {failure.log}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main_guard(main)

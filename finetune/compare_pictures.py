@@ -1,0 +1,114 @@
+"""The same prompts and noise across a comparison's policies, worst cases first, with what a predictor marks."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from finetune.compare_config import BASE, Comparison, Entrant, Evaluator
+from finetune.compare_evaluate import Findings
+from finetune.compare_measures import rank_of_worst
+from finetune.compare_runs import base_findings, run_findings
+from reward.data import to_tensor
+from reward.draw import overlay, to_image
+from reward.feedback import RewardFn
+from rl.scoring import score
+
+_SMALLEST, _LARGEST = 128, 192  # pixels of a picture's height in the report
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One picture in the report.
+
+    Attributes:
+        policy: whose it is: an entrant, or `BASE`.
+        value: what the deciding evaluator says of it; `change` against the base's picture, None for the base's.
+        picture: a data URI.
+        marks: name of a penalty map -> the picture with the map over it, a data URI.
+    """
+
+    policy: str
+    value: float
+    change: float | None
+    picture: str
+    marks: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt, and its pictures by each policy."""
+
+    prompt: str
+    shown: Sequence[Shown]
+
+
+def picture_rows(
+    comparison: Comparison, evaluator: Evaluator, entrants: Sequence[Entrant], judged: Sequence[str]
+) -> tuple[int | None, list[Row]]:
+    """Prompts by what the worst of the entrants `judged` lost on them, and the seed whose trainings are shown.
+
+    Args:
+        evaluator: that ranks and numbers them.
+        entrants: that are shown.
+        judged: names of those whose losses count for the order; all if there are none of them.
+
+    Returns:
+        No seed and no rows if no seed is there of all `entrants`.
+    """
+    seeds = [seed for seed in comparison.arguments.seeds
+             if entrants and all(run_findings(comparison, one, seed).is_file() for one in entrants)]  # fmt: skip
+    if not seeds:
+        return None, []
+    seed = seeds[0]
+    files = {BASE: base_findings(comparison, entrants[0])}
+    files |= {one.name: run_findings(comparison, one, seed) for one in entrants}
+    values = {name: _first_pictures(Findings.read(file), evaluator) for name, file in files.items()}
+    starts = {one.name: _first_pictures(Findings.read(base_findings(comparison, one)), evaluator) for one in entrants}
+    changes = {name: values[name] - start for name, start in starts.items()}
+    counted = [changes[name] for name in changes if name in judged] or list(changes.values())
+    reward = comparison.overlay.make() if comparison.overlay else None
+    rows = []
+    for place in rank_of_worst(np.stack(counted))[: comparison.arguments.grid_prompts]:
+        prompt = comparison.held_out[place]
+        shown = []
+        for name, file in files.items():
+            picture = to_tensor(Image.open(file.with_name("pictures") / f"{place:05}.png")).float() / 255
+            change = None if name == BASE else float(changes[name][place])
+            marks = _marks(reward, picture, prompt)
+            shown.append(Shown(name, float(values[name][place]), change, data_uri(_sized(picture)), marks))
+        rows.append(Row(prompt, shown))
+    return seed, rows
+
+
+def data_uri(image: Image.Image) -> str:
+    """An image as a page can hold it."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="WEBP", quality=82, method=4)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _first_pictures(found: Findings, evaluator: Evaluator) -> np.ndarray:
+    """(P,), of each prompt's first picture at the end: the one that is kept."""
+    return np.array(found.seen[-1].values[evaluator.spec.key][evaluator.term or ""])[:, 0]
+
+
+@torch.no_grad()
+def _marks(reward: RewardFn | None, picture: torch.Tensor, prompt: str) -> dict[str, str]:
+    if reward is None:
+        return {}
+    penalties = score(reward, picture[None], [prompt]).penalties
+    height = _height(picture)
+    return {name: data_uri(overlay(picture, maps[0], name, height)) for name, maps in penalties.items()}
+
+
+def _sized(picture: torch.Tensor) -> Image.Image:
+    return to_image(picture, _height(picture))
+
+
+def _height(picture: torch.Tensor) -> int:
+    return min(max(picture.shape[-2], _SMALLEST), _LARGEST)

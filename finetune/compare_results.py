@@ -1,0 +1,142 @@
+"""What a comparison has found so far, read from its folder into tables.
+
+Shapes: S seeds, L looks at a training, P held-out prompts. A prompt's figure is the mean over its pictures.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from finetune.compare_config import Comparison, Entrant, Evaluator, parse_entrant
+from finetune.compare_evaluate import Findings, Seen
+from finetune.compare_runs import (
+    Failure,
+    TrainingFacts,
+    base_findings,
+    run_findings,
+    run_folder,
+    training_command,
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """An entrant's policy before training.
+
+    Attributes:
+        columns: evaluator -> (P,).
+        spread: evaluator -> standard deviation over all pictures.
+        own: (P,), the entrant's own reward; `own_spread` its standard deviation.
+        drawn: (P,); how much is drawn.
+        diversity: (P,), None with one picture a prompt.
+    """
+
+    columns: Mapping[str, np.ndarray]
+    spread: Mapping[str, float]
+    own: np.ndarray
+    own_spread: float
+    drawn: np.ndarray
+    diversity: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An entrant's trainings that are done.
+
+    Attributes:
+        seeds: S of them, in the order asked for.
+        images, seconds: (S, L), what each look had cost.
+        columns: evaluator -> (S, L, P).
+        own: (S, L, P).
+        drawn: (S, L, P).
+        diversity: (S, L, P), None with one picture a prompt.
+        facts: of each training.
+        failures: seed -> why it is not there; `missing`: seeds that nobody has tried yet.
+    """
+
+    entrant: Entrant
+    base: Base
+    seeds: Sequence[int]
+    images: np.ndarray
+    seconds: np.ndarray
+    columns: Mapping[str, np.ndarray]
+    own: np.ndarray
+    drawn: np.ndarray
+    diversity: np.ndarray | None
+    facts: Sequence[TrainingFacts]
+    failures: Mapping[int, Failure]
+    missing: Sequence[int]
+
+    def gain(self, evaluator: str) -> np.ndarray:
+        """(S, P), at the end, against the base."""
+        return self.columns[evaluator][:, -1] - self.base.columns[evaluator]
+
+
+def read_results(comparison: Comparison, failures: Mapping[tuple[str, int], Failure]) -> list[Trained]:
+    """Everything that is there, in the order of the entrants; those without a finished training have S = 0.
+
+    Raises:
+        ValueError: the policy before training has not been judged yet, so that there is nothing to compare with.
+    """
+    for entrant in comparison.entrants:
+        if not (file := base_findings(comparison, entrant)).is_file():
+            raise ValueError(f"there is nothing to report yet: {file} is missing; start again without --report_only")
+    return [_read_entrant(comparison, entrant, failures) for entrant in comparison.entrants]
+
+
+def _read_entrant(comparison: Comparison, entrant: Entrant, failures: Mapping[tuple[str, int], Failure]) -> Trained:
+    seeds = [seed for seed in comparison.arguments.seeds if run_findings(comparison, entrant, seed).is_file()]
+    failed = {seed: why for (name, seed), why in failures.items() if name == entrant.name}
+    _, args = parse_entrant(entrant.command, training_command(comparison, entrant, 0)[1:])
+    limits = args.watch_limits
+    found = [_evenly(Findings.read(run_findings(comparison, entrant, seed)).seen) for seed in seeds]
+    looks = min(map(len, found), default=0)
+    found = [one[-looks:] for one in found]  # where time decides, a seed may have one less
+    base = _read_base(comparison, entrant)
+    shape = (len(seeds), looks, len(comparison.held_out))
+
+    def stacked(of) -> np.ndarray:
+        return np.array([[of(seen) for seen in one] for one in found], dtype=float).reshape(shape)
+
+    return Trained(
+        entrant,
+        base,
+        seeds,
+        np.array([[seen.look.images for seen in one] for one in found], dtype=float).reshape(shape[:2]),
+        np.array([[seen.look.seconds for seen in one] for one in found], dtype=float).reshape(shape[:2]),
+        {one.name: stacked(lambda seen, one=one: _column(seen, one)) for one in comparison.evaluators},
+        stacked(lambda seen: np.mean(seen.values[entrant.spec.key][""], axis=1)),
+        stacked(lambda seen: np.mean(seen.drawn, axis=1)),
+        None if base.diversity is None else stacked(lambda seen: seen.diversity),
+        [TrainingFacts.read(run_folder(comparison, entrant, seed), limits) for seed in seeds],
+        failed,
+        [seed for seed in comparison.arguments.seeds if seed not in seeds and seed not in failed],
+    )
+
+
+def _read_base(comparison: Comparison, entrant: Entrant) -> Base:
+    (seen,) = Findings.read(base_findings(comparison, entrant)).seen
+    own = np.array(seen.values[entrant.spec.key][""])
+    return Base(
+        columns={one.name: _column(seen, one) for one in comparison.evaluators},
+        spread={one.name: float(np.std(_pictures(seen, one))) for one in comparison.evaluators},
+        own=own.mean(axis=1),
+        own_spread=float(own.std()),
+        drawn=np.mean(seen.drawn, axis=1),
+        diversity=np.array(seen.diversity) if seen.diversity else None,
+    )
+
+
+def _evenly(seen: Sequence[Seen]) -> list[Seen]:
+    return sorted(seen, key=lambda one: one.look.updates)
+
+
+def _column(seen: Seen, evaluator: Evaluator) -> np.ndarray:
+    """(P,)."""
+    return _pictures(seen, evaluator).mean(axis=1)
+
+
+def _pictures(seen: Seen, evaluator: Evaluator) -> np.ndarray:
+    """(P, G)."""
+    return np.array(seen.values[evaluator.spec.key][evaluator.term or ""])

@@ -1,0 +1,216 @@
+"""Do people see it too? Blinded pairs of pictures to choose from, and what was chosen, counted.
+
+A page shows, for a prompt, two policies' pictures from the same noise, left and right by chance; nothing on it says
+whose they are. Every held-out prompt is on it once, so all answers are independent. `answers.csv` is to be filled in
+with left, right or tie; `key.json`, to be kept from those who answer, says who was where.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from scipy import stats
+
+from finetune.compare_config import BASE, Comparison
+from finetune.compare_pages import render
+from finetune.compare_pictures import data_uri
+from finetune.compare_results import Trained
+from finetune.compare_runs import base_findings, run_findings
+from finetune.compare_verdict import Verdict
+from finetune.files import write_whole
+
+SHEET, KEY, ANSWERS, PAGES = "sheet", "key.json", "answers.csv", "sheet.html"
+COLUMNS = ("pair", "prompt", "answer")
+CHOICES = ("left", "right", "tie")
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Counted:
+    """How often `one` was preferred to `other`.
+
+    Attributes:
+        wins, ties, losses: of `one`.
+        rate: of wins, a tie being half of one; `low` and `high` its 95% interval, Wilson's.
+        p: of wins against losses, two-sided sign test; None where all were ties.
+    """
+
+    one: str
+    other: str
+    wins: int
+    ties: int
+    losses: int
+    rate: float
+    low: float
+    high: float
+    p: float | None
+
+
+def write_sheet(comparison: Comparison, results: Sequence[Trained], verdict: Verdict) -> Path:
+    """Pages, CSV and key for the pairs that are asked for; the pages' path.
+
+    Raises:
+        ValueError: a pair names no entrant, or one without a finished training; or there is nothing to show.
+    """
+    folder = comparison.folder / SHEET
+    pairs = read_pairs(comparison, results, verdict)
+    drawn = draw(comparison, pairs, {one.entrant.name: list(one.seeds) for one in results})
+    shown = [
+        {"pair": row["pair"], "prompt": row["prompt"],
+         **{side: data_uri(Image.open(_picture(comparison, row[side], row["seed"], row["place"])))
+            for side in ("left", "right")}}
+        for row in drawn
+    ]  # fmt: skip
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows({"pair": row["pair"], "prompt": row["prompt"], "answer": ""} for row in drawn)
+    write_whole(folder / KEY, (json.dumps(drawn, indent=1, ensure_ascii=False) + "\n").encode())
+    write_whole(
+        folder / PAGES, render("sheet.html.jinja", {"title": "Which picture is better?", "pairs": shown}).encode()
+    )
+    if (folder / ANSWERS).is_file() and any(row["answer"] for row in _rows(folder / ANSWERS)):
+        return folder / PAGES  # someone has begun; the pairs are the same as long as the settings are
+    write_whole(folder / ANSWERS, text.getvalue().encode())
+    return folder / PAGES
+
+
+def read_pairs(comparison: Comparison, results: Sequence[Trained], verdict: Verdict) -> list[tuple[str, str]]:
+    """Who is to be shown beside whom.
+
+    Raises:
+        ValueError: see `write_sheet`.
+    """
+    done = [one.entrant.name for one in results if one.seeds]
+    if comparison.arguments.sheet_pairs:
+        pairs = []
+        for text in comparison.arguments.sheet_pairs:
+            one, slash, other = text.partition("/")
+            for name in (one, other):
+                if not slash or name not in (*done, BASE) or one == other:
+                    raise ValueError(
+                        f"sheet_pairs: {text!r} is no pair; write one/other, of {', '.join([*done, BASE])}, which are "
+                        "those with a finished training"
+                    )
+            pairs.append((one, other))
+        return pairs
+    by = comparison.decide_by or comparison.evaluators[0].name
+    best = sorted((one for one in results if one.seeds and not one.entrant.upper_bound),
+                  key=lambda one: one.gain(by).mean(), reverse=True)  # fmt: skip
+    names = [*verdict.winners, *(one.entrant.name for one in best)]
+    names = list(dict.fromkeys(names))
+    if not names:
+        raise ValueError("there is no finished training to show to people yet")
+    return [(names[0], BASE)] + ([(names[0], names[1])] if len(names) > 1 else [])
+
+
+def draw(
+    comparison: Comparison, pairs: Sequence[tuple[str, str]], seeds: Mapping[str, Sequence[int]]
+) -> list[dict[str, Any]]:
+    """Which prompt shows which pair, of which training, and who is left; all by (eval_seed, prompt), so that the same
+    settings draw the same.
+
+    The prompts are shuffled and dealt out to the pairs in turn, so each counts once, and the pairs share them evenly.
+    """
+    prompts, seed = comparison.held_out, comparison.arguments.eval_seed
+    order = sorted(range(len(prompts)), key=lambda place: _chance(seed, "order", prompts[place]))
+    drawn = []
+    for number, place in enumerate(order):
+        one, other = pairs[number % len(pairs)]
+        both = [each for each in seeds.get(one, seeds.get(other, ())) if all(
+            name == BASE or each in seeds[name] for name in (one, other))]  # fmt: skip
+        if not both:
+            raise ValueError(
+                f"{one} and {other} have no finished training of the same seed to be shown beside each other"
+            )
+        left, right = (one, other) if _chance(seed, "side", prompts[place]) < 0.5 else (other, one)
+        which = both[int(_chance(seed, "training", prompts[place]) * len(both))]
+        drawn.append({"pair": number + 1, "place": place, "prompt": prompts[place], "seed": which, "left": left,
+                      "right": right, "one": one, "other": other})  # fmt: skip
+    return drawn
+
+
+def read_answers(comparison: Comparison, file: str | Path) -> list[dict[str, Any]]:
+    """The key's rows with the `answer` that `file` gives each; unanswered ones are left out.
+
+    Raises:
+        ValueError: no such file, or not of this comparison's sheet; an answer that is none; no answer at all.
+    """
+    key = comparison.folder / SHEET / KEY
+    if not key.is_file():
+        raise ValueError(f"there is no {key}: --sheet writes it, with the pages that {file} is to answer")
+    asked = {str(row["pair"]): row for row in json.loads(key.read_text(encoding="utf-8"))}
+    rows, answered, wrong = _rows(Path(file)), {}, []
+    for row in rows:
+        pair, answer = str(row.get("pair", "")).strip(), str(row.get("answer") or "").strip().lower()
+        if pair not in asked or row.get("prompt") != asked[pair]["prompt"]:
+            raise ValueError(f"{file}: pair {pair!r}, {row.get('prompt')!r}, is not of the sheet in {key.parent}")
+        if pair in answered:
+            raise ValueError(f"{file}: pair {pair} is answered twice; each prompt counts once")
+        if answer and answer not in CHOICES:
+            wrong.append(f"pair {pair}: {row['answer']!r}")
+        answered[pair] = answer
+    if wrong:
+        raise ValueError(f"{file}: answers are {', '.join(CHOICES)}, or empty, but not {'; '.join(wrong[:_NAMED])}")
+    found = [asked[pair] | {"answer": answer} for pair, answer in answered.items() if answer]
+    if not found:
+        raise ValueError(f"{file} holds no answer; write {', '.join(CHOICES)} into the column answer")
+    return found
+
+
+def count_answers(answers: Sequence[Mapping[str, Any]]) -> list[Counted]:
+    """Win rates of each pair; pure."""
+    found = []
+    for one, other in dict.fromkeys((row["one"], row["other"]) for row in answers):
+        points = np.array([_points(row) for row in answers if (row["one"], row["other"]) == (one, other)])
+        wins, ties, losses = (int((points == value).sum()) for value in (1.0, 0.5, 0.0))
+        p = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else None
+        rate = float(points.mean())
+        found.append(Counted(one, other, wins, ties, losses, rate, *wilson(rate, len(points)), p))
+    return found
+
+
+def wilson(rate: float, count: int, level: float = 0.95) -> tuple[float, float]:
+    """Ends of the interval of a share (Wilson 1927), which is never empty, also where all say the same. Answers with
+    ties vary less than those it is made for, so it is a little wide for them."""
+    z = float(stats.norm.ppf((1 + level) / 2))
+    middle = (rate + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * (rate * (1 - rate) / count + z * z / (4 * count**2)) ** 0.5
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def _points(row: Mapping[str, Any]) -> float:
+    return 0.5 if row["answer"] == "tie" else float(row[row["answer"]] == row["one"])
+
+
+def _rows(file: Path) -> list[dict[str, str]]:
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            reader = csv.DictReader(opened)
+            rows = list(reader)
+    except OSError as error:
+        raise ValueError(f"cannot read the answers {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+        raise ValueError(f"{file} lacks the columns {', '.join(missing)}; fill in the answers.csv that --sheet wrote")
+    return rows
+
+
+def _picture(comparison: Comparison, policy: str, seed: int, place: int) -> Path:
+    entrant = comparison.entrants[0] if policy == BASE else comparison.entrant(policy)
+    file = base_findings(comparison, entrant) if policy == BASE else run_findings(comparison, entrant, seed)
+    return file.with_name("pictures") / f"{place:05}.png"
+
+
+def _chance(*key: object) -> float:
+    """In [0, 1), by a key and nothing else."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64

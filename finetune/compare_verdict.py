@@ -1,0 +1,275 @@
+"""Who won, by fixed rules, in words. Pure: tables of numbers in, sentences out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import numpy as np
+
+from finetune.compare_measures import FEWEST_SEEDS, LEVEL, MOST_SEEDS, POWER, Difference, difference, holm
+from rl.watch import MONITORS
+
+ALPHA = 1 - LEVEL
+_SMALL = 0.2
+"""Of the standard deviation of the base's pictures: what is commonly called a small effect; see `rl.watch`."""
+
+RULES = (
+    f"A gain is the mean over held-out prompts and seeds of what an evaluator says of the tuned policy's pictures, "
+    f"less what it says of the base's, from the same noise. Its {LEVEL:.0%} interval is a bootstrap one over seeds and "
+    f"prompts, widened by Student's t as seeds are few. With fewer than {FEWEST_SEEDS} seeds there is none.",
+    f"A difference is shown if its p-value, corrected by Holm's method for all that are compared, is below "
+    f"{ALPHA:.2g}.",
+    "The deciding evaluator is one that no entrant trains on, upper bounds aside. An evaluator is trained on if an "
+    "entrant's reward is of the same class and reads the same model, whatever its weights.",
+    f"An entrant is gamed if its own reward's gain is shown to be above 0 and the gain in an evaluator that nobody "
+    f"trains on is shown to be below 0; with fewer than {FEWEST_SEEDS} seeds, if the means say so by more than "
+    f"{_SMALL:g} standard deviations of the base's pictures.",
+    f"An entrant collapses if its pictures hold less than {MONITORS['drawn'].limit:g} of the edges of the base's, or "
+    f"differ within a prompt by less than {MONITORS['diversity'].limit:g} of what the base's do.",
+    "Entrants that are gamed, collapse, failed or are not finished cannot win, nor can an upper bound.",
+    "Of the others, the one of the largest gain leads, if that gain is shown to be above 0. It wins alone if its "
+    "difference from each of the others is shown; those whose difference is not shown stand beside it.",
+    f"Seeds that are still needed are counted by the variances of seeds, prompts and the rest, for a chance of "
+    f"{POWER:.0%} to show the smallest difference that matters, or the one that was seen if none was named.",
+)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What is wrong with an entrant: `kind` is gamed, collapsing or failed; `text` says what was seen."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What is known of an entrant.
+
+    Attributes:
+        own: gain in its own reward; `own_spread`, the standard deviation of that over the base's pictures.
+        gains: evaluator -> gain; `corrected`: evaluator -> its p-value, Holm's over entrants; None where there is none.
+        trains_on: the evaluators that it trains on.
+        drawn, diversity: at the end, of the base's; diversity None with one picture a prompt.
+        kl: mean over seeds; None where it was not measured.
+        monitors: of `rl.watch` -> in how many trainings it was across its limit.
+        unfinished: why it cannot be judged fully; empty if all is there.
+        failed: whether a training failed.
+    """
+
+    name: str
+    note: str
+    upper_bound: bool
+    seeds: Sequence[int]
+    own: Difference | None
+    gains: Mapping[str, Difference]
+    corrected: Mapping[str, float | None]
+    trains_on: Sequence[str]
+    drawn: float | None
+    diversity: float | None
+    kl: float | None
+    monitors: Mapping[str, int]
+    unfinished: str = ""
+    failed: bool = False
+    flags: Sequence[Flag] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        """Whether it may win."""
+        return not (self.upper_bound or self.flags or self.unfinished)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`one` less `other`, by the deciding evaluator, on the seeds that both have.
+
+    Attributes:
+        corrected: p-value, Holm's over all pairs; None with too few seeds.
+    """
+
+    one: str
+    other: str
+    less: Difference
+    corrected: float | None
+
+    @property
+    def shown(self) -> bool:
+        return self.corrected is not None and self.corrected < ALPHA
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer.
+
+    Attributes:
+        headline: in a line.
+        sentences: what it rests on.
+        winners: the entrant that leads, and those beside it; empty without a verdict.
+    """
+
+    headline: str
+    sentences: Sequence[str]
+    winners: Sequence[str]
+
+
+def correct(standings: Sequence[Mapping[str, Difference]]) -> list[dict[str, float | None]]:
+    """Of each evaluator's gains, over entrants, the p-values by Holm's method."""
+    found: list[dict[str, float | None]] = [dict.fromkeys(gains) for gains in standings]
+    for name in {name: None for gains in standings for name in gains}:
+        there = [(place, gains[name].p) for place, gains in enumerate(standings)
+                 if name in gains and gains[name].p is not None]  # fmt: skip
+        for (place, _), p in zip(there, holm([p for _, p in there]), strict=True):
+            found[place][name] = p
+    return found
+
+
+def flags_of(standing: Standing, impartial: Mapping[str, float], own_spread: float) -> list[Flag]:
+    """What is wrong with an entrant by the rules.
+
+    Args:
+        impartial: evaluators that nobody trains on -> standard deviation over the base's pictures.
+        own_spread: that of its own reward.
+    """
+    flags = []
+    if standing.failed:
+        flags.append(Flag("failed", standing.unfinished))
+    if standing.own is None:
+        return flags
+    fell = [name for name in impartial if name not in standing.trains_on and _fell(standing, name, impartial[name])]
+    if standing.own.p is None:
+        rose = standing.own.value > _SMALL * own_spread
+    else:
+        rose = standing.own.value > 0 and standing.own.p < ALPHA
+    if rose and fell:
+        by = "; ".join(f"{name} {standing.gains[name].value:+.3g}" for name in fell)
+        flags.append(Flag("gamed", f"its own reward rose ({standing.own.value:+.3g}) while others fell: {by}"))
+    seen = []
+    if standing.drawn is not None and standing.drawn < MONITORS["drawn"].limit:
+        seen.append(f"its pictures hold {standing.drawn:.0%} of the base's edges")
+    if standing.diversity is not None and standing.diversity < MONITORS["diversity"].limit:
+        seen.append(f"its pictures of a prompt differ by {standing.diversity:.0%} of what the base's do")
+    if seen:
+        flags.append(Flag("collapsing", "; ".join(seen)))
+    return flags
+
+
+def _fell(standing: Standing, name: str, spread: float) -> bool:
+    gain, p = standing.gains[name], standing.corrected.get(name)
+    return gain.value < -_SMALL * spread if p is None else gain.value < 0 and p < ALPHA
+
+
+def compare_pairs(tables: Mapping[str, Mapping[int, np.ndarray]], smallest: float | None) -> list[Pair]:
+    """Every two entrants.
+
+    Args:
+        tables: entrant -> seed -> (P,), gains by the deciding evaluator.
+        smallest: as `difference` takes it.
+    """
+    common = {
+        (one, other): seeds
+        for one, other in combinations(tables, 2)
+        if (seeds := [seed for seed in tables[one] if seed in tables[other]])
+    }
+    pairs = []
+    for (one, other), seeds in common.items():
+        table = np.stack([tables[one][seed] - tables[other][seed] for seed in seeds])
+        pairs.append((one, other, difference(table, smallest, tests=len(common))))
+    corrected: list[float | None] = [None] * len(pairs)
+    there = [place for place, (_, _, less) in enumerate(pairs) if less.p is not None]
+    for place, p in zip(there, holm([pairs[place][2].p for place in there]), strict=True):
+        corrected[place] = p
+    return [Pair(*pair, p) for pair, p in zip(pairs, corrected, strict=True)]
+
+
+def in_words(pair: Pair) -> str:
+    """A sentence about two entrants."""
+    less = pair.less
+    figure = f"{pair.one} less {pair.other}: {less.value:+.3g}"
+    if pair.corrected is None:
+        return f"{figure}, {less.seeds} seed{'s' * (less.seeds != 1)}, so no interval."
+    figure += f" ({less.low:+.3g} .. {less.high:+.3g})"
+    if pair.shown:
+        return f"{figure}: the difference is shown (p {pair.corrected:.2g})."
+    return f"{figure}: no difference can be shown; {needed_in_words(less)}."
+
+
+def needed_in_words(less: Difference) -> str:
+    """What would show the difference."""
+    if less.more_seeds is None:
+        return (
+            f"{MOST_SEEDS} seeds would not show one either with these {less.prompts} prompts: more prompts would, or "
+            "there is none that matters"
+        )
+    if less.more_seeds == 0:
+        return "these seeds would mostly show one of this size; a few more would settle it"
+    return f"{less.more_seeds} more seed{'s' * (less.more_seeds != 1)} would be needed"
+
+
+def decide(standings: Sequence[Standing], pairs: Sequence[Pair], by: str | None) -> Verdict:
+    """The verdict by `RULES`.
+
+    Args:
+        by: the deciding evaluator; None if every evaluator is trained on.
+    """
+    about = [f"{one.name} is out: {flag.kind}; {flag.text}." for one in standings for flag in one.flags]
+    about += [f"{one.name} trains on {by}, which is to decide: its gain there proves nothing." for one in standings
+              if by in one.trains_on and not one.upper_bound]  # fmt: skip
+    about += [f"{one.name} is not finished: {one.unfinished}." for one in standings
+              if one.unfinished and not one.failed]  # fmt: skip
+    if by is None:
+        return Verdict("No verdict: every evaluator is trained on, so none of them is impartial.", about, [])
+    sound = sorted(
+        (one for one in standings if one.sound and one.seeds), key=lambda one: one.gains[by].value, reverse=True
+    )
+    if not sound and not any(one.seeds or one.failed for one in standings):
+        return Verdict("No verdict yet: no training is finished.", about, [])
+    if not sound:
+        return Verdict("None of these: no entrant is finished and neither gamed nor collapsing.", about, [])
+    few = min(len(one.seeds) for one in sound)
+    if few < FEWEST_SEEDS:
+        return Verdict(
+            f"No verdict yet: of {few} seed{'s' * (few != 1)} nobody can tell gain from luck; {FEWEST_SEEDS} are the "
+            "fewest.",
+            [f"By the mean alone, {sound[0].name} is ahead in {by}: {sound[0].gains[by].value:+.3g}.", *about],
+            [],
+        )
+    best = sound[0]
+    if not (best.gains[by].value > 0 and best.corrected[by] < ALPHA):
+        return Verdict(f"None of these: no gain in {by} is shown.", [_gain(best, by), *about], [])
+    beside, sentences = [], [_gain(best, by)]
+    for other in sound[1:]:
+        pair = next((pair for pair in pairs if {pair.one, pair.other} == {best.name, other.name}), None)
+        if pair is None or not pair.shown:
+            beside.append(other.name)
+        if pair is not None:
+            turned = pair if pair.one == best.name else _turned(pair)
+            sentences.append(in_words(turned))
+    for bound in standings:
+        if bound.upper_bound and bound.seeds and not bound.flags and bound.gains[by].value > 0:
+            share = best.gains[by].value / bound.gains[by].value
+            sentences.append(f"That is {share:.2f} of what the upper bound {bound.name} gains.")
+    headline = f"Train on {best.name}."
+    if beside:
+        headline = f"Train on {best.name}: it leads, but no difference from {_and(beside)} can be shown."
+    return Verdict(headline, [*sentences, *about], [best.name, *beside])
+
+
+def _gain(one: Standing, by: str) -> str:
+    gain = one.gains[by]
+    return (
+        f"{one.name} gains {gain.value:+.3g} ({gain.low:+.3g} .. {gain.high:+.3g}) in {by} "
+        f"(p {one.corrected[by]:.2g}, {gain.seeds} seeds, {gain.prompts} prompts)."
+    )
+
+
+def _turned(pair: Pair) -> Pair:
+    less = pair.less
+    turned = Difference(
+        -less.value, None if less.high is None else -less.high, None if less.low is None else -less.low, less.p,
+        less.seeds, less.prompts, less.more_seeds,
+    )  # fmt: skip
+    return Pair(pair.other, pair.one, turned, pair.corrected)
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,170 @@
+"""The command itself: trains, is killed, goes on, and says what failed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import run_ddpo
+from finetune.agreement import AgreementArguments
+from finetune.compare import main
+from finetune.compare_config import parse_entrant, run_flags
+from finetune.compare_evaluate import EvaluationJob, Findings, Look, looks_of, run_job
+from finetune.compare_runs import (
+    Failure,
+    TrainingFacts,
+    agreement_command,
+    last_words,
+    run_findings,
+    run_folder,
+)
+from finetune.generate import GenerationArguments
+from reward.arguments import parse_arguments
+from rl.folder_lock import FolderInUseError, taken
+from tests.finetune.compare_case import JUDGE, REDNESS, TRAIN, comparison_of, settings_of, write_config
+from tests.test_house import ROOT
+
+FAILS = "tests.finetune.compare_case:FailsAt"
+
+
+def test_killed_gone_on_with_and_a_reward_that_fails_half_way(tmp_path, pipeline_folder):
+    config = write_config(tmp_path, pipeline_folder)
+    settings = settings_of(
+        tmp_path, pipeline_folder, seeds=[0], budget_images=16, looks=2, jobs=2, agreement_prompts=2,
+        agreement_generations=2, evaluators={"blue": JUDGE, "redness": REDNESS},
+        entrants={
+            "red": {"config": config},
+            "breaks": {"config": config, "changes": {"reward": FAILS, "reward_kwargs": {"prompt": TRAIN[3]}}},
+        },
+    )  # fmt: skip
+    file = tmp_path / "comparison.yaml"
+    file.write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "finetune.compare", "--config", str(file)]
+    folder = tmp_path / "comparison"
+
+    killed = subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    end = time.monotonic() + 240
+    while not list(folder.glob("runs/*/*/checkpoint-*")) and killed.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    base = next(folder.glob("base/*/findings.json"))
+    began = base.stat().st_mtime_ns
+    assert not (folder / "report.html").exists()
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr + done.stdout
+    assert "failed: breaks, seed 0: training: RuntimeError: the scorer's licence has expired" in done.stderr
+    assert "No verdict yet: of 1 seed" in done.stdout
+    report = json.loads((folder / "report.json").read_text())
+    red, breaks = report["entrants"]
+    assert (red["name"], red["seeds"], red["images"], breaks["seeds"]) == ("red", [0], 16, [])
+    assert breaks["unfinished"].startswith("seed 0: training failed, RuntimeError: the scorer's licence has expired")
+    assert [flag["kind"] for flag in breaks["flags"]] == ["failed"]
+    assert report["failures"][0]["entrant"] == "breaks"
+    assert report["agreement"]["pictures"] == 4
+    assert red["gains"]["redness"]["value"] != 0  # four updates teach little, but they were made
+    assert base.stat().st_mtime_ns == began
+    found = folder / "runs" / "red" / "seed0" / "findings.json"
+    assert [(seen.look.updates, seen.look.images) for seen in Findings.read(found).seen] == [(2, 8), (4, 16)]
+
+    # What is there is not made again; what failed is tried again.
+    stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("findings.json")}
+    again = subprocess.run([*command, "--only", "red"], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "1 of 1 trainings are there already" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("findings.json")} == stamps
+
+    with taken(folder), pytest.raises(FolderInUseError, match="in use by another run"):
+        main(command[3:])
+
+
+def test_every_policy_draws_from_the_same_noise(tmp_path, pipeline_folder):
+    """An untrained adapter's pictures are the base's, whichever reward comes first, to the last digit kept."""
+    comparison = comparison_of(tmp_path, pipeline_folder)
+    red, plain = comparison.entrants[:2]
+    found = []
+    for number, (entrant, specs) in enumerate([(red, comparison.specs()), (plain, comparison.specs()[::-1])]):
+        flags = run_flags(comparison, entrant, 0, tmp_path / "unused")
+        out = str(tmp_path / str(number) / "findings.json")
+        named = [spec.named for spec in specs]
+        job = EvaluationJob(entrant.command, flags, [Look(None)], named, comparison.held_out, 2, 0, out)
+        job.write(tmp_path / "job.json")
+        run_job(EvaluationJob.read(tmp_path / "job.json"))
+        found.append(Findings.read(tmp_path / str(number) / "findings.json").seen[0])
+    assert found[0].values == found[1].values
+    assert found[0].diversity == found[1].diversity
+    judge = next(one.spec for one in comparison.evaluators if one.name == "satisfied")
+    assert set(found[0].values[judge.key]) == {"", "satisfied"}
+    table = [json.loads(line) for line in (tmp_path / "0" / "pictures" / "metadata.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in table] == list(comparison.held_out)
+    assert all((tmp_path / "0" / "pictures" / line["file_name"]).is_file() for line in table)
+
+
+def checkpoints(folder, updates):
+    for update in updates:
+        place = folder / f"checkpoint-{update}"
+        place.mkdir(parents=True)
+        marker = {"global_step": update, "rollouts": update, "processor_seconds": 2.0 * update, "train_seconds": 9.0}
+        (place / "complete.json").write_text(json.dumps(marker))
+
+
+def test_looks_are_evenly_spread_and_the_end_is_among_them(tmp_path):
+    checkpoints(tmp_path, range(1, 8))
+    looks = looks_of(tmp_path, pictures=4, most=3, on_cpu=True)
+    assert [look.updates for look in looks] == [3, 5, 7]
+    assert [(look.images, look.seconds) for look in looks] == [(12, 6), (20, 10), (28, 14)]
+    assert looks[-1].adapter == str(tmp_path)  # what the run leaves
+    assert looks[0].adapter == str(tmp_path / "checkpoint-3")
+    assert looks_of(tmp_path, 4, most=3, on_cpu=False)[0].seconds == 9
+    assert len(looks_of(tmp_path, 4, most=99, on_cpu=True)) == 7
+
+
+def test_a_training_ends_when_its_time_is_up(tmp_path, pipeline_folder):
+    """With a checkpoint there, and the seconds in it."""
+    comparison = comparison_of(tmp_path, pipeline_folder, budget_images=None, budget_seconds=1e-3)
+    entrant = comparison.entrants[0]
+    folder = run_folder(comparison, entrant, 0)
+    run_ddpo.main(run_flags(comparison, entrant, 0, folder))
+    (look,) = looks_of(folder, entrant.pictures, 5, on_cpu=True)
+    assert (look.updates, look.images) == (1, 4)
+    assert look.seconds >= 1e-3
+    assert (folder / "finished.json").is_file()
+    facts = TrainingFacts.read(folder, {"drawn": None})
+    assert facts.kl == 0  # of the policy that drew the first rollout
+    assert facts.wall_seconds > 0
+    assert TrainingFacts.read(folder, {"dead_groups": None}).monitors == []
+
+
+def test_every_look_falls_on_a_checkpoint(tmp_path, pipeline_folder):
+    """Rollouts that five looks do not divide are looked at less often."""
+    comparison = comparison_of(tmp_path, pipeline_folder, budget_images=4 * 6, looks=5)
+    flags = run_flags(comparison, comparison.entrants[0], 3, tmp_path)
+    _, args = parse_entrant("run_ddpo", flags)
+    assert (args.num_train_epochs, args.save_steps, args.save_total_limit, args.seed) == (6, 2, 0, 3)
+    assert run_findings(comparison, comparison.entrants[0], 3).parent.name == "seed3"
+
+
+def test_agreement_is_asked_by_its_own_command(tmp_path, pipeline_folder):
+    comparison = comparison_of(tmp_path, pipeline_folder, agreement={"choices": "pairs"})
+    arguments, drawing = parse_arguments([AgreementArguments, GenerationArguments], agreement_command(comparison)[1:])
+    assert list(arguments.rewards) == ["satisfied", "redness", "plain"]
+    assert arguments.against == ["satisfied"]
+    assert (arguments.choices, drawing.policy, drawing.num_inference_steps) == ("pairs", pipeline_folder, 2)
+    rated = comparison_of(tmp_path, pipeline_folder, agreement={"pictures": "rated", "labels": ["overall"]})
+    arguments, drawing = parse_arguments([AgreementArguments, GenerationArguments], agreement_command(rated)[1:])
+    assert (arguments.pictures, arguments.against, drawing.policy) == ("rated", ["satisfied", "overall"], None)
+
+
+def test_the_last_words_of_a_log(tmp_path):
+    (tmp_path / "log.txt").write_text("loading\nerror: it is broken; mend it\n\n")
+    assert last_words(tmp_path / "log.txt", 2) == "it is broken; mend it (exit status 2)"
+    (tmp_path / "log.txt").write_text("")
+    assert last_words(tmp_path / "log.txt", -9) == "it said nothing (exit status -9)"
+    assert Failure("training", "x", "y").said == "x"

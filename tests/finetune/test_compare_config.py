@@ -1,0 +1,202 @@
+"""What is wrong with a comparison is said before anything is run."""
+
+import json
+
+import pytest
+
+from finetune.command_line import as_flags
+from finetune.compare import main
+from finetune.compare_config import CompareArguments, Spec, read_comparison
+from finetune.compare_runs import check_folder, claim
+from reward.arguments import parse_arguments
+from tests.finetune.compare_case import (
+    HELD_OUT,
+    PLAIN,
+    REDNESS,
+    TRAIN,
+    comparison_of,
+    settings_of,
+    write_config,
+    write_prompts,
+)
+from tests.test_house import ROOT
+
+
+def entrant(folder, pipeline, **changes):
+    return {"config": write_config(folder, pipeline), "changes": changes}
+
+
+def test_who_trains_on_what_follows_from_the_entrants(tmp_path, pipeline_folder):
+    found = comparison_of(tmp_path, pipeline_folder)
+    assert {one.name: found.trained_on_by(one) for one in found.evaluators} == {
+        "satisfied": ["the judge"], "blue": ["the judge"], "redness": ["red"],
+    }  # fmt: skip
+    assert [one.name for one in found.impartial()] == ["satisfied", "blue"]  # the judge is an upper bound
+    assert found.decide_by == "satisfied"
+    assert len(found.specs()) == 3  # Judge, Redness, Plain
+    assert (found.entrants[0].pictures, found.entrants[0].rollouts) == (4, 2)
+
+
+def test_other_weights_are_the_same_eye_and_other_models_are_not():
+    rich = "reward.rich:RichReward"
+    one, other = Spec.of(rich, {"model": "a", "word_weight": 1.0}), Spec.of(rich, {"model": "a"})
+    assert one.eyes == other.eyes
+    assert one.key != other.key
+    assert one.eyes != Spec.of(rich, {"model": "b"}).eyes
+    assert one.eyes & Spec.sum_of({"x": {"reward": rich, "kwargs": {"model": "a"}}, "y": REDNESS}).eyes
+    assert (
+        Spec.of("reward.others:CLIPScore", {"model": "a", "dtype": "bfloat16"}).eyes
+        == Spec.of("reward.others:CLIPScore", {"model": "a"}).eyes
+    )
+
+
+def test_an_entrant_may_change_nothing_but_the_weights_of_a_mixture(tmp_path, pipeline_folder):
+    mixture = {"red": {"reward": REDNESS, "weight": 0.5}, "plain": {"reward": PLAIN}}
+    found = comparison_of(
+        tmp_path, pipeline_folder, entrants={"mixed": entrant(tmp_path, pipeline_folder, rewards=mixture)}
+    )
+    assert [(name, weight) for name, _, _, weight in found.entrants[0].spec.named] == [("red", 0.5), ("plain", 1.0)]
+
+
+def test_back_propagation_is_an_entrant_too(tmp_path, pipeline_folder):
+    settings = {"policy": pipeline_folder, "reward": REDNESS, "output_dir": "x", "use_cpu": True, "prompts": "x",
+                "num_inference_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+                "report_to": "none"}  # fmt: skip
+    (tmp_path / "draft.yaml").write_text(json.dumps(settings))
+    draft = {"command": "finetune.draft", "config": str(tmp_path / "draft.yaml")}
+    found = comparison_of(
+        tmp_path, pipeline_folder, entrants={"draft": draft, "red": entrant(tmp_path, pipeline_folder)}
+    )
+    assert [(one.command, one.pictures, one.rollouts) for one in found.entrants] == [
+        ("finetune.draft", 4, 2), ("run_ddpo", 4, 2),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"'draft'.*is not differentiable"):
+        comparison_of(tmp_path, pipeline_folder, entrants={"draft": draft | {"changes": {"reward": PLAIN}}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"entrants": {}}, "there is no entrant"),
+        ({"evaluators": {}}, "there is no evaluator"),
+        ({"seeds": [1, 1]}, r"seeds names \[1\] twice"),
+        ({"seeds": []}, "seeds is empty"),
+        ({"budget_seconds": 5.0}, "give one of the two"),
+        ({"budget_images": None}, "give one of the two"),
+        ({"budget_images": 10}, "rollouts have 4 pictures, which do not divide budget_images"),
+        ({"looks": 0}, "looks is 0"),
+        ({"only": ["green"]}, r"only names \['green'\]; the entrants are red, plain"),
+        ({"decide_by": "nobody"}, "decide_by is 'nobody'; the evaluators are satisfied, blue, redness"),
+        ({"evaluators": {"x": "tests.rl.toy_rewards:Rednes"}}, "has no attribute Rednes"),
+        ({"evaluators": {"x": {"reward": REDNESS, "weight": 1}}}, "unknown key 'weight'"),
+        ({"evaluators": {"base": REDNESS}}, "'base' is the policy before training"),
+        ({"overlay": {"reward": "nowhere:Nothing"}}, "there is no module nowhere"),
+        ({"common": {"seed": 3}}, "changes seed, which is the same for all.*comparison's seeds says it"),
+        ({"common": {"nonsense": 3}}, "'red': unknown setting on the command line.*nonsense"),
+        ({"common": {"policy": "./nowhere"}}, "'red': .*nowhere"),
+        ({"held_out_prompts": 1}, "need at least 2"),
+        ({"agreement_prompts": 2, "agreement_generations": 1}, "at least 2 pictures of each"),
+        ({"prompts": "./none.txt"}, "cannot read the prompt file"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(tmp_path, pipeline_folder, changes, message):
+    with pytest.raises(ValueError, match=message):
+        comparison_of(tmp_path, pipeline_folder, **changes)
+    assert not (tmp_path / "comparison").exists()
+
+
+def test_a_prompt_that_is_trained_on_cannot_be_held_out(tmp_path, pipeline_folder):
+    settings = settings_of(tmp_path, pipeline_folder)
+    (tmp_path / "held_out.txt").write_text("\n".join([*HELD_OUT, "A  red Circle", TRAIN[1]]))
+    with pytest.raises(ValueError, match=r"2 prompts of .* are in .* too \('A  red Circle'; 'two green star'\)"):
+        read_comparison(CompareArguments(**settings))
+    (tmp_path / "held_out.txt").write_text("\n".join([*HELD_OUT, HELD_OUT[0]]))
+    with pytest.raises(ValueError, match="has prompts twice"):
+        read_comparison(CompareArguments(**settings))
+
+
+def test_names_that_cannot_be_told_apart(tmp_path, pipeline_folder):
+    one = entrant(tmp_path, pipeline_folder)
+    with pytest.raises(ValueError, match="would share the folder a_b"):
+        comparison_of(
+            tmp_path, pipeline_folder, entrants={"a b": one, "a, b": entrant(tmp_path, pipeline_folder, reward=PLAIN)}
+        )
+    with pytest.raises(ValueError, match="are the same training under two names"):
+        comparison_of(tmp_path, pipeline_folder, entrants={"a": one, "b": one})
+    config = tmp_path / "twice.yaml"
+    config.write_text("entrants:\n  a: {config: x}\n  a: {config: y}\n")
+    with pytest.raises(ValueError, match="the key `a` is given twice"):
+        parse_arguments([CompareArguments], ["--config", str(config)])
+
+
+def test_time_needs_a_learning_rate_that_does_not_know_the_end(tmp_path, pipeline_folder):
+    by_time = {"budget_images": None, "budget_seconds": 60.0}
+    assert comparison_of(tmp_path, pipeline_folder, **by_time).entrants[0].rollouts is None
+    with pytest.raises(ValueError, match="lr_scheduler_type is cosine"):
+        comparison_of(tmp_path, pipeline_folder, common={"lr_scheduler_type": "cosine"}, **by_time)
+
+
+def test_a_folder_of_other_settings_is_refused_and_the_keys_are_listed(tmp_path, pipeline_folder):
+    claim(comparison_of(tmp_path, pipeline_folder))
+    check_folder(comparison_of(tmp_path, pipeline_folder, seeds=[0, 1, 2, 3], jobs=2, title="more of it"))
+    check_folder(comparison_of(tmp_path, pipeline_folder, only=["red"]))
+    with pytest.raises(
+        ValueError, match=r"other settings \(.*entrants.red.learning_rate: None -> 0.5.*generations: 2 -> 3"
+    ):
+        check_folder(comparison_of(tmp_path, pipeline_folder, common={"learning_rate": 0.5}, generations=3))
+    with pytest.raises(ValueError, match=r"evaluators\.blue"):
+        check_folder(comparison_of(tmp_path, pipeline_folder, evaluators={"blue": PLAIN}))
+    claim(comparison_of(tmp_path, pipeline_folder, only=["red"]))  # what the others were told is kept
+    with pytest.raises(ValueError, match=r"entrants\.plain\.reward"):
+        check_folder(comparison_of(tmp_path, pipeline_folder, entrants={"plain": entrant(tmp_path, pipeline_folder)}))
+
+
+def test_other_files_are_left_alone(tmp_path, pipeline_folder):
+    (tmp_path / "comparison").mkdir()
+    (tmp_path / "comparison" / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        main(["--config", _yaml(tmp_path, pipeline_folder)])
+    assert [path.name for path in (tmp_path / "comparison").iterdir()] == ["thesis.tex"]
+
+
+def test_an_evaluator_that_is_trained_on_is_allowed(tmp_path, pipeline_folder):
+    found = comparison_of(tmp_path, pipeline_folder, evaluators={"redness": REDNESS})
+    assert found.decide_by is None
+    assert found.impartial() == []
+    chosen = comparison_of(tmp_path, pipeline_folder, evaluators={"redness": REDNESS}, decide_by="redness")
+    assert chosen.decide_by == "redness"
+
+
+def test_the_small_worlds_preset_is_whole():
+    (arguments,) = parse_arguments([CompareArguments], ["--config", str(ROOT / "configs" / "compare_tinyworld.yaml")])
+    found = read_comparison(arguments)
+    assert [one.name for one in found.entrants if one.upper_bound] == ["the true judge"]
+    assert found.decide_by == "satisfied"
+    assert [one.name for one in found.impartial()] == ["satisfied", "overall", "plausibility", "alignment"]
+    assert {one.rollouts for one in found.entrants} == {20}
+    assert len(arguments.seeds) == 5
+
+
+def test_the_preset_of_a_large_model_is_whole_but_for_its_weights(tmp_path):
+    prompts = write_prompts(tmp_path)
+    flags = [
+        "--config",
+        str(ROOT / "configs" / "compare_sd15.yaml"),
+        "--common",
+        '{"use_cpu": true}',
+        *as_flags(prompts),
+    ]
+    found = read_comparison(parse_arguments([CompareArguments], flags)[0])
+    assert {one.name: one.rollouts for one in found.entrants} == {
+        "scores": 100, "scores, maps, words": 100, "scores, maps, words, back-propagated": 200, "PickScore": 100,
+        "PickScore, maps": 100,
+    }  # fmt: skip
+    assert [one.name for one in found.impartial()] == ["image reward", "HPS", "CLIP score"]
+    assert found.decide_by == "image reward"
+    assert len({one.base for one in found.entrants}) == 1  # one base for all
+
+
+def _yaml(folder, pipeline, **changes):
+    file = folder / "comparison.yaml"
+    file.write_text(json.dumps(settings_of(folder, pipeline, **changes)))
+    return str(file)

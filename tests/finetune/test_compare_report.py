@@ -1,0 +1,236 @@
+"""The report says what was found, in three files, and works in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from html import unescape
+from html.parser import HTMLParser
+
+import pytest
+
+from finetune.compare import main
+from finetune.compare_pages import chance, figure, signed
+from finetune.compare_report import LARGEST
+from tests.finetune.compare_case import Figures, comparison_of, settings_of, write_agreement
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+GAINS = {
+    "red": {"satisfied": 0.1, "blue": 0.05, "redness": 0.2, "own": 0.2},
+    "plain": {"satisfied": -0.2, "blue": -0.1, "own": 0.3},
+    "the judge": {"satisfied": 0.25, "blue": 0.2, "own": 0.25},
+}
+PARTS = ("verdict", "cross-table", "entrants-table", "curves", "pairs-table", "pictures", "agreement-table", "rules")
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    monkeypatch.setattr("finetune.paired.DRAWS", 200)
+
+
+@pytest.fixture
+def reported(tmp_path, pipeline_folder):
+    """The folder of a comparison whose report has been written."""
+
+    def report(leave_out=frozenset(), drawn=None, gains=GAINS, **changes):
+        comparison = comparison_of(tmp_path, pipeline_folder, **changes)
+        Figures(comparison, gains, drawn, noise=0.01).write(leave_out)
+        write_agreement(comparison)
+        file = tmp_path / "comparison.yaml"
+        file.write_text(json.dumps(settings_of(tmp_path, pipeline_folder, **changes)))
+        main(["--config", str(file), "--report_only", "true"])
+        return comparison.folder
+
+    return report
+
+
+class Page(HTMLParser):
+    """What a screen reader and a network would meet in a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.language, self.ids, self.addresses, self.without_alt = None, [], [], []
+        self.tables = self.captions = self.heads = self.scoped = 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.language = given.get("lang", self.language) if tag == "html" else self.language
+        self.ids += [given["id"]] if "id" in given else []
+        self.addresses += [given[name] for name in ("src", "href", "xlink:href") if name in given]
+        if (tag == "img" and not given.get("alt")) or (tag == "svg" and not given.get("aria-label")):
+            self.without_alt.append(given)
+        self.tables += tag == "table"
+        self.captions += tag == "caption"
+        self.heads += tag == "th"
+        self.scoped += tag == "th" and given.get("scope") in ("row", "col")
+
+
+def test_three_files_say_the_same(reported, capsys):
+    folder = reported()
+    content = json.loads((folder / "report.json").read_text())
+    page, markdown = (folder / "report.html").read_text(), (folder / "report.md").read_text()
+    assert content["verdict"]["headline"] == "Train on red."
+    assert "Train on red." in capsys.readouterr().out
+    rows = {row["name"]: row for row in content["entrants"]}
+    assert list(rows) == ["red", "plain", "the judge"]  # who may win, who may not, upper bounds
+    assert rows["red"]["gains"]["satisfied"]["value"] == pytest.approx(0.1, abs=0.02)
+    assert rows["red"]["trains_on"] == ["redness"]
+    assert [flag["kind"] for flag in rows["plain"]["flags"]] == ["gamed"]
+    assert rows["red"]["images"] == 8
+    assert rows["red"]["gain_a_thousand_images"] == pytest.approx(125 * rows["red"]["gains"]["satisfied"]["value"])
+    assert rows["red"]["kl"] == 2e-4
+    assert rows["red"]["command"].startswith("python -m run_ddpo --config")
+    (pair,) = content["pairs"]  # upper bounds are not compared in pairs
+    assert pair["shown"]
+    for text in (page, markdown):
+        for said in ("Train on red.", signed(rows["red"]["gains"]["satisfied"]["value"]), "upper bound", "gamed",
+                     "finetune.agreement", *content["rules"][:1]):  # fmt: skip
+            assert said.replace("'", "&#39;" if text is page else "'") in text, said
+    assert markdown.count("\n| red |") >= 2
+    tables = [line.count("|") for line in markdown.splitlines() if line.startswith("|")]
+    assert min(tables) >= 4
+
+
+def test_the_page_is_one_file_for_everybody(reported):
+    text = (reported() / "report.html").read_text()
+    page = Page(text)
+    assert len(text.encode()) < LARGEST
+    assert set(PARTS) <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert page.language == "en"
+    assert not page.without_alt
+    assert page.captions == page.tables >= 6
+    assert page.scoped == page.heads
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+    assert not re.findall(r"url\((?!['\"]?(?:data:|#))", text)
+
+
+def test_worst_cases_come_first(reported):
+    rows = json.loads((reported() / "report.json").read_text())["grid"]["rows"]
+    worst = [next(shown["change"] for shown in row["shown"] if shown["policy"] == "red") for row in rows]
+    assert worst == sorted(worst)  # red alone may win, so its losses count
+    assert [shown["policy"] for shown in rows[0]["shown"]] == ["base", "red", "plain", "the judge"]
+
+
+def test_collapse_is_flagged_and_monitors_are_named(reported):
+    content = json.loads((reported(drawn={"red": 0.4}) / "report.json").read_text())
+    red = next(row for row in content["entrants"] if row["name"] == "red")
+    assert [flag["kind"] for flag in red["flags"]] == ["collapsing"]
+    assert red["monitors"] == {"drawn": 3}
+    assert red["drawn"] == pytest.approx(0.4)
+    assert content["verdict"]["winners"] == []
+
+
+def test_two_seeds_have_no_intervals_and_that_is_said(reported):
+    folder = reported(seeds=[0, 1])
+    content = json.loads((folder / "report.json").read_text())
+    assert content["few_seeds"]
+    assert content["verdict"]["headline"].startswith("No verdict yet: of 2 seeds")
+    gain = content["entrants"][0]["gains"]["satisfied"]
+    assert (gain["low"], gain["high"], gain["corrected"]) == (None, None, None)
+    assert 'id="few-seeds"' in (folder / "report.html").read_text()
+    assert "intervals and p-values are left out" in (folder / "report.md").read_text()
+
+
+def test_what_is_not_finished_is_left_out_and_named(reported):
+    content = json.loads(
+        (reported(leave_out={("plain", 1), *(("red", seed) for seed in range(3))}) / "report.json").read_text()
+    )
+    rows = {row["name"]: row for row in content["entrants"]}
+    assert rows["red"]["gains"] == {}
+    assert rows["red"]["unfinished"] == "no training yet of seeds 0, 1, 2"
+    assert rows["plain"]["seeds"] == [0, 2]
+    assert not rows["plain"]["sound"]
+
+
+def test_one_picture_a_prompt_has_no_diversity(reported):
+    content = json.loads((reported(generations=1, overlay={}) / "report.json").read_text())
+    assert {row["diversity"] for row in content["entrants"]} == {None}
+
+
+def test_figures_as_text():
+    assert signed(0.1234) == "+0.123"
+    assert signed(-0.5) == "\N{MINUS SIGN}0.500"
+    assert figure(5120, 0) == "5,120"
+    assert figure(None) == signed(None) == chance(None) == "\N{EN DASH}"
+    assert (chance(0.0004), chance(0.04)) == ("p < 0.001", "p 0.040")
+
+
+LOOK = """
+<script>
+const told = [];
+window.addEventListener("error", (event) => told.push("error: " + event.message));
+console.error = (...words) => told.push("console: " + words.join(" "));
+</script>
+"""
+ASK = """
+<script>
+const head = document.querySelectorAll("#cross-table thead th")[1], order = () =>
+  [...document.querySelectorAll("#cross-table tbody tr")].map((row) => Number(row.cells[1].dataset.value));
+const before = order();
+head.querySelector("button").click(); const down = order(), saidDown = head.getAttribute("aria-sort");
+head.querySelector("button").click(); const up = order(), saidUp = head.getAttribute("aria-sort");
+const first = document.querySelectorAll("#cross-table thead th")[0];
+first.querySelector("button").click();
+const answer = {
+  told, before, down, up, saidDown, saidUp, other: head.getAttribute("aria-sort"),
+  width: document.documentElement.scrollWidth, screen: window.innerWidth,
+  broken: [...document.images].filter((image) => !image.complete || image.naturalWidth === 0).length,
+  drawn: [...document.querySelectorAll("svg")].map((svg) => svg.getBoundingClientRect().height),
+  ink: getComputedStyle(document.body).color, paper: getComputedStyle(document.body).backgroundColor,
+  parts: PARTS.filter((id) => { const it = document.getElementById(id); return it && it.offsetHeight > 20; }),
+};
+document.body.innerHTML = "<pre id='answer'></pre>";
+document.getElementById("answer").textContent = JSON.stringify(answer);
+</script>
+"""
+
+
+def in_browser(page, folder, width, *flags):
+    """What a headless Chromium says of a page after sorting a table; in a frame, as windows are never that narrow."""
+    text = page.read_text().replace("<head>", "<head>" + LOOK, 1)
+    asked = ASK.replace("PARTS", json.dumps(PARTS))
+    (folder / "asked.html").write_text(text.replace("</body>", asked + "</body>"))
+    (folder / "frame.html").write_text(
+        f"<iframe id=f src=asked.html style='width:{width}px;height:900px;border:0'></iframe><pre id=answer></pre>"
+        "<script>"
+        "f.onload = () => { answer.textContent = f.contentDocument.getElementById('answer').textContent; };</script>"
+    )
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={folder / 'profile'}",
+        "--allow-file-access-from-files", "--enable-logging=stderr", "--virtual-time-budget=10000",
+        *flags, "--dump-dom",
+        (folder / "frame.html").as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="answer">(.+?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stdout[-500:] + done.stderr[-1500:]
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return json.loads(unescape(found.group(1)))
+
+
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium here to look at the report with (Debian: apt install chromium)"
+)
+def test_in_a_real_browser(reported, tmp_path):
+    page = reported() / "report.html"
+    phone = in_browser(page, tmp_path, 390)
+    assert phone["told"] == []
+    assert phone["screen"] == 390
+    assert phone["width"] <= 390  # wide tables scroll in themselves
+    assert phone["parts"] == list(PARTS)
+    assert phone["broken"] == 0
+    assert len(phone["drawn"]) == 4
+    assert min(phone["drawn"]) > 60
+    assert phone["down"] == sorted(phone["before"], reverse=True) != phone["up"]
+    assert phone["up"] == sorted(phone["before"])
+    assert (phone["saidDown"], phone["saidUp"], phone["other"]) == ("descending", "ascending", "none")
+    dark = in_browser(page, tmp_path, 1200, "--blink-settings=preferredColorScheme=0")
+    assert dark["told"] == []
+    assert dark["width"] <= 1200
+    assert (phone["paper"], phone["ink"]) == ("rgb(250, 250, 248)", "rgb(29, 33, 41)")
+    assert (dark["paper"], dark["ink"]) == ("rgb(20, 23, 28)", "rgb(230, 233, 239)")

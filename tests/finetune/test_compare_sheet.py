@@ -1,0 +1,131 @@
+"""People choose blindly, each prompt once, and what they chose is counted."""
+
+import csv
+import json
+import re
+from collections import Counter
+
+import pytest
+from scipy import stats
+
+from finetune.compare import main
+from finetune.compare_sheet import count_answers, draw, read_answers, wilson
+from tests.finetune.compare_case import HELD_OUT, Figures, comparison_of, settings_of
+
+GAINS = {"red": {"satisfied": 0.1}, "plain": {"satisfied": 0.05}, "the judge": {"satisfied": 0.3}}
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    monkeypatch.setattr("finetune.paired.DRAWS", 200)
+
+
+@pytest.fixture
+def compared(tmp_path, pipeline_folder):
+    """A finished comparison, and how its command is called."""
+    comparison = comparison_of(tmp_path, pipeline_folder, overlay={})
+    Figures(comparison, GAINS, noise=0.01).write()
+    file = tmp_path / "comparison.yaml"
+    file.write_text(json.dumps(settings_of(tmp_path, pipeline_folder, overlay={})))
+    return comparison, lambda *flags: main(["--config", str(file), "--report_only", "true", *flags])
+
+
+def fill_in(file, answers):
+    with file.open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, rows[0])
+        writer.writeheader()
+        writer.writerows(row | {"answer": answer} for row, answer in zip(rows, answers, strict=False))
+    return rows
+
+
+def test_a_sheet_is_blind_and_comes_back_as_win_rates(compared):
+    comparison, command = compared
+    command("--sheet", "true")
+    sheet = comparison.folder / "sheet"
+    key = json.loads((sheet / "key.json").read_text())
+    page = (sheet / "sheet.html").read_text()
+    assert sorted(row["prompt"] for row in key) == sorted(HELD_OUT)
+    assert Counter(frozenset((row["one"], row["other"])) for row in key) == {
+        frozenset(("red", "base")): 3, frozenset(("red", "plain")): 3,
+    }  # fmt: skip
+    said = re.sub(r'"data:[^"]*"', "", page.split("<main>")[1])
+    assert not any(name in said for name in ("plain", "base", "judge", "seed", "runs/"))
+    assert said.count("<img") == 2 * len(HELD_OUT)
+
+    # red wins everywhere but in a tie and in one that nobody looked at
+    answers = ["left" if row["left"] == "red" else "right" for row in key]
+    answers[0], answers[1] = "Tie ", ""
+    assert fill_in(sheet / "answers.csv", answers)[0]["pair"] == "1"
+    command("--read_sheet", str(sheet / "answers.csv"))
+    people = json.loads((comparison.folder / "report.json").read_text())["people"]
+    counted = {row["other"]: (row["wins"], row["ties"], row["losses"], row["rate"]) for row in people}
+    first, second = key[0]["other"], key[1]["other"]
+    assert counted == {first: (2, 1, 0, pytest.approx(5 / 6)), second: (2, 0, 0, 1.0)}
+    assert 'id="people-table"' in (comparison.folder / "report.html").read_text()
+    assert "red over base" in (comparison.folder / "report.md").read_text()
+
+    command("--sheet", "true")  # answers that are there stay
+    assert "tie" in (sheet / "answers.csv").read_text().lower()
+
+
+def test_sides_are_random_and_the_same_every_time(compared):
+    comparison, _ = compared
+    pairs, seeds = [("red", "plain")], {"red": [0, 1, 2], "plain": [1, 2, 5]}
+    drawn = draw(comparison, pairs, seeds)
+    assert drawn == draw(comparison, pairs, seeds)
+    assert {row["seed"] for row in drawn} <= {1, 2}
+    assert len({row["left"] for row in drawn}) == 2
+    assert [row["prompt"] for row in drawn] != list(comparison.held_out)
+    with pytest.raises(ValueError, match="no finished training of the same seed"):
+        draw(comparison, pairs, {"red": [0], "plain": [1]})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("pair,prompt", "number,prompt"), "lacks the columns pair"),
+        (lambda text: text, "holds no answer"),
+        (lambda text: text.replace("1,", "77,", 1), "pair '77'.*is not of the sheet"),
+        (lambda text: text.replace(",\r\n", ",best\r\n"), "answers are left, right, tie.*pair 1: 'best'"),
+        (lambda text: text + text.split("\r\n")[1] + "left\r\n", "pair 1 is answered twice"),
+    ],
+)  # fmt: skip
+def test_answers_that_cannot_be_counted(compared, change, message):
+    comparison, command = compared
+    command("--sheet", "true")
+    file = comparison.folder / "sheet" / "answers.csv"
+    file.write_text(change(file.read_bytes().decode()), newline="")
+    with pytest.raises(ValueError, match=message):
+        read_answers(comparison, file)
+
+
+def test_there_must_be_a_sheet_and_pairs_must_be_pairs(compared):
+    comparison, command = compared
+    with pytest.raises(ValueError, match="--sheet writes it"):
+        command("--read_sheet", "answers.csv")
+    for pair in ("red", "red/red", "red/nobody"):
+        with pytest.raises(ValueError, match=f"'{pair}' is no pair"):
+            command("--sheet", "true", "--sheet_pairs", pair)
+    command("--sheet", "true", "--sheet_pairs", "plain/the judge")
+    key = json.loads((comparison.folder / "sheet" / "key.json").read_text())
+    assert {frozenset((row["left"], row["right"])) for row in key} == {frozenset(("plain", "the judge"))}
+
+
+def test_counting_by_hand():
+    rows = [
+        {"one": "a", "other": "b", "left": "a", "right": "b", "answer": answer}
+        for answer in ("left", "left", "right", "tie")
+    ]
+    (counted,) = count_answers(rows)
+    assert (counted.wins, counted.ties, counted.losses, counted.rate) == (2, 1, 1, 0.625)
+    assert counted.p == 1.0
+    ties = count_answers([rows[3]])[0]
+    assert (ties.rate, ties.p) == (0.5, None)
+
+
+def test_wilsons_interval():
+    """As scipy's `binomtest(...).proportion_ci(method="wilson")` has it where nothing is tied."""
+    for wins, count in ((17, 20), (10, 10), (0, 4)):
+        assert wilson(wins / count, count) == pytest.approx(stats.binomtest(wins, count).proportion_ci(method="wilson"))

@@ -1,0 +1,131 @@
+"""The verdict follows from figures by the stated rules."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from finetune.compare_measures import difference
+from finetune.compare_verdict import Flag, Standing, compare_pairs, correct, decide, flags_of, in_words
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    monkeypatch.setattr("finetune.paired.DRAWS", 200)
+
+
+def gains(mean, seeds=3, prompts=40, number=0, noise=0.05):
+    return mean + np.random.default_rng(number).normal(0, noise, (seeds, prompts))
+
+
+def standing(name, mean, seeds=3, **changes):
+    table = gains(mean, seeds, number=len(name))
+    found = {"judge": difference(table)}
+    own = difference(gains(changes.pop("own", 0.3), seeds, number=99))
+    settings = {
+        "name": name, "note": "", "upper_bound": False, "seeds": list(range(seeds)), "own": own, "gains": found,
+        "corrected": correct([found])[0], "trains_on": [], "drawn": 1.0, "diversity": 0.95, "kl": 1e-4, "monitors": {},
+    }  # fmt: skip
+    return Standing(**settings | changes)
+
+
+def pairs(means, seeds=3, shared=0.0, smallest=None):
+    common = np.random.default_rng(5).normal(0, shared, 40)
+    tables = {name: dict(enumerate(gains(mean, seeds, number=len(name)) + common)) for name, mean in means.items()}
+    return compare_pairs(tables, smallest)
+
+
+def test_the_best_wins_alone_where_it_is_shown():
+    means = {"good": 0.3, "middling": 0.1, "nil": 0.0}
+    verdict = decide([standing(name, mean) for name, mean in means.items()], pairs(means), "judge")
+    assert verdict.headline == "Train on good."
+    assert verdict.winners == ["good"]
+    assert any(line.startswith("good less middling: +0.") and "is shown" in line for line in verdict.sentences)
+
+
+def test_no_difference_is_said_with_the_seeds_that_are_missing():
+    means = {"one": 0.200, "other": 0.195}
+    found = decide([standing(name, mean) for name, mean in means.items()], pairs(means), "judge")
+    assert "no difference from" in found.headline
+    assert set(found.winners) == {"one", "other"}
+    (line,) = [line for line in found.sentences if " less " in line]
+    assert "no difference can be shown" in line
+    assert "more seed" in line
+    (pair,) = pairs(means, smallest=0.1)
+    assert pair.less.more_seeds == 0
+    assert "these seeds would mostly show" in in_words(pair)
+
+
+def test_gamed_and_collapsing_cannot_win():
+    gamed = standing("gamed", -0.2, own=0.5)
+    flags = flags_of(gamed, {"judge": 0.4}, own_spread=1.0)
+    assert [flag.kind for flag in flags] == ["gamed"]
+    assert "others fell: judge -0." in flags[0].text
+    empty = standing("empty", 0.5, drawn=0.4, diversity=0.5)
+    flags = flags_of(empty, {"judge": 0.4}, own_spread=1.0)
+    assert [flag.kind for flag in flags] == ["collapsing"]
+    assert "40% of the base's edges" in flags[0].text
+    assert "50%" in flags[0].text
+    assert not flags_of(standing("sound", 0.2), {"judge": 0.4}, own_spread=1.0)
+    assert not flags_of(standing("unlearned", -0.2, own=0.0), {"judge": 0.4}, own_spread=1.0)
+
+    leader = standing("empty", 0.5, flags=flags)
+    verdict = decide([leader, standing("sound", 0.2)], pairs({"empty": 0.5, "sound": 0.2}), "judge")
+    assert verdict.winners == ["sound"]
+    assert any(line.startswith("empty is out: collapsing") for line in verdict.sentences)
+
+
+def test_an_evaluator_that_is_trained_on_does_not_flag():
+    assert not flags_of(standing("it", -0.2, trains_on=["judge"]), {"judge": 0.4}, own_spread=1.0)
+
+
+def test_of_two_seeds_flags_go_by_the_means_and_there_is_no_verdict():
+    fell = standing("fell", -0.2, seeds=2, own=0.5)
+    assert [flag.kind for flag in flags_of(fell, {"judge": 0.4}, own_spread=1.0)] == ["gamed"]
+    assert not flags_of(fell, {"judge": 4.0}, own_spread=1.0)  # -0.2 is nothing beside a spread of 4
+    verdict = decide([standing("one", 0.2, seeds=2)], [], "judge")
+    assert verdict.headline.startswith("No verdict yet: of 2 seeds")
+    assert verdict.winners == []
+    assert "one is ahead in judge: +0." in verdict.sentences[0]
+    assert in_words(pairs({"a": 0.2, "bb": 0.1}, seeds=2)[0]).endswith("2 seeds, so no interval.")
+
+
+def test_an_upper_bound_is_compared_with_and_never_chosen():
+    bound = standing("bound", 0.4, upper_bound=True)
+    verdict = decide([standing("it", 0.2), bound], [], "judge")
+    assert verdict.winners == ["it"]
+    assert any("of what the upper bound bound gains" in line for line in verdict.sentences)
+
+
+def test_no_gain_shown_and_nobody_left():
+    assert decide([standing("nil", 0.0)], [], "judge").headline == "None of these: no gain in judge is shown."
+    failed = standing("it", 0.2, unfinished="seed 1: training failed", failed=True,
+                      flags=[Flag("failed", "seed 1: training failed")])  # fmt: skip
+    verdict = decide([failed], [], "judge")
+    assert verdict.headline.startswith("None of these")
+    assert "it is out: failed; seed 1: training failed." in verdict.sentences
+    nothing = replace(failed, flags=[], failed=False, seeds=[])
+    assert decide([nothing], [], "judge").headline == "No verdict yet: no training is finished."
+    waiting = standing("it", 0.2, unfinished="no training yet of seed 2")
+    assert "it is not finished: no training yet of seed 2." in decide([waiting], [], "judge").sentences
+
+
+def test_without_an_impartial_evaluator_there_is_no_verdict():
+    assert decide([standing("it", 0.2)], [], None).headline.startswith("No verdict: every evaluator is trained on")
+    partial = decide([standing("it", 0.2, trains_on=["judge"])], [], "judge")
+    assert "it trains on judge, which is to decide: its gain there proves nothing." in partial.sentences
+
+
+def test_p_values_are_corrected_for_the_number_of_entrants():
+    alone = correct([{"judge": difference(gains(0.02))}])[0]["judge"]
+    many = correct(
+        [{"judge": difference(gains(0.02))}] + [{"judge": difference(gains(0.0, number=n))} for n in range(1, 5)]
+    )
+    assert many[0]["judge"] == pytest.approx(min(5 * alone, 1))
+    assert correct([{"judge": difference(gains(0.02, seeds=2))}]) == [{"judge": None}]
+
+
+def test_pairs_are_of_the_seeds_that_both_have():
+    tables = {"a": {0: np.ones(5), 1: np.ones(5)}, "b": {1: np.zeros(5), 2: np.zeros(5)}, "c": {9: np.zeros(5)}}
+    (pair,) = compare_pairs(tables, None)
+    assert (pair.one, pair.other, pair.less.value, pair.less.seeds) == ("a", "b", 1.0, 1)

@@ -1,0 +1,111 @@
+"""Processes of a comparison: on their own device, stopped when asked to, and never two of one comparison."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from rich.console import Console
+
+from finetune.compare_runs import Failure, Step, Work
+from rl.folder_lock import FolderInUseError, check_free
+from tests.finetune.compare_case import comparison_of
+
+SAYS = 'import os; print(os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["OMP_NUM_THREADS"])'
+
+
+@pytest.fixture
+def make_work(tmp_path, pipeline_folder):
+    files = []
+
+    def make(**changes):
+        files.append((tmp_path / "lock").open("a+"))
+        return Work(comparison_of(tmp_path, pipeline_folder, **changes), Console(quiet=True), files[-1])
+
+    yield make
+    for file in files:
+        file.close()
+
+
+def snippet(tmp_path, code):
+    """A step that runs `code` once."""
+    return Step("snippet", ["timeit", "-n", "1", "-r", "1", code], tmp_path / "log.txt")
+
+
+def test_a_step_has_its_own_device_and_threads(make_work, tmp_path):
+    work = make_work(gpus=["0", "3"], threads=2)
+    assert work.at_once == 2
+    assert work._run(snippet(tmp_path, SAYS), gpu="3") is None
+    assert (tmp_path / "log.txt").read_text().startswith("3 2\n")
+    assert make_work(jobs=5).at_once == 5
+
+
+def test_trainings_that_run_at_once_never_share_a_device(make_work, monkeypatch):
+    """Four trainings, two devices: while one has a device, no other one has."""
+    work, busy, seen, clashes = make_work(gpus=["0", "1"], seeds=[0, 1, 2, 3], only=["red"]), set(), [], []
+
+    def run(step, gpu=None):
+        clashes.extend([gpu] * (gpu in busy))
+        busy.add(gpu)
+        seen.append(gpu)
+        time.sleep(0.05)
+        busy.remove(gpu)
+        return Failure(step.name, "broken", "log")
+
+    monkeypatch.setattr(work, "_run", run)
+    outcome = work.train_all()
+    assert set(seen) == {"0", "1"}
+    assert len(seen) == 4
+    assert not clashes
+    assert sorted(outcome.failures) == [("red", seed) for seed in range(4)]
+
+
+def test_what_a_step_said_last_is_why_it_failed(make_work, tmp_path):
+    failure = make_work()._run(snippet(tmp_path, 'raise SystemExit("error: no such picture")'))
+    assert failure.said.endswith("no such picture (exit status 1)")
+    assert failure.log == str(tmp_path / "log.txt")
+
+
+def test_a_stop_ends_what_runs_and_starts_nothing_more(make_work, tmp_path):
+    work, found = make_work(), []
+    step = snippet(tmp_path, "import time; time.sleep(60)")
+    thread = threading.Thread(target=lambda: found.append(work._run(step)))
+    thread.start()
+    while not work._running:
+        time.sleep(0.01)
+    assert str(next(iter(work._running))) in (tmp_path / "lock").read_text()
+    work.stop(terminate=True)
+    thread.join(timeout=20)
+    assert found[0].said.endswith("(exit status -15)")
+    began = time.monotonic()
+    assert work._run(step) is None
+    assert time.monotonic() - began < 5
+    with pytest.raises(KeyboardInterrupt):
+        work.train_all()
+
+
+def test_processes_that_outlive_their_comparison_keep_its_folder(tmp_path):
+    """The lock is theirs too, so a second start is refused as long as one of them lives."""
+    code = (
+        "import subprocess, sys\n"
+        "from rl.folder_lock import taken\n"
+        "with taken(sys.argv[1]) as lock:\n"
+        "    code = 'import time; time.sleep(60)'\n"
+        "    child = subprocess.Popen([sys.executable, '-c', code], pass_fds=(lock.fileno(),), stdout=-3)\n"
+        "    print(child.pid, flush=True)\n"
+        "    import os; os._exit(1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, timeout=120)
+    child = int(done.stdout)
+    with pytest.raises(FolderInUseError, match="in use by another run"):
+        check_free(tmp_path)
+    subprocess.run(["kill", str(child)], check=True)
+    end = time.monotonic() + 20
+    while True:
+        try:
+            check_free(tmp_path)
+            break
+        except FolderInUseError:
+            assert time.monotonic() < end
+            time.sleep(0.05)
