@@ -7,149 +7,21 @@ same model, whatever their weights; these are one eye, and its approval proves n
 
 import hashlib
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
-from diffusers import DDIMScheduler
 
-from finetune.command_line import as_flags
-from finetune.draft_config import DraftConfig, check_differentiable
-from finetune.run import read_schedule
-from finetune.run_arguments import RewardedRunArguments
-from reward.arguments import parse_arguments, read_prompt_file
-from reward.by_name import (
-    NamedReward,
-    check_reward_name,
-    make_reward,
-    make_weighted_reward,
-    read_named_rewards,
-)
-from reward.feedback import RewardFn
-from rl.adapter import AdapterSettings, check_adapter_files, require
-from rl.ddpo_config import DDPOConfig
-from rl.policy_config import RewardedPolicyConfig
-from rl.rollout_plan import near
+from finetune.compare_entrants import Entrant, read_entrant, refuse_twins
+from finetune.compare_rewards import Evaluator, Spec, as_text, read_evaluators
+from reward.arguments import read_prompt_file
+from rl.adapter import require
 
-COMMANDS = {"run_ddpo": DDPOConfig, "finetune.draft": DraftConfig}
-"""What trains -> its settings, besides `RewardedRunArguments`."""
-OWNED = {
-    "prompts": "prompts", "eval_prompts": "held_out", "seed": "seeds", "output_dir": "output_dir",
-    "num_train_epochs": "budget_images or budget_seconds", "max_steps": "budget_images or budget_seconds",
-    "max_train_seconds": "budget_seconds", "save_strategy": "looks", "save_steps": "looks", "save_total_limit": "looks",
-    "resume_from_checkpoint": None, "overwrite_output_dir": None, "eval_strategy": None,
-}  # fmt: skip
-"""Settings of a training that are the comparison's, and what says them there."""
-BASE = "base"
 _FREE = ("seeds", "jobs", "gpus", "threads", "sheet", "read_sheet", "sheet_pairs", "grid_prompts", "output_dir",
          "title", "only", "overlay", "smallest_difference", "decide_by", "report_only")  # fmt: skip
 _NAMED = 5
-_NOT_THE_EYE = ("dtype", "device", "processor", "tokenizer", "prefix")
-"""Arguments of rewards that are texts and do not say which model it is."""
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A reward that is still to be made: one by name, or a weighted sum of several; equal if it is the same."""
-
-    named: tuple[tuple[str, str, str, float], ...]  # name, class, kwargs as JSON, weight; one with no name: by itself
-
-    @classmethod
-    def of(cls, reward: str, kwargs: Mapping[str, Any] | None = None) -> "Spec":
-        return cls((("", reward, _text(kwargs or {}), 1.0),))
-
-    @classmethod
-    def sum_of(cls, rewards: Mapping[str, Any]) -> "Spec":
-        named = read_named_rewards("rewards", rewards, weights=True)
-        return cls(tuple((name, one.reward, _text(one.kwargs), one.weight) for name, one in named.items()))
-
-    @property
-    def key(self) -> str:
-        """Short, and another one for another reward."""
-        return hashlib.blake2b(json.dumps(self.named).encode(), digest_size=4).hexdigest()
-
-    @property
-    def eyes(self) -> set[tuple[str, str]]:
-        """Class and models (the texts among its arguments) of each reward in it: who looks, whatever is weighed how."""
-        found = set()
-        for _, reward, kwargs, _ in self.named:
-            texts = {
-                name: value
-                for name, value in json.loads(kwargs).items()
-                if isinstance(value, str) and name not in _NOT_THE_EYE
-            }
-            found.add((reward, _text(texts)))
-        return found
-
-    def make(self) -> RewardFn:
-        """The reward function.
-
-        Raises:
-            ValueError: see `reward.by_name`.
-        """
-        if len(self.named) == 1 and not self.named[0][0]:
-            return make_reward(self.named[0][1], json.loads(self.named[0][2]))
-        named = {name: NamedReward(reward, json.loads(kwargs), weight) for name, reward, kwargs, weight in self.named}
-        return make_weighted_reward(named)
-
-    def check(self) -> None:
-        """Complain about what could not be made; see `reward.by_name.check_reward_name`."""
-        for _, reward, kwargs, _ in self.named:
-            check_reward_name(reward, json.loads(kwargs))
-
-
-@dataclass(frozen=True)
-class Evaluator:
-    """A column of the table.
-
-    Attributes:
-        term: which of the reward's terms it is; None: its objective.
-    """
-
-    name: str
-    spec: Spec
-    term: str | None = None
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """A training that is compared.
-
-    Attributes:
-        command: module that is run, of `COMMANDS`.
-        changes: settings in place of the config's.
-        spec: the reward trained on.
-        upper_bound: it is there to be compared with, not to be chosen: its reward is what no real project has.
-        note: what is tried here, in a few words.
-        pictures: of a rollout, or of an update of `finetune.draft`.
-        updates: of a rollout.
-        rollouts: of the training; None where its time decides.
-        start: what the policy is before training and how it samples; entrants of the same one share a base.
-    """
-
-    name: str
-    command: str
-    config: str
-    changes: Mapping[str, Any]
-    spec: Spec
-    upper_bound: bool
-    note: str
-    pictures: int
-    updates: int
-    rollouts: int | None
-    start: Mapping[str, Any]
-
-    @property
-    def folder(self) -> str:
-        return slug(self.name)
-
-    @property
-    def base(self) -> str:
-        """Names the base's folder."""
-        return hashlib.blake2b(_text(self.start).encode(), digest_size=4).hexdigest()
 
 
 @dataclass
@@ -338,18 +210,18 @@ def read_comparison(arguments: CompareArguments) -> Comparison:
     train_prompts = read_prompt_file(arguments.prompts)
     held_out = _held_out(train_prompts, arguments)
     entrants = [
-        _read_entrant(name, entry, arguments)
+        read_entrant(name, entry, arguments)
         for name, entry in arguments.entrants.items()
         if not arguments.only or name in arguments.only
     ]
-    _refuse_twins(entrants)
-    evaluators = _read_evaluators(arguments.evaluators)
+    refuse_twins(entrants)
+    evaluators = read_evaluators(arguments.evaluators)
     names = [one.name for one in evaluators]
     if arguments.decide_by is not None and arguments.decide_by not in names:
         raise ValueError(f"decide_by is {arguments.decide_by!r}; the evaluators are {', '.join(names)}")
     overlay = None
     if arguments.overlay:
-        (overlay,) = (one.spec for one in _read_evaluators({"overlay": arguments.overlay}))
+        (overlay,) = (one.spec for one in read_evaluators({"overlay": arguments.overlay}))
     for spec in [one.spec for one in (*entrants, *evaluators)] + ([overlay] if overlay else []):
         spec.check()
     found = Comparison(arguments, entrants, evaluators, train_prompts, held_out, arguments.decide_by, overlay)
@@ -358,139 +230,6 @@ def read_comparison(arguments: CompareArguments) -> Comparison:
             **{one.name: getattr(found, one.name) for one in fields(found)} | {"decide_by": impartial[0].name}
         )
     return found
-
-
-def slug(name: str) -> str:
-    """A name as a folder can be called."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-
-
-def run_flags(comparison: Comparison, entrant: Entrant, seed: int, folder: Path) -> list[str]:
-    """The flags of one training, behind `python -m <command>`."""
-    arguments = comparison.arguments
-    flags = _fixed(arguments) | dict(entrant.changes) | {"seed": seed, "output_dir": str(folder)}
-    if entrant.rollouts is not None:
-        looks = max(count for count in range(1, arguments.looks + 1) if entrant.rollouts % count == 0)
-        every = entrant.rollouts // looks
-        flags |= {"num_train_epochs": entrant.rollouts, "save_steps": every * entrant.updates}
-    else:
-        flags |= {"num_train_epochs": 100_000, "max_train_seconds": arguments.budget_seconds}
-    return ["--config", entrant.config, *as_flags(flags)]
-
-
-def parse_entrant(command: str, flags: Sequence[str]) -> tuple[RewardedRunArguments, RewardedPolicyConfig]:
-    """A training's settings, as the command itself reads them."""
-    return parse_arguments([RewardedRunArguments, COMMANDS[command]], flags)
-
-
-def _fixed(arguments: CompareArguments) -> dict[str, Any]:
-    return {
-        "prompts": arguments.prompts, "eval_prompts": "", "eval_strategy": "no", "save_strategy": "steps",
-        "save_total_limit": 0, "resume_from_checkpoint": "auto", "num_log_images": 0, "disable_tqdm": True,
-    }  # fmt: skip
-
-
-def _read_entrant(name: Any, entry: Any, arguments: CompareArguments) -> Entrant:
-    place = f"entrants: {name!r}"
-    require(isinstance(name, str) and bool(slug(name)), f"{place} cannot be a name; give it a text with letters")
-    require(name != BASE, f"{place}: {BASE!r} is the policy before training; choose another name")
-    valid = ("config", "command", "changes", "upper_bound", "note")
-    require(isinstance(entry, Mapping), f"{place} is {entry!r}; write a mapping of {', '.join(valid)}")
-    if unknown := [key for key in entry if key not in valid]:
-        raise ValueError(f"{place} has the unknown key {unknown[0]!r}; it may have {', '.join(valid)}")
-    require(
-        isinstance(entry.get("config"), str), f"{place} has no config: name a YAML of run_ddpo.py or finetune.draft"
-    )
-    command = entry.get("command", "run_ddpo")
-    require(command in COMMANDS, f"{place}: command is {command!r}; it must be one of {', '.join(COMMANDS)}")
-    changes = dict(arguments.common) | dict(entry.get("changes") or {})
-    if owned := [key for key in changes if key in OWNED]:
-        says = OWNED[owned[0]]
-        raise ValueError(
-            f"{place} changes {owned[0]}, which is the same for all entrants"
-            + (f"; the comparison's {says} says it" if says else "; take it away")
-        )
-    if "rewards" in changes and "reward" not in changes:  # what the config says of the other must go
-        changes |= {"reward": "", "reward_kwargs": {}}
-    elif changes.get("reward"):
-        changes = {"rewards": {}, "reward_kwargs": {}} | changes
-    changes.setdefault("eval_rewards", {})
-    trial = {"output_dir": arguments.output_dir, "num_train_epochs": 1, "save_strategy": "no"}
-    flags = ["--config", entry["config"], *as_flags(_fixed(arguments) | changes | trial)]
-    try:
-        run, args = parse_entrant(command, flags)
-        spec = Spec.sum_of(run.rewards) if run.rewards else Spec.of(run.reward, run.reward_kwargs)
-        if command == "finetune.draft":
-            check_differentiable(run.named_rewards())
-        check_adapter_files(args.part(AdapterSettings))
-        pictures, updates = _arithmetic(run, args)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
-    return Entrant(
-        name, command, entry["config"], changes, spec, bool(entry.get("upper_bound", False)),
-        str(entry.get("note", "")), pictures, updates, _rollouts(place, pictures, args, arguments),
-        _start_of(run, args),
-    )  # fmt: skip
-
-
-def _arithmetic(run: RewardedRunArguments, args: RewardedPolicyConfig) -> tuple[int, int]:
-    """Pictures and updates of a rollout; of a pipeline on the hub, as if its noise schedule were the usual one."""
-    schedule = read_schedule(run.policy, args)
-    if isinstance(args, DraftConfig):
-        plan = args.plan()
-    else:
-        plan = args.plan(args.steps_per_rollout(schedule or args.make_schedule(DDIMScheduler())[1]))
-    return plan.pictures, plan.updates
-
-
-def _rollouts(place: str, pictures: int, args: RewardedPolicyConfig, arguments: CompareArguments) -> int | None:
-    if arguments.budget_images is not None:
-        require(
-            arguments.budget_images % pictures == 0,
-            f"{place}: its rollouts have {pictures} pictures, which do not divide budget_images "
-            f"({arguments.budget_images}); use {near(arguments.budget_images, pictures)}",
-        )
-        return arguments.budget_images // pictures
-    kind = str(args.lr_scheduler_type.value)
-    require(
-        kind.startswith("constant"),
-        f"{place}: lr_scheduler_type is {kind}, but how many updates budget_seconds allows is not known beforehand; "
-        "use constant_with_warmup, or budget_images",
-    )
-    return None
-
-
-def _start_of(run: RewardedRunArguments, args: RewardedPolicyConfig) -> dict[str, Any]:
-    names = ("num_inference_steps", "eta", "guidance_scale", "start_timestep", "resolution", "original_size",
-             "crops_coords_top_left", "target_size", "model_dtype", "base_adapters", "init_adapter")  # fmt: skip
-    start = {"policy": run.policy} | {name: getattr(args, name) for name in names}
-    return start | {"sde_window": getattr(args, "sde_window", None), "bf16": args.bf16, "fp16": args.fp16}
-
-
-def _refuse_twins(entrants: Sequence[Entrant]) -> None:
-    for place, one in enumerate(entrants):
-        for other in entrants[:place]:
-            if one.folder == other.folder:
-                raise ValueError(
-                    f"entrants: {other.name!r} and {one.name!r} would share the folder {one.folder}; rename one"
-                )
-            same = (one.command, one.config, _text(one.changes)) == (other.command, other.config, _text(other.changes))
-            if same:
-                raise ValueError(
-                    f"entrants: {other.name!r} and {one.name!r} are the same training under two names; take one away"
-                )
-
-
-def _read_evaluators(entries: Mapping[str, Any]) -> list[Evaluator]:
-    terms, bare = {}, {}
-    for name, entry in entries.items():
-        require(name != BASE, f"evaluators: {name!r} is the policy before training; choose another name")
-        if isinstance(entry, Mapping) and "term" in entry:
-            terms[name] = str(entry["term"])
-            entry = {key: value for key, value in entry.items() if key != "term"}
-        bare[name] = entry
-    named = read_named_rewards("evaluators", bare, weights=False)
-    return [Evaluator(name, Spec.of(one.reward, one.kwargs), terms.get(name)) for name, one in named.items()]
 
 
 def _held_out(train_prompts: Sequence[str], arguments: CompareArguments) -> list[str]:
@@ -527,8 +266,4 @@ def _digest(file: str) -> str:
 def _says(config: str) -> str:
     """Another one if a YAML says something else; its comments do not count."""
     content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    return hashlib.sha256(_text(content).encode()).hexdigest()[:16]
-
-
-def _text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(as_text(content).encode()).hexdigest()[:16]

@@ -22,7 +22,8 @@ transformers.logging.set_verbosity_error()  # says on import what does not conce
 transformers.logging.disable_progress_bar()
 diffusers.logging.disable_progress_bar()
 
-from finetune.compare_config import Spec, parse_entrant  # noqa: E402
+from finetune.compare_entrants import parse_entrant  # noqa: E402
+from finetune.compare_rewards import Spec  # noqa: E402
 from finetune.files import write_whole  # noqa: E402
 from finetune.run import load_policy, place_reward  # noqa: E402
 from reward.arguments import main_guard  # noqa: E402

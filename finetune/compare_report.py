@@ -14,7 +14,8 @@ import numpy as np
 from rich.console import Console
 
 from finetune.compare_charts import Bar, Curve, curves_chart, gains_chart
-from finetune.compare_config import Comparison, parse_entrant
+from finetune.compare_config import Comparison
+from finetune.compare_entrants import parse_entrant
 from finetune.compare_measures import FEWEST_SEEDS, band, difference
 from finetune.compare_pages import render, signed
 from finetune.compare_pictures import picture_rows

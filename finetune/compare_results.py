@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune.compare_config import Comparison, Entrant, Evaluator, parse_entrant
+from finetune.compare_config import Comparison
+from finetune.compare_entrants import Entrant, parse_entrant
 from finetune.compare_evaluate import Findings, Seen
+from finetune.compare_rewards import Evaluator
 from finetune.compare_runs import (
     Failure,
     TrainingFacts,

@@ -30,8 +30,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from finetune.command_line import as_flags
-from finetune.compare_config import Comparison, Entrant, Spec, parse_entrant, run_flags
+from finetune.compare_config import Comparison
+from finetune.compare_entrants import Entrant, parse_entrant, run_flags
 from finetune.compare_evaluate import EvaluationJob, Findings, Look, looks_of
+from finetune.compare_rewards import Spec
 from finetune.files import write_whole
 from rl.checkpoints import FINISHED, complete_checkpoints, differing_keys
 from rl.run_state import RunState

@@ -12,7 +12,7 @@ import pytest
 import run_ddpo
 from finetune.agreement import AgreementArguments
 from finetune.compare import main
-from finetune.compare_config import parse_entrant, run_flags
+from finetune.compare_entrants import parse_entrant, run_flags
 from finetune.compare_evaluate import EvaluationJob, Findings, Look, looks_of, run_job
 from finetune.compare_runs import (
     Failure,

@@ -1,0 +1,203 @@
+"""The entrants of a comparison: each a training, as a config of `run_ddpo.py` or `finetune.draft` and changes of it."""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusers import DDIMScheduler
+
+from finetune.command_line import as_flags
+from finetune.compare_rewards import BASE, Spec, as_text
+from finetune.draft_config import DraftConfig, check_differentiable
+from finetune.run import read_schedule
+from finetune.run_arguments import RewardedRunArguments
+from reward.arguments import parse_arguments
+from rl.adapter import AdapterSettings, check_adapter_files, require
+from rl.ddpo_config import DDPOConfig
+from rl.policy_config import RewardedPolicyConfig
+from rl.rollout_plan import near
+
+if TYPE_CHECKING:
+    from finetune.compare_config import CompareArguments, Comparison
+
+COMMANDS = {"run_ddpo": DDPOConfig, "finetune.draft": DraftConfig}
+"""What trains -> its settings, besides `RewardedRunArguments`."""
+OWNED = {
+    "prompts": "prompts", "eval_prompts": "held_out", "seed": "seeds", "output_dir": "output_dir",
+    "num_train_epochs": "budget_images or budget_seconds", "max_steps": "budget_images or budget_seconds",
+    "max_train_seconds": "budget_seconds", "save_strategy": "looks", "save_steps": "looks", "save_total_limit": "looks",
+    "resume_from_checkpoint": None, "overwrite_output_dir": None, "eval_strategy": None,
+}  # fmt: skip
+"""Settings of a training that are the comparison's, and what says them there."""
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A training that is compared.
+
+    Attributes:
+        command: module that is run, of `COMMANDS`.
+        changes: settings in place of the config's.
+        spec: the reward trained on.
+        upper_bound: it is there to be compared with, not to be chosen: its reward is what no real project has.
+        note: what is tried here, in a few words.
+        pictures: of a rollout, or of an update of `finetune.draft`.
+        updates: of a rollout.
+        rollouts: of the training; None where its time decides.
+        start: what the policy is before training and how it samples; entrants of the same one share a base.
+    """
+
+    name: str
+    command: str
+    config: str
+    changes: Mapping[str, Any]
+    spec: Spec
+    upper_bound: bool
+    note: str
+    pictures: int
+    updates: int
+    rollouts: int | None
+    start: Mapping[str, Any]
+
+    @property
+    def folder(self) -> str:
+        return slug(self.name)
+
+    @property
+    def base(self) -> str:
+        """Names the base's folder."""
+        return hashlib.blake2b(as_text(self.start).encode(), digest_size=4).hexdigest()
+
+
+def run_flags(comparison: "Comparison", entrant: Entrant, seed: int, folder: Path) -> list[str]:
+    """The flags of one training, behind `python -m <command>`."""
+    arguments = comparison.arguments
+    flags = _fixed(arguments) | dict(entrant.changes) | {"seed": seed, "output_dir": str(folder)}
+    if entrant.rollouts is not None:
+        looks = max(count for count in range(1, arguments.looks + 1) if entrant.rollouts % count == 0)
+        every = entrant.rollouts // looks
+        flags |= {"num_train_epochs": entrant.rollouts, "save_steps": every * entrant.updates}
+    else:
+        flags |= {"num_train_epochs": 100_000, "max_train_seconds": arguments.budget_seconds}
+    return ["--config", entrant.config, *as_flags(flags)]
+
+
+def parse_entrant(command: str, flags: Sequence[str]) -> tuple[RewardedRunArguments, RewardedPolicyConfig]:
+    """A training's settings, as the command itself reads them."""
+    return parse_arguments([RewardedRunArguments, COMMANDS[command]], flags)
+
+
+def read_entrant(name: Any, entry: Any, arguments: "CompareArguments") -> Entrant:
+    """The training that a YAML's entry describes, its settings checked; loads no model.
+
+    Raises:
+        ValueError: it could not be run, or not beside the others; the message says why.
+    """
+    place = f"entrants: {name!r}"
+    require(isinstance(name, str) and bool(slug(name)), f"{place} cannot be a name; give it a text with letters")
+    require(name != BASE, f"{place}: {BASE!r} is the policy before training; choose another name")
+    valid = ("config", "command", "changes", "upper_bound", "note")
+    require(isinstance(entry, Mapping), f"{place} is {entry!r}; write a mapping of {', '.join(valid)}")
+    if unknown := [key for key in entry if key not in valid]:
+        raise ValueError(f"{place} has the unknown key {unknown[0]!r}; it may have {', '.join(valid)}")
+    require(
+        isinstance(entry.get("config"), str), f"{place} has no config: name a YAML of run_ddpo.py or finetune.draft"
+    )
+    command = entry.get("command", "run_ddpo")
+    require(command in COMMANDS, f"{place}: command is {command!r}; it must be one of {', '.join(COMMANDS)}")
+    changes = dict(arguments.common) | dict(entry.get("changes") or {})
+    if owned := [key for key in changes if key in OWNED]:
+        says = OWNED[owned[0]]
+        raise ValueError(
+            f"{place} changes {owned[0]}, which is the same for all entrants"
+            + (f"; the comparison's {says} says it" if says else "; take it away")
+        )
+    if "rewards" in changes and "reward" not in changes:  # what the config says of the other must go
+        changes |= {"reward": "", "reward_kwargs": {}}
+    elif changes.get("reward"):
+        changes = {"rewards": {}, "reward_kwargs": {}} | changes
+    changes.setdefault("eval_rewards", {})
+    trial = {"output_dir": arguments.output_dir, "num_train_epochs": 1, "save_strategy": "no"}
+    flags = ["--config", entry["config"], *as_flags(_fixed(arguments) | changes | trial)]
+    try:
+        run, args = parse_entrant(command, flags)
+        spec = Spec.sum_of(run.rewards) if run.rewards else Spec.of(run.reward, run.reward_kwargs)
+        if command == "finetune.draft":
+            check_differentiable(run.named_rewards())
+        check_adapter_files(args.part(AdapterSettings))
+        pictures, updates = _arithmetic(run, args)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    return Entrant(
+        name, command, entry["config"], changes, spec, bool(entry.get("upper_bound", False)),
+        str(entry.get("note", "")), pictures, updates, _rollouts(place, pictures, args, arguments),
+        _start_of(run, args),
+    )  # fmt: skip
+
+
+def refuse_twins(entrants: Sequence[Entrant]) -> None:
+    """Complain about two entrants that are one training, or would share a folder."""
+    for place, one in enumerate(entrants):
+        for other in entrants[:place]:
+            if one.folder == other.folder:
+                raise ValueError(
+                    f"entrants: {other.name!r} and {one.name!r} would share the folder {one.folder}; rename one"
+                )
+            same = (one.command, one.config, as_text(one.changes)) == (
+                other.command,
+                other.config,
+                as_text(other.changes),
+            )
+            if same:
+                raise ValueError(
+                    f"entrants: {other.name!r} and {one.name!r} are the same training under two names; take one away"
+                )
+
+
+def slug(name: str) -> str:
+    """A name as a folder can be called."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def _fixed(arguments: "CompareArguments") -> dict[str, Any]:
+    return {
+        "prompts": arguments.prompts, "eval_prompts": "", "eval_strategy": "no", "save_strategy": "steps",
+        "save_total_limit": 0, "resume_from_checkpoint": "auto", "num_log_images": 0, "disable_tqdm": True,
+    }  # fmt: skip
+
+
+def _arithmetic(run: RewardedRunArguments, args: RewardedPolicyConfig) -> tuple[int, int]:
+    """Pictures and updates of a rollout; of a pipeline on the hub, as if its noise schedule were the usual one."""
+    schedule = read_schedule(run.policy, args)
+    if isinstance(args, DraftConfig):
+        plan = args.plan()
+    else:
+        plan = args.plan(args.steps_per_rollout(schedule or args.make_schedule(DDIMScheduler())[1]))
+    return plan.pictures, plan.updates
+
+
+def _rollouts(place: str, pictures: int, args: RewardedPolicyConfig, arguments: "CompareArguments") -> int | None:
+    if arguments.budget_images is not None:
+        require(
+            arguments.budget_images % pictures == 0,
+            f"{place}: its rollouts have {pictures} pictures, which do not divide budget_images "
+            f"({arguments.budget_images}); use {near(arguments.budget_images, pictures)}",
+        )
+        return arguments.budget_images // pictures
+    kind = str(args.lr_scheduler_type.value)
+    require(
+        kind.startswith("constant"),
+        f"{place}: lr_scheduler_type is {kind}, but how many updates budget_seconds allows is not known beforehand; "
+        "use constant_with_warmup, or budget_images",
+    )
+    return None
+
+
+def _start_of(run: RewardedRunArguments, args: RewardedPolicyConfig) -> dict[str, Any]:
+    names = ("num_inference_steps", "eta", "guidance_scale", "start_timestep", "resolution", "original_size",
+             "crops_coords_top_left", "target_size", "model_dtype", "base_adapters", "init_adapter")  # fmt: skip
+    start = {"policy": run.policy} | {name: getattr(args, name) for name in names}
+    return start | {"sde_window": getattr(args, "sde_window", None), "bf16": args.bf16, "fp16": args.fp16}
