@@ -18,7 +18,7 @@ from reward.arguments import parse_arguments, read_prompt_file
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch):
-    monkeypatch.setattr("paired.DRAWS", 100)
+    monkeypatch.setattr("finetune.paired.DRAWS", 100)
 
 
 def test_pairs_are_won_lost_or_tied():

@@ -31,7 +31,7 @@ PARTS = {
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch):
-    monkeypatch.setattr("paired.DRAWS", 100)
+    monkeypatch.setattr("finetune.paired.DRAWS", 100)
 
 
 @pytest.fixture
