@@ -20,7 +20,7 @@ those with a star on one of them; all in all about three and a half hours, witho
     finishing   the generator of the assets, finished on fewer flawed pictures               12*
     assets      everything above into `tinyworld/assets`, in half precision                   0
     ceiling     the same generator on flawless pictures only, and its figures                48 (as the generator)
-    finer       a predictor of twice the resolution, from lessons with planted flaws         TIME*
+    finer       a predictor of twice the resolution, from lessons with planted flaws         90* (a slower core)
 
 `ceiling` and `finer` are not among the default stages: nothing needs them but figures in the README. `--stages
 feedback` alone makes the rated data set again from the pictures that the repository keeps.
