@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OP := $(VENV)/.deepspeed_op
 
 # Compiled DeepSpeed ops stay inside .venv; models and data come from this folder, never from a hub.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
@@ -20,13 +21,18 @@ $(STAMP): requirements.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
+# DeepSpeed compiles an op for CPU ranks, a minute's work: here, so that no test waits for it.
+$(OP): $(STAMP)
+	$(BIN)/python -c 'from rl.engines import prepare_deepspeed_on_cpu; prepare_deepspeed_on_cpu()'
+	touch $@
+
 demo: $(STAMP)
 	$(BIN)/python run_ddpo.py --config configs/ddpo_tinyworld.yaml --overwrite_output_dir true
 
-test: $(STAMP)
+test: $(OP)
 	$(BIN)/python -m pytest -q -rs
 
-kill: $(STAMP)
+kill: $(OP)
 	$(BIN)/python tests/kill_resume.py --kills 200
 
 lint: $(STAMP)
