@@ -2,6 +2,7 @@ import json
 import os
 import resource
 import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -609,5 +610,8 @@ class FullDisk(TrainerCallback):
 def test_full_disk_under_the_logs_is_one_message(make_trainer, capsys):  # in memory, where there is room for it
     trainer = make_trainer(report_to=["tensorboard"], num_train_epochs=3)
     trainer.add_callback(FullDisk())
+    before = set(threading.enumerate())
     with full_disk(10**9), pytest.raises(OSError, match=r"cannot write logs to .*runs: .*whole .* is .*checkpoint-1"):
         trainer.train()
+    for writer in set(threading.enumerate()) - before:  # dies of it too, and is to do so before the next test
+        writer.join(timeout=30)
