@@ -7,8 +7,7 @@ pretrained encoders; evaluates with `reward.evaluate` on the test split against 
 seeds, its interval Student's over seeds; "less the default's" is paired by seed. It needs what
 `python -m tinyworld.build --stages feedback pretraining` leaves in `build/tinyworld` (`--data`, `--pretrained`), and
 `finer` what `--stages feedback finer` does. Trainings that are there already (`--work`) are not repeated. An epoch of
-the default takes 2 minutes on one core; of augmented prompts, of the paper's heads and of `finer` 4, 8 and 2 times as
-long.
+the default takes 2 minutes on one core; of augmented prompts and of the paper's heads 4 and 8 times as long.
 """
 
 import json

@@ -16,6 +16,7 @@ from finetune.compare_runs import (
     Failure,
     TrainingFacts,
     base_findings,
+    is_judged,
     run_findings,
     run_folder,
     training_command,
@@ -79,11 +80,15 @@ def read_results(comparison: Comparison, failures: Mapping[tuple[str, int], Fail
     """Everything that is there, in the order of the entrants; those without a finished training have S = 0.
 
     Raises:
-        ValueError: the policy before training has not been judged yet, so that there is nothing to compare with.
+        ValueError: the policy before training has not been judged yet, or not by all rewards, so that there is nothing
+            to compare with.
     """
     for entrant in comparison.entrants:
-        if not (file := base_findings(comparison, entrant)).is_file():
-            raise ValueError(f"there is nothing to report yet: {file} is missing; start again without --report_only")
+        if not is_judged(comparison, entrant):
+            raise ValueError(
+                f"there is nothing to report yet: {base_findings(comparison, entrant)} is missing, or does not know "
+                "all rewards; start again without --report_only"
+            )
     return [_read_entrant(comparison, entrant, failures) for entrant in comparison.entrants]
 
 

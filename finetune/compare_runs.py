@@ -8,8 +8,9 @@ The folder of a comparison:
     runs/<entrant>/seed<N>/      a training, as its own command leaves it; with findings.json and pictures/ beside that
     report.html, report.md, report.json
 
-Every step is a process of its own, with a log beside what it makes. A file that is there is never made again, and a
-training that was stopped goes on from its last checkpoint, so a comparison may be killed at any moment.
+Every step is a process of its own, with a log beside what it makes. A file that is there is not made again, unless
+rewards were added that base or agreement do not know yet; a training that was stopped goes on from its last checkpoint.
+So a comparison may be killed at any moment.
 """
 
 import json
@@ -137,6 +138,20 @@ def base_findings(comparison: Comparison, entrant: Entrant) -> Path:
     return comparison.folder / "base" / entrant.base / FINDINGS
 
 
+def is_judged(comparison: Comparison, entrant: Entrant) -> bool:
+    """Whether an entrant's policy before training was judged by all rewards, those that were added later included."""
+    file = base_findings(comparison, entrant)
+    return file.is_file() and {spec.key for spec in comparison.specs()} <= set(Findings.read(file).seen[0].values)
+
+
+def is_agreed(comparison: Comparison) -> bool:
+    """Whether all rewards were asked to agree, those that were added later included."""
+    file = comparison.folder / AGREEMENT
+    if not file.is_file():
+        return False
+    return set(agreement_names(comparison).values()) <= set(json.loads(file.read_text(encoding="utf-8"))["raters"])
+
+
 def run_folder(comparison: Comparison, entrant: Entrant, seed: int) -> Path:
     return comparison.folder / "runs" / entrant.folder / f"seed{seed}"
 
@@ -232,7 +247,7 @@ class Work:
             if entrant.base in seen:
                 continue
             seen.add(entrant.base)
-            if not file.is_file():
+            if not is_judged(self.comparison, entrant):
                 self.console.print("judging the policy before training")
                 flags = run_flags(self.comparison, entrant, 0, file.parent / "unused")
                 job = self._job(entrant, flags, [Look(None)], self.comparison.specs(), file)
@@ -254,7 +269,7 @@ class Work:
     def ask_for_agreement(self) -> None:
         """By `finetune.agreement`, on pictures of the first entrant's policy before training; its failure is no end."""
         arguments, folder = self.comparison.arguments, self.comparison.folder / "agreement"
-        if not arguments.agreement_prompts or (self.comparison.folder / AGREEMENT).is_file():
+        if not arguments.agreement_prompts or is_agreed(self.comparison):
             return
         self.console.print("asking all rewards about the same pictures")
         command = agreement_command(self.comparison)

@@ -101,7 +101,7 @@ def fit(
 
 
 def half_precision() -> torch.autocast:
-    """bfloat16 on CPUs that compute in it; those that only imitate it are twenty times faster in float32."""
+    """bfloat16 on CPUs that compute in it; those that only imitate it are much faster in float32."""
     able = torch.cpu.get_capabilities()
     enabled = any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.autocast("cpu", torch.bfloat16, enabled=enabled)

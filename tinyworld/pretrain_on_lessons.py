@@ -1,8 +1,8 @@
 """A finer predictor, pretrained on lessons: pictures whose flaws are known, since they were planted.
 
-It sees pictures at twice their size, so that its encoder's first stage works on half pixels where the smaller one's
-works on fours of them; and every head learns beforehand what it is to say, from rendered pictures alone: no rater and
-no judge is asked. Scores that no rater gave are made of what was planted (`planted_scores`).
+It sees pictures at twice their size, so that its encoder's first stage has a feature for every second pixel where the
+smaller one's has one for every fourth; and every head learns beforehand what it is to say, from rendered pictures
+alone: no rater and no judge is asked. Scores that no rater gave are made of what was planted (`planted_scores`).
 """
 
 from pathlib import Path
@@ -42,7 +42,7 @@ def pretrain_on_lessons(
     """
     tokenizer = make_predictor_tokenizer()
     model = new_predictor(tokenizer, VISION, 2 * SIZE)
-    model.vision.to(memory_format=torch.channels_last)  # a third faster on CPUs
+    model.vision.to(memory_format=torch.channels_last)  # faster on CPUs
     _pretrain_vision(model, lessons, work, vision_steps)
     told = np.array(lessons.words)
     true = np.flatnonzero((told != 1).all(1) & ~np.array(lessons.misaligned).any(1))  # captions that nothing belies

@@ -8,9 +8,10 @@ import time
 import pytest
 from rich.console import Console
 
+from finetune.compare_results import read_results
 from finetune.compare_runs import Failure, Step, Work
 from rl.folder_lock import FolderInUseError, check_free
-from tests.finetune.compare_case import comparison_of
+from tests.finetune.compare_case import Figures, comparison_of, write_agreement
 
 SAYS = 'import os; print(os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["OMP_NUM_THREADS"])'
 
@@ -59,6 +60,27 @@ def test_trainings_that_run_at_once_never_share_a_device(make_work, monkeypatch)
     assert len(seen) == 4
     assert not clashes
     assert sorted(outcome.failures) == [("red", seed) for seed in range(4)]
+
+
+def test_entrants_that_are_added_have_base_and_agreement_asked_anew(make_work, monkeypatch):
+    """A quick try of one entrant leaves a base that another one's reward has never seen."""
+    work = make_work(agreement_prompts=2, only=["red"])
+    Figures(work.comparison, {}).write()
+    write_agreement(work.comparison)
+
+    def asked(work):
+        steps = []
+        monkeypatch.setattr(work, "_run", lambda step, gpu=None: steps.append(step.name))
+        work.judge_bases()
+        work.ask_for_agreement()
+        return steps
+
+    assert asked(work) == []
+    whole = make_work(agreement_prompts=2)
+    with pytest.raises(ValueError, match="does not know all rewards"):
+        read_results(whole.comparison, {})
+    assert asked(whole) == ["the policy before training", "agreement"]
+    assert asked(make_work(agreement_prompts=2, only=["red"], seeds=[0, 1, 2, 3])) == []
 
 
 def test_what_a_step_said_last_is_why_it_failed(make_work, tmp_path):
