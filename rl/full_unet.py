@@ -47,6 +47,11 @@ class FullUnet:
             self.base.to(self.network.unet.dtype)
         yield self.base
 
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Nothing is beside the U-Net's own weights."""
+        yield
+
     def to(self, device: torch.device) -> None:
         for module in filter(None, (self.network, self.base)):
             module.to(device)

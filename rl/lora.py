@@ -77,6 +77,12 @@ class Lora:
             for layer in layers:
                 layer._disable_adapters = False
 
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Within it the U-Net may compute as fast as the base model's; see `PartLora.folded`."""
+        with self._parts[UNET].folded():
+            yield
+
     def to(self, device: torch.device) -> None:
         self.network.to(device)
 

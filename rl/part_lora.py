@@ -5,7 +5,8 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,6 +57,30 @@ class PartLora:
     @property
     def layers(self) -> list[LoraLayer]:
         return [layer for layer in self.network.modules() if isinstance(layer, LoraLayer)]
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Within it, the network computes with W + s B A in place of W and of the LoRA beside it: the same function, up
+        to rounding, at the base model's cost. Without gradients only.
+
+        Where weights are rounded coarser than float32 it would lose what the LoRA has learned so far, and where an
+        engine has taken them apart (ZeRO-3) or the LoRA is not a sum (DoRA) it is more than an addition. There
+        everything stays as it is.
+        """
+        layers = [layer for layer in self.layers if not layer.disable_adapters]
+        if not all(map(_can_fold, layers)):
+            layers = []
+        weights = [layer.get_base_layer().weight for layer in layers]
+        kept = [weight.data for weight in weights]  # given back, not computed back: not a bit may change
+        for layer, weight in zip(layers, weights, strict=True):
+            weight.data = weight.data + sum(layer.get_delta_weight(name).detach() for name in layer.active_adapters)
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer, weight, data in zip(layers, weights, kept, strict=True):
+                weight.data = data
+                layer._disable_adapters = False
 
     def weights(self, state_dict: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """What plain diffusers adds to the base model.
@@ -133,6 +158,13 @@ def new_config(settings: AdapterSettings, module: nn.Module, targets: Sequence[s
         use_dora=settings.use_dora,
         init_lora_weights=settings.peft_init,
     )
+
+
+def _can_fold(layer: LoraLayer) -> bool:
+    base = layer.get_base_layer()
+    exact = isinstance(base, (nn.Linear, nn.Conv2d)) and base.weight.dtype in (torch.float32, torch.float64)
+    whole = not hasattr(base.weight, "ds_id")  # as DeepSpeed marks what it has taken apart
+    return exact and whole and not layer.lora_variant and not torch.is_autocast_enabled(base.weight.device.type)
 
 
 def starts_from_base(config: LoraConfig) -> bool:

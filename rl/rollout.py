@@ -5,6 +5,7 @@ Shapes: B pictures, K trained steps, C latent channels, h x w the latent grid.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -104,7 +105,9 @@ def sample(
     for step, timestep in enumerate(schedule.timesteps.tolist()):
         index = torch.full((len(prompts),), step, device=latents.device)
         timesteps = torch.full_like(index, timestep)
-        output = policy.predict(network, latents, timesteps, conditioning, guidance_scale)
+        # A trained step must be computed as the update computes it, or the ratio would not be 1 on the first pass.
+        with nullcontext() if step in train_steps else policy.folded():
+            output = policy.predict(network, latents, timesteps, conditioning, guidance_scale)
         mean, std = step_mean(output, latents, index, schedule)
         next_latents = mean + std * noise[:, step + 1]
         if step in train_steps:

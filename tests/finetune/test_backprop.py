@@ -171,7 +171,8 @@ def test_pictures_are_those_that_are_sampled_without_gradients(policy):
     expected = sample(policy, policy.network, PROMPTS[:COUNT], noise, schedule).final_latents
     for first in (0, 2, 3):
         drawn = Sampler(policy, policy.network, schedule).draw(PROMPTS[:COUNT], noise, Reach(first, STEPS - 1))
-        assert torch.equal(drawn.latents.detach(), expected)
+        # Up to rounding: what is sampled without gradients has the LoRA folded into the weights.
+        torch.testing.assert_close(drawn.latents.detach(), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_refl_rewards_what_a_step_estimates_as_diffusers_does(policy):
