@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -58,10 +59,11 @@ def publish(rows: list[Row], began: float, json_file: Path | None, quick: bool, 
     if shown:
         _show(rows, quick)
     if json_file:
+        vectors = torch.backends.cpu.get_cpu_capability()  # what a CPU's speed depends on most: AVX512, AVX2, ...
         content = {
             "command": shlex.join(["python", *sys.argv]),
             "seconds": round(time.perf_counter() - began, 1),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, quick={quick}",
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}, {vectors}, {platform.system()}, quick={quick}",
             "rows": [asdict(row) | {"holds": row.holds} for row in rows],
         }
         json_file.parent.mkdir(parents=True, exist_ok=True)

@@ -139,6 +139,7 @@ def test_ceiling_is_the_mean_of_fresh_raters(population):
 
 
 def test_ceiling_predicts_a_trio_better_than_a_trio_does(population):
+    population = population[::4]  # 64 raters each
     trio, other = _trio(population, 0), _trio(population, 3)
     tops = [ceiling(verdict, words, f"u{k}", SIZE) for k, (verdict, words) in enumerate(population)]
     for name in SCORES:
