@@ -61,15 +61,15 @@ def mended(pictures, work: Path, options: list[str]) -> tuple[list[dict], Inpain
     """A row for each picture: the command's, and the judge's scores before and after."""
     run, choice = parse_arguments([InpaintArguments, RewardArguments], [*options, "--output_dir", str(work)])
     results = Results(work, {"options": options, **vars(run), **vars(choice)}, ("pictures",), overwrite=False)
-    results.begin()
     reward, _ = choice.make(run.device)
     draw = run.inpainter()
-    for uid, caption, picture in tqdm(pictures):
-        if uid not in results.rows:
-            one = mend(picture, caption, uid, run, reward, draw)
-            scores = {"judged_before": verdict(picture, caption), "judged_after": verdict(one.picture, caption)}
-            files = {f"pictures/{uid}.png": to_image(one.picture / 255)}
-            results.add(uid, {"prompt": caption, **as_row(one), **scores}, files)
+    with results.begun():
+        for uid, caption, picture in tqdm(pictures):
+            if uid not in results.rows:
+                one = mend(picture, caption, uid, run, reward, draw)
+                scores = {"judged_before": verdict(picture, caption), "judged_after": verdict(one.picture, caption)}
+                files = {f"pictures/{uid}.png": to_image(one.picture / 255)}
+                results.add(uid, {"prompt": caption, **as_row(one), **scores}, files)
     return [results.rows[uid] for uid, _, _ in pictures], run
 
 

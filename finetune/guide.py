@@ -173,15 +173,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     reward, others = choice.make(run.device, differentiable=True)
     pipeline = prepare(run)
-    results.begin()
-    with tqdm(total=len(wanted), dynamic_ncols=True) as bar:
-        for start in range(0, len(wanted), run.batch_size):
-            batch = wanted[start : start + run.batch_size]
-            _draw_both(run, pipeline, reward, others, batch, [prompts[place] for place in batch], results)
-            bar.update(len(batch))
+    with results.begun():
+        with tqdm(total=len(wanted), dynamic_ncols=True) as bar:
+            for start in range(0, len(wanted), run.batch_size):
+                batch = wanted[start : start + run.batch_size]
+                _draw_both(run, pipeline, reward, others, batch, [prompts[place] for place in batch], results)
+                bar.update(len(batch))
 
-    sides = [_look(results, side, prompts[: run.num_sheet], reward, run.device) for side in ("without", "with")]
-    results.write({"sheet.png": before_after_sheet(*sides), "summary.json": summarise(results)})
+        sides = [_look(results, side, prompts[: run.num_sheet], reward, run.device) for side in ("without", "with")]
+        results.write({"sheet.png": before_after_sheet(*sides), "summary.json": summarise(results)})
     print_changes(console, results)
     console.print(f"pictures, sheet.png, results.jsonl, summary.json: {run.output_dir}", soft_wrap=True, markup=False)
 

@@ -37,7 +37,7 @@ from reward.arguments import main_guard, parse_arguments  # noqa: E402
 from reward.draw import caption, grid, heatmap_image, overlay, to_image  # noqa: E402
 from reward.feedback import Reward, RewardFn  # noqa: E402
 from reward.predict import read_prompts  # noqa: E402
-from reward.sources import Columns, Source, open_source  # noqa: E402
+from reward.sources import Columns, Picture, Source, open_source  # noqa: E402
 from rl.ddpo_checks import warn_of_ignored  # noqa: E402
 from rl.pipelines import check_pipeline_folder  # noqa: E402
 from rl.rollout import keyed_generator  # noqa: E402
@@ -311,29 +311,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     first = next(iter(source.pictures(wanted)))
     check_maps(judge(reward, read_picture(first)[None], first.prompt, run), run.thresholds)
     draw = run.inpainter()
-    results.begin()
-    for item in tqdm(source.pictures(wanted), total=len(wanted), dynamic_ncols=True):
-        picture = read_picture(item)
-        mended = mend(picture, item.prompt, item.uid, run, reward, draw)
-        row = {"prompt": item.prompt, "sha256": digest(item), **as_row(mended)}
-        for side, one in (("before", picture), ("after", mended.picture)):
-            for name, other in others.items():
-                said = judge(other, one[None], item.prompt, run)
-                row[side] |= {f"{name}.total": float(said.objective[0])}
-                row[side] |= {f"{name}.{term}": float(value[0]) for term, value in said.terms.items()}
-        files = {
-            "picture": f"pictures/{item.uid}.png",
-            "mask": f"masks/{item.uid}.png",
-            "sheet": f"sheets/{item.uid}.png",
-        }
-        images = (to_image(mended.picture / 255), heatmap_image(mended.share), sheet(picture, item.prompt, mended))
-        results.add(item.uid, {**row, "files": files}, dict(zip(files.values(), images, strict=True)))
-    summary = summarise(results.rows.values())
-    results.write({"summary.json": summary})
+    with results.begun():
+        for item in tqdm(source.pictures(wanted), total=len(wanted), dynamic_ncols=True):
+            picture = read_picture(item)
+            mended = mend(picture, item.prompt, item.uid, run, reward, draw)
+            _keep(results, item, picture, mended, run, others)
+        summary = summarise(results.rows.values())
+        results.write({"summary.json": summary})
     counts = ", ".join(f"{count} {status}" for status, count in summary["status"].items())
     gain = summary["after"]["reward"] - summary["before"]["reward"]
     console.print(f"{summary['n']} pictures: {counts}; reward {gain:+.4f}", soft_wrap=True)
     console.print(f"pictures, masks, sheets, results.jsonl: {run.output_dir}", soft_wrap=True, markup=False)
+
+
+def _keep(
+    results: Results,
+    item: Picture,
+    picture: torch.Tensor,
+    mended: Mended,
+    run: InpaintArguments,
+    others: Mapping[str, RewardFn],
+) -> None:
+    """Write one picture's line and files; `others` judge it before and after."""
+    row = {"prompt": item.prompt, "sha256": digest(item), **as_row(mended)}
+    for side, one in (("before", picture), ("after", mended.picture)):
+        for name, other in others.items():
+            said = judge(other, one[None], item.prompt, run)
+            row[side] |= {f"{name}.total": float(said.objective[0])}
+            row[side] |= {f"{name}.{term}": float(value[0]) for term, value in said.terms.items()}
+    files = {"picture": f"pictures/{item.uid}.png", "mask": f"masks/{item.uid}.png", "sheet": f"sheets/{item.uid}.png"}
+    images = (to_image(mended.picture / 255), heatmap_image(mended.share), sheet(picture, item.prompt, mended))
+    results.add(item.uid, {**row, "files": files}, dict(zip(files.values(), images, strict=True)))
 
 
 def check_same(results: Results, found: Mapping[str, str]) -> None:

@@ -7,13 +7,15 @@ places, so what has a line is whole; what has none is made again.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from rl.checkpoints import BESIDE, RUN_CONFIG, check_writable, differing_keys, written_beside
+from rl.folder_lock import FolderInUseError, check_free, taken
 
 RESULTS = "results.jsonl"
 
@@ -32,8 +34,8 @@ class Results:
         """Look whether the folder is free, or holds results of the same settings; touches nothing.
 
         Raises:
-            ValueError: it holds those of other settings (they are listed) and may not be overwritten, is a file, or
-                cannot be written to.
+            ValueError: it holds those of other settings (they are listed) and may not be overwritten, is a file,
+                cannot be written to, or another run writes to it.
         """
         self.folder, self._parts, self._overwrite = Path(folder), parts, overwrite
         self._settings = json.loads(json.dumps(settings, default=str))
@@ -41,6 +43,7 @@ class Results:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"output_dir {folder} is a file; name a folder")
         check_writable(folder)
+        check_free(folder)
         if overwrite or not self.folder.is_dir():
             return
         if (self.folder / RUN_CONFIG).is_file():
@@ -57,8 +60,22 @@ class Results:
                 "give another --output_dir, or --overwrite_output_dir true"
             )
 
-    def begin(self) -> None:
-        """Make the folder these results', once nothing else can be wrong; if it may be overwritten, it is cleared."""
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Make the folder these results', once nothing else can be wrong; if it may be overwritten, it is cleared.
+
+        Within it no other run may write there.
+
+        Raises:
+            FolderInUseError: another run does, or has since this one looked.
+        """
+        with taken(self.folder):
+            if not self._overwrite and len(_whole_lines(self.folder / RESULTS)) != len(self.rows):
+                raise FolderInUseError(f"another run has just written to {self.folder}; start this one again")
+            self._begin()
+            yield
+
+    def _begin(self) -> None:
         if self._overwrite:
             for name in (RESULTS, RUN_CONFIG, *self._parts, BESIDE):
                 path = self.folder / name

@@ -12,6 +12,7 @@ from PIL import Image
 from finetune import guide
 from reward.arguments import ArgumentsError
 from reward.feedback import Reward
+from rl.folder_lock import FolderInUseError, taken
 from rl.rollout import keyed_generator
 from tests.rl.conftest import make_pipeline
 
@@ -76,6 +77,8 @@ def test_the_command_draws_pairs_and_goes_on_where_it_was_stopped(folder, tmp_pa
     capsys.readouterr()
     guide.main(argv)
     assert "nothing to do" in capsys.readouterr().out
+    with taken(out), pytest.raises(FolderInUseError, match="in use by another run"):
+        guide.main(argv)
     with pytest.raises(ValueError, match=r"holds results of other settings \(scale: 0.2 -> 0.1\)"):
         guide.main([*argv, "--scale", "0.1"])
 

@@ -15,6 +15,7 @@ from finetune.inpaint import FIXED, NO_BETTER, NOTHING, TOO_LARGE, InpaintArgume
 from finetune.inpainter import Inpainter
 from reward.arguments import ArgumentsError
 from reward.feedback import Reward
+from rl.folder_lock import FolderInUseError, taken
 from rl.rollout import keyed_generator
 from tests.rl.conftest import make_pipeline, make_unet, make_xl_pipeline
 
@@ -297,6 +298,8 @@ def test_the_command_mends_a_folder_and_goes_on_where_it_was_stopped(folders, al
     capsys.readouterr()
     inpaint.main(argv)
     assert "nothing to do" in capsys.readouterr().out
+    with taken(out), pytest.raises(FolderInUseError, match="in use by another run"):
+        inpaint.main(argv)
 
     lines_of_table = (album / "metadata.jsonl").read_text()
     (album / "metadata.jsonl").write_text(lines_of_table.replace("red", "green"))
