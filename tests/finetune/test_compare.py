@@ -31,7 +31,7 @@ from tests.test_house import ROOT
 FAILS = "tests.finetune.compare_case:FailsAt"
 
 
-def test_killed_gone_on_with_and_a_reward_that_fails_half_way(tmp_path, pipeline_folder):
+def test_killed_gone_on_with_and_a_reward_that_fails_half_way(tmp_path, pipeline_folder, capsys):
     config = write_config(tmp_path, pipeline_folder)
     settings = settings_of(
         tmp_path, pipeline_folder, seeds=[0], budget_images=16, looks=2, jobs=2, agreement_prompts=2,
@@ -76,9 +76,8 @@ def test_killed_gone_on_with_and_a_reward_that_fails_half_way(tmp_path, pipeline
 
     # What is there is not made again; what failed is tried again.
     stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("findings.json")}
-    again = subprocess.run([*command, "--only", "red"], cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "1 of 1 trainings are there already" in again.stdout
+    main([*command[3:], "--only", "red"])
+    assert "1 of 1 trainings are there already" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("findings.json")} == stamps
 
     with taken(folder), pytest.raises(FolderInUseError, match="in use by another run"):
