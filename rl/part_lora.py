@@ -61,7 +61,7 @@ class PartLora:
     @contextmanager
     def folded(self) -> Iterator[None]:
         """Within it, the network computes with W + s B A in place of W and of the LoRA beside it: the same function, up
-        to rounding, at the base model's cost. Without gradients only.
+        to rounding, at the base model's cost in time, and with a second copy of these weights. Without gradients only.
 
         Where weights are rounded coarser than float32 it would lose what the LoRA has learned so far, and where an
         engine has taken them apart (ZeRO-3) or the LoRA is not a sum (DoRA) it is more than an addition. There
@@ -72,10 +72,10 @@ class PartLora:
             layers = []
         weights = [layer.get_base_layer().weight for layer in layers]
         kept = [weight.data for weight in weights]  # given back, not computed back: not a bit may change
-        for layer, weight in zip(layers, weights, strict=True):
-            weight.data = weight.data + sum(layer.get_delta_weight(name).detach() for name in layer.active_adapters)
-            layer._disable_adapters = True
         try:
+            for layer, weight in zip(layers, weights, strict=True):
+                weight.data = weight.data + sum(layer.get_delta_weight(name).detach() for name in layer.active_adapters)
+                layer._disable_adapters = True
             yield
         finally:
             for layer, weight, data in zip(layers, weights, kept, strict=True):
