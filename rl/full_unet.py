@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -47,10 +47,9 @@ class FullUnet:
             self.base.to(self.network.unet.dtype)
         yield self.base
 
-    @contextmanager
-    def folded(self) -> Iterator[None]:
+    def folded(self) -> AbstractContextManager[None]:
         """Nothing is beside the U-Net's own weights."""
-        yield
+        return nullcontext()
 
     def to(self, device: torch.device) -> None:
         for module in filter(None, (self.network, self.base)):

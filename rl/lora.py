@@ -2,7 +2,7 @@
 fused."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -77,11 +77,9 @@ class Lora:
             for layer in layers:
                 layer._disable_adapters = False
 
-    @contextmanager
-    def folded(self) -> Iterator[None]:
+    def folded(self) -> AbstractContextManager[None]:
         """Within it the U-Net may compute as fast as the base model's; see `PartLora.folded`."""
-        with self._parts[UNET].folded():
-            yield
+        return self._parts[UNET].folded()
 
     def to(self, device: torch.device) -> None:
         self.network.to(device)

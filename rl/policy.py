@@ -8,7 +8,7 @@ Shapes: B prompts or pictures, T tokens, D text width, C latent channels, h x w 
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -284,11 +284,9 @@ class StableDiffusionPolicy:
             finally:
                 self._asks_reference, self._stand_in = False, None
 
-    @contextmanager
-    def folded(self) -> Iterator[None]:
+    def folded(self) -> AbstractContextManager[None]:
         """Within it, and without gradients, `predict` may be faster: the same function, but not to the last bit."""
-        with nullcontext() if self._asks_reference else self.trained.folded():
-            yield
+        return nullcontext() if self._asks_reference else self.trained.folded()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) -> pictures (B, 3, H, W) float32 in [0, 1].

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -102,21 +103,22 @@ def sample(
     conditioning = policy.encode(prompts)
     latents = noise[:, 0]
     kept: list[tuple[torch.Tensor, ...]] = []
-    for step, timestep in enumerate(schedule.timesteps.tolist()):
-        index = torch.full((len(prompts),), step, device=latents.device)
-        timesteps = torch.full_like(index, timestep)
+    for trained, stretch in groupby(enumerate(schedule.timesteps.tolist()), lambda at: at[0] in train_steps):
         # A trained step must be computed as the update computes it, or the ratio would not be 1 on the first pass.
-        with nullcontext() if step in train_steps else policy.folded():
-            output = policy.predict(network, latents, timesteps, conditioning, guidance_scale)
-        mean, std = step_mean(output, latents, index, schedule)
-        next_latents = mean + std * noise[:, step + 1]
-        if step in train_steps:
-            if guidance_scale != 1.0 and not train_guidance:
-                output = policy.predict(network, latents, timesteps, conditioning)
+        with nullcontext() if trained else policy.folded():
+            for step, timestep in stretch:
+                index = torch.full((len(prompts),), step, device=latents.device)
+                timesteps = torch.full_like(index, timestep)
+                output = policy.predict(network, latents, timesteps, conditioning, guidance_scale)
                 mean, std = step_mean(output, latents, index, schedule)
-            kept.append((latents, next_latents, log_prob_map(next_latents, mean, std)))
-        latents = next_latents
-        on_step()
+                next_latents = mean + std * noise[:, step + 1]
+                if trained:
+                    if guidance_scale != 1.0 and not train_guidance:
+                        output = policy.predict(network, latents, timesteps, conditioning)
+                        mean, std = step_mean(output, latents, index, schedule)
+                    kept.append((latents, next_latents, log_prob_map(next_latents, mean, std)))
+                latents = next_latents
+                on_step()
     columns = [torch.stack(column) for column in zip(*kept, strict=True)] or [latents.new_empty(0)] * 3
     return Trajectory(torch.tensor(sorted(train_steps)), *columns, final_latents=latents)
 

@@ -129,7 +129,7 @@ def test_where_a_reward_is_put():
 @pytest.mark.filterwarnings("ignore")  # of what torch's own compiler does
 def test_compiled_network_is_the_same(pipeline_folder, monkeypatch):
     """Values, gradients, and the weights' names. All that is ours is in what dynamo captures, forward and backward: the
-    C++ that torch would make of it takes two minutes to compile, and is left out."""
+    C++ that torch would make of it takes long to compile, and is left out."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     results = []
     for compiled in (False, True):
