@@ -1,6 +1,7 @@
 """What it is worth to count the marked pixels of heatmaps more, where most pixels and many whole maps are empty.
 
-    python benchmarks/rahf_heatmap_loss.py [--data FOLDER] [--model FOLDER] [--steps N] [--quick] [--json FILE]
+    python benchmarks/rahf_heatmap_loss.py [--data FOLDER] [--model FOLDER] [--steps N] [--jobs N] [--quick]
+        [--json FILE]
 
 Data and starting checkpoint come from `python -m tinyworld.build --stages feedback pretraining`. The predictor of
 `configs/rahf_tinyworld.yaml` is trained for three epochs with each choice and seed, and judged on the dev split (a
@@ -11,27 +12,27 @@ setting is chosen there, the test split stays unseen):
   larger beside the others.
 
 Intervals are 95%, over seeds and pictures together; "less the paper's" is paired by seed and picture. CC is over the
-pictures whose true map is marked, MSE over all, MSE of empty maps over the others.
+pictures whose true map is marked, MSE over all, MSE of empty maps over the others. The mean SRCC of the four scores
+says what the choice costs them; its interval is Student's, over seeds. A training that is finished (`--work`) is never
+repeated.
 """
 
-import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import DatasetDict
+from long_runs import Budget, add_flags, work_folder
+from parts import Part, finish
 from report import Row, flags, publish
-from transformers import AutoTokenizer
+from scipy import stats
 
 from finetune.paired import paired_interval
 from reward import train
-from reward.data import FeedbackCollator, FeedbackDataset
-from reward.feedback import HEATMAPS, SCORES
-from reward.metrics import map_metrics, score_metrics
-from reward.model import RahfModel
+from reward.feedback import HEATMAPS
 
-ROOT = Path(__file__).parents[1]
+CONFIG = "configs/rahf_tinyworld.yaml"
 PAPER = "the paper's loss"
 CHOICES = {
     PAPER: {},
@@ -40,88 +41,84 @@ CHOICES = {
     "whole term x 3": {"heatmap_loss_weight": 60},  # the config's is 20
 }
 METRICS = {"cc": "CC", "mse": "MSE", "mse_empty": "MSE of empty maps"}
+STEPS, QUICK_STEPS, QUICK_PICTURES = 470, 20, 200
 
 
-def train_once(data: Path, model: str, folder: Path, seed: int, steps: int, settings: dict[str, float]) -> Path:
-    """One short training by the real command; returns the folder of its model."""
-    settings = {
-        "data": data, "model": model, "output_dir": folder, "seed": seed, "max_steps": steps, "panels": 0,
-        "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "report_to": "none",
-        "warmup_steps": min(100, steps // 5), "disable_tqdm": True, "log_level": "error", "logging_strategy": "no",
-        **settings,
-    }  # fmt: skip
-    config = str(ROOT / "configs" / "rahf_tinyworld.yaml")
-    train.main(["--config", config, *(part for name, value in settings.items() for part in (f"--{name}", str(value)))])
+def few_pictures(data: Path, folder: Path) -> Path:
+    """The first pictures of each split that is read, as a data set of its own."""
+    if not folder.exists():
+        whole = train.load_data(data)
+        few = {split: whole[split].select(range(min(len(whole[split]), QUICK_PICTURES))) for split in ("train", "dev")}
+        beside = folder.with_name(folder.name + ".part")
+        DatasetDict(few).save_to_disk(str(beside))
+        beside.rename(folder)
     return folder
 
 
-@torch.inference_mode()
-def judge(folder: Path, dev) -> tuple[dict[tuple[str, str], np.ndarray], float]:
-    """Each picture's value of each metric, keyed (heatmap, metric), and the mean SRCC of the four scores."""
-    model = RahfModel.from_pretrained(folder).eval()
-    collate = FeedbackCollator(AutoTokenizer.from_pretrained(folder), model.config)
-    examples = FeedbackDataset(dev, model.config)
-    rows, said, true = {name: [] for name in HEATMAPS}, [], []
-    for start in range(0, len(examples), 64):
-        batch = collate([examples[index] for index in range(start, min(start + 64, len(examples)))])
-        out = model(**batch)
-        said.append(out.scores)
-        true.append(batch["scores"])
-        for index, name in enumerate(HEATMAPS):
-            rows[name] += map(map_metrics, out.heatmaps[:, index], batch["heatmaps"][:, index])
-    values = {
-        (name, metric): np.array([row[metric] for row in rows[name] if metric in row])
-        for name in HEATMAPS
-        for metric in METRICS
+def trainings(data: Path, model: Path, seeds: int, steps: int) -> dict[str, list[Part]]:
+    """Choice -> its training of each seed."""
+    how = {"data": str(data.absolute()), "model": str(model.absolute()), "config": CONFIG, "steps": steps}
+    return {
+        choice: [
+            Part(choice, seed, "heatmap_loss_training.py", how | {"settings": settings}, files=(CONFIG,))
+            for seed in range(seeds)
+        ]
+        for choice, settings in CHOICES.items()
     }
-    said, true = torch.cat(said), torch.cat(true)
-    return values, float(np.mean([score_metrics(said[:, i], true[:, i])["srcc"] for i in range(len(SCORES))]))
+
+
+def table(found: Mapping[str, Sequence[Mapping]]) -> list[Row]:
+    """The rows, from what `heatmap_loss_training` says of each choice and seed."""
+    rows = []
+    seeds = len(found[PAPER])
+    for name in HEATMAPS:
+        for metric, title in METRICS.items():
+            values = {choice: [np.array(run["values"][name][metric]) for run in runs] for choice, runs in found.items()}
+            count = values[PAPER][0].size * seeds
+            if not count:
+                continue
+            for choice, own in values.items():
+                rows.append(Row(f"{title} {name}, {choice}", *paired_interval(own), n=count))
+                if choice != PAPER:
+                    less = [one - paper for one, paper in zip(own, values[PAPER], strict=True)]
+                    rows.append(Row(f"{title} {name}, {choice} less the paper's", *paired_interval(less), n=count))
+    for choice, runs in found.items():
+        own = np.array([run["srcc"] for run in runs])
+        rows.append(Row(f"mean SRCC of the scores, {choice}", *over_seeds(own), n=seeds))
+        if choice != PAPER:
+            less = own - np.array([run["srcc"] for run in found[PAPER]])
+            rows.append(Row(f"mean SRCC of the scores, {choice} less the paper's", *over_seeds(less), n=seeds))
+    return rows
+
+
+def over_seeds(values: np.ndarray) -> tuple[float, float | None, float | None]:
+    """Mean and Student's 95% interval, which needs two seeds."""
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, None, None
+    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+    return mean, mean - half, mean + half
 
 
 def main() -> None:
     parser = flags(__doc__.splitlines()[0])
-    parser.add_argument("--data", default="build/tinyworld/feedback", help="rated pictures of the small world")
-    parser.add_argument("--model", default="build/tinyworld/rahf_pretrained", help="where every run starts")
-    parser.add_argument("--steps", type=int, help="updates of 64 pictures a run (default 470, three epochs)")
+    add_flags(parser, "outputs/rahf_heatmap_loss")
+    parser.add_argument("--data", type=Path, default=Path("build/tinyworld/feedback"), help="the small world's ratings")
+    parser.add_argument("--model", type=Path, default=Path("build/tinyworld/rahf_pretrained"), help="where all start")
+    parser.add_argument("--steps", type=int, help=f"updates of 64 pictures a run (default {STEPS}, three epochs)")
     options = parser.parse_args()
-    began = time.perf_counter()
-    data = train.load_data(options.data)
-    steps = options.steps or (20 if options.quick else 470)
-    seeds = 1 if options.quick else options.seeds
-    found = {choice: [] for choice in CHOICES}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(options.data)
-        if options.quick:
-            folder = Path(scratch) / "data"
-            data = DatasetDict(
-                {split: data[split].select(range(min(len(data[split]), 200))) for split in ("train", "dev")}
-            )
-            data.save_to_disk(str(folder))
-        for seed in range(seeds):
-            for number, (choice, settings) in enumerate(CHOICES.items()):
-                out = train_once(folder, options.model, Path(scratch) / f"{number}-{seed}", seed, steps, settings)
-                found[choice].append(judge(out, data["dev"]))
-                print(f"seed {seed}, {choice}: {time.perf_counter() - began:.0f} s", flush=True)
-    publish(table(found, seeds), began, options.json, options.quick)
-
-
-def table(found: dict[str, list[tuple[dict[tuple[str, str], np.ndarray], float]]], seeds: int) -> list[Row]:
-    """The rows, from what `judge` said of each choice and seed."""
-    rows = []
-    for name in HEATMAPS:
-        for metric, title in METRICS.items():
-            for choice, runs in found.items():
-                values = [run[0][name, metric] for run in runs]
-                if not values[0].size:
-                    continue
-                rows.append(Row(f"{title} {name}, {choice}", *paired_interval(values), n=values[0].size * seeds))
-                if choice != PAPER:
-                    less = [one - paper[0][name, metric] for one, paper in zip(values, found[PAPER], strict=True)]
-                    title_ = f"{title} {name}, {choice} less the paper's"
-                    rows.append(Row(title_, *paired_interval(less), n=values[0].size * seeds))
-    for choice, runs in found.items():
-        rows.append(Row(f"mean SRCC of the scores, {choice}", float(np.mean([run[1] for run in runs])), n=seeds))
-    return rows
+    began, work = time.perf_counter(), work_folder(options)
+    steps, seeds, data = options.steps or STEPS, options.seeds, options.data
+    if options.quick:
+        steps, seeds, data = options.steps or QUICK_STEPS, 1, few_pictures(options.data, work / "data")
+    plans = trainings(data, options.model, seeds, steps)
+    by_seed = [part for seed in zip(*plans.values(), strict=True) for part in seed]
+    done = finish(by_seed, work, options.jobs, Budget(options.budget_minutes))
+    complete = [number for number, seed in enumerate(zip(*plans.values(), strict=True)) if done.keys() >= set(seed)]
+    if not complete:
+        raise SystemExit(f"no seed is complete yet, {len(done)} of {len(by_seed)} trainings are; run it again")
+    found = {choice: [done[parts[number]] for number in complete] for choice, parts in plans.items()}
+    publish(table(found), began, options.json, options.quick)
 
 
 if __name__ == "__main__":

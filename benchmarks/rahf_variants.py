@@ -33,6 +33,7 @@ VARIANTS = {
     "augmented": [*DEFAULT, "--variant", "augmented_prompt"],
     "sequence": [*DEFAULT, "--words", "sequence"],
     "paper": [*DEFAULT, "--heatmap_head", "paper", "--score_head", "paper", "--head_width", "0.0625"],
+    "pooled": [*DEFAULT, "--image_pooling", "2"],
     "finer": ["--config", "configs/rahf_tinyworld_finer.yaml"],
 }
 """Settings. The default is `multi_head`, `tagging`, light heads; the paper's heads are a sixteenth as wide; `finer`

@@ -202,7 +202,7 @@ def build_model(arguments: RahfArguments) -> tuple[RahfModel, PreTrainedTokenize
             config=with_options(RahfConfig.from_pretrained(arguments.model), arguments.model_options),
         )
         new = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-        if astray := sorted(key for key in new if "_head" not in key.split(".")[0]):
+        if astray := sorted(key for key in new if "_head" not in (part := key.split(".")[0]) and part != "detail"):
             raise ValueError(f"{arguments.model} lacks weights of the encoders: {astray[:3]} ({len(astray)} in all)")
     else:
         tokenizer = AutoTokenizer.from_pretrained(arguments.text_model)

@@ -13,6 +13,8 @@ from reward.augmentation import SIDED_WORDS, Augmentation
 LOSS_SETTINGS = ("score_loss_weight", "heatmap_loss_weight", "word_loss_weight", "heatmap_positive_weight")
 """Settings that go into the model's config, where the loss is computed."""
 
+_MODEL_SETTINGS = ("variant", "heatmap_head", "score_head", "words", "head_width", "image_pooling", "max_text_length")
+
 _GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 
 
@@ -29,6 +31,9 @@ class RahfArguments:
     heatmap_head: str | None = field(default=None, metadata={"help": "paper or light; unset: the model's own"})
     score_head: str | None = field(default=None, metadata={"help": "paper or light; unset: the model's own"})
     head_width: float | None = field(default=None, metadata={"help": "factor on the heads' channels"})
+    image_pooling: int | None = field(
+        default=None, metadata={"help": "T5 reads one token for each so many patches, along height and width; 1: all"}
+    )
     variant: str | None = field(default=None, metadata={"help": "multi_head or augmented_prompt"})
     words: str | None = field(default=None, metadata={"help": "tagging, sequence or none"})
     image_size: list[int] | None = field(
@@ -71,8 +76,7 @@ class RahfArguments:
     @property
     def model_options(self) -> dict:
         """The settings of the model's config that were given."""
-        names = ("variant", "heatmap_head", "score_head", "words", "head_width", "max_text_length")
-        given = {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in _MODEL_SETTINGS}
         for name in ("image_size", "heatmap_size"):
             sides = getattr(self, name)
             given[name] = sides[0] if sides is not None and len(sides) == 1 else sides

@@ -88,7 +88,7 @@ _parse = cache(parse)
 
 
 def judge(picture: np.ndarray, caption: str) -> Verdict:
-    """The verdict on one picture; about 5 ms on one core.
+    """The verdict on one picture.
 
     Args:
         picture: (64, 64, 3), uint8 or float in [0, 1], sRGB.

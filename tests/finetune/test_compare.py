@@ -58,10 +58,12 @@ def test_killed_gone_on_with_and_a_reward_that_fails_half_way(tmp_path, pipeline
     began = base.stat().st_mtime_ns
     assert not (folder / "report.html").exists()
 
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr + done.stdout
-    assert "failed: breaks, seed 0: training: RuntimeError: the scorer's licence has expired" in done.stderr
-    assert "No verdict yet: of 1 seed" in done.stdout
+    with pytest.raises(SystemExit) as ended:
+        main(command[3:])
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert "failed: breaks, seed 0: training: RuntimeError: the scorer's licence has expired" in said.err
+    assert "No verdict yet: of 1 seed" in said.out
     report = json.loads((folder / "report.json").read_text())
     red, breaks = report["entrants"]
     assert (red["name"], red["seeds"], red["images"], breaks["seeds"]) == ("red", [0], 16, [])

@@ -162,11 +162,47 @@ def test_from_backbones_takes_their_weights(tmp_path, batch):
         ({"heatmap_head": "heavy"}, "heatmap_head must be one of paper, light, not 'heavy'"),
         ({"words": "colours"}, "words must be one of tagging, sequence, none, not 'colours'"),
         ({"variant": "one_head"}, "variant must be one of multi_head, augmented_prompt, not 'one_head'"),
+        ({"image_pooling": 3}, "image_pooling must divide both sides of the grid of 4 x 4 patches, not be 3"),
+        ({"image_pooling": 0}, "image_pooling must divide both sides of the grid of 4 x 4 patches, not be 0"),
     ],
 )
 def test_unknown_settings_are_named(make_config, options, message):
     with pytest.raises(ValueError, match=message):
         make_config(**options)
+
+
+def test_pooled_patches_are_blocks_means_and_come_back_where_they_were(make_config, batch):
+    """T5 reads the mean of 2 x 2 patches; each patch gets its block's answer, and its own token by a linear map."""
+    torch.manual_seed(0)
+    model = RahfModel(make_config(image_size=(32, 64), image_pooling=2)).eval()
+    pictures = torch.randn(3, 3, 32, 64, generator=torch.Generator().manual_seed(0))
+    told = {}
+    model.encoder.register_forward_hook(lambda _, __, given, out: told.update(given, out=out), with_kwargs=True)
+    with torch.no_grad():
+        own = model.see(pictures)  # (3, 4 * 8, D)
+        seen, text = model.fuse(pictures, batch["input_ids"], batch["attention_mask"])
+    said = told["out"].last_hidden_state
+    assert told["inputs_embeds"].shape[1] == told["attention_mask"].shape[1] == 2 * 4 + 4
+    assert torch.equal(text, said[:, 8:])
+    for row, column in ((0, 0), (1, 5), (3, 7)):
+        block = [place for place in range(32) if (place // 8 // 2, place % 8 // 2) == (row // 2, column // 2)]
+        number = row // 2 * 4 + column // 2
+        torch.testing.assert_close(told["inputs_embeds"][:, number], own[:, block].mean(1))
+        patch = row * 8 + column
+        torch.testing.assert_close(seen[:, patch], said[:, number] + model.detail(own[:, patch]))
+
+
+@pytest.mark.parametrize("variant", ["multi_head", "augmented_prompt"])
+def test_pooled_patches_train_and_load_as_others_do(make_config, tokenizer, batch, targets, tmp_path, variant):
+    model = RahfModel(make_config(image_pooling=2, variant=variant))
+    adopt_tokenizer(model, tokenizer)
+    model.train()(**batch, **targets).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    model.eval().save_pretrained(tmp_path)
+    loaded = RahfModel.from_pretrained(tmp_path).eval()
+    assert loaded.config.image_pooling == 2
+    for name in ("scores", "heatmaps", "word_logits"):
+        assert torch.equal(model(**batch)[name], loaded(**batch)[name])
 
 
 @pytest.fixture

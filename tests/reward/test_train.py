@@ -188,7 +188,9 @@ def test_encoders_that_are_not_there_are_an_error(model_folder):
         RichFeedbackPredictor.from_pretrained(model_folder)
 
 
-@pytest.mark.parametrize("options", [{"variant": "augmented_prompt"}, {"words": "sequence"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"variant": "augmented_prompt"}, {"words": "sequence"}, {"image_pooling": 2}], ids=str
+)
 def test_other_variants_start_from_a_checkpoint_with_new_heads(command, raw_data, options):
     metrics = train.main(command("out", **options))
     assert 0 <= metrics["eval_f1_words"] <= 1

@@ -1,18 +1,25 @@
-"""`python -m reward.train` under torchrun: `two_ranks.py ARGUMENTS`."""
+"""`python -m reward.train` under torchrun, once for each list of arguments in a JSON file: `two_ranks.py FILE`.
 
+Importing takes longer than such a training, so one launch does them all.
+"""
+
+import json
 import os
 import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from reward import train
 
 torch.set_num_threads(1)
-train.main(sys.argv[1:])
-torch.distributed.barrier()
+for arguments in json.loads(Path(sys.argv[1]).read_text()):
+    train.main(arguments)
+    torch.distributed.barrier()
+    AcceleratorState._reset_state(reset_partial_state=True)
 # About one run in ten, a rank aborts while its interpreter shuts down, after all is written, and torchrun reports a
 # failure. What is tested is written by now: leave without that teardown.
 os._exit(0)
