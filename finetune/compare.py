@@ -22,9 +22,10 @@ transformers.logging.disable_progress_bar()
 diffusers.logging.disable_progress_bar()
 
 from finetune.compare_config import CompareArguments, read_comparison  # noqa: E402
+from finetune.compare_folder import check_folder, claim  # noqa: E402
 from finetune.compare_report import write_report  # noqa: E402
 from finetune.compare_results import read_results  # noqa: E402
-from finetune.compare_runs import Outcome, Work, check_folder, claim  # noqa: E402
+from finetune.compare_runs import Outcome, Work  # noqa: E402
 from finetune.compare_sheet import count_answers, read_answers, write_sheet  # noqa: E402
 from reward.arguments import main_guard, parse_arguments  # noqa: E402
 from rl.checkpoints import check_writable  # noqa: E402

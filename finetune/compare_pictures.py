@@ -12,9 +12,9 @@ from PIL import Image
 from finetune.compare_config import Comparison
 from finetune.compare_entrants import Entrant
 from finetune.compare_evaluate import Findings
+from finetune.compare_folder import base_findings, run_findings
 from finetune.compare_measures import rank_of_worst
 from finetune.compare_rewards import BASE, Evaluator
-from finetune.compare_runs import base_findings, run_findings
 from reward.data import to_tensor
 from reward.draw import overlay, to_image
 from reward.feedback import RewardFn

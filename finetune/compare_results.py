@@ -11,16 +11,10 @@ import numpy as np
 from finetune.compare_config import Comparison
 from finetune.compare_entrants import Entrant, parse_entrant
 from finetune.compare_evaluate import Findings, Seen
+from finetune.compare_facts import TrainingFacts
+from finetune.compare_folder import base_findings, is_judged, run_findings, run_folder, training_command
 from finetune.compare_rewards import Evaluator
-from finetune.compare_runs import (
-    Failure,
-    TrainingFacts,
-    base_findings,
-    is_judged,
-    run_findings,
-    run_folder,
-    training_command,
-)
+from finetune.compare_runs import Failure
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,10 @@
 """The work of a comparison: the policy before training is judged, all rewards are asked to agree, all are trained on.
 
-The folder of a comparison:
-
-    comparison.json              its settings; another start with others is refused
-    base/<key>/findings.json     what the evaluators say of the policy before training; pictures/ beside it
-    agreement/agreement.json     what all rewards say of the same pictures, by `finetune.agreement`
-    runs/<entrant>/seed<N>/      a training, as its own command leaves it; with findings.json and pictures/ beside that
-    report.html, report.md, report.json
-
 Every step is a process of its own, with a log beside what it makes. A file that is there is not made again, unless
 rewards were added that base or agreement do not know yet; a training that was stopped goes on from its last checkpoint.
 So a comparison may be killed at any moment.
 """
 
-import json
 import os
 import queue
 import signal
@@ -21,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,17 +21,15 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.markup import escape
 
-from finetune.command_line import as_flags
+from finetune.compare_agreement import agreement_command, is_agreed
 from finetune.compare_config import Comparison
 from finetune.compare_entrants import Entrant, parse_entrant, run_flags
 from finetune.compare_evaluate import EvaluationJob, Findings, Look, looks_of
+from finetune.compare_folder import FINDINGS, base_findings, is_judged, run_findings, run_folder, training_command
 from finetune.compare_rewards import Spec
 from finetune.files import write_whole
-from rl.checkpoints import FINISHED, complete_checkpoints, differing_keys
-from rl.run_state import RunState
-from rl.watch import MONITORS
+from rl.checkpoints import FINISHED
 
-SETTINGS, FINDINGS, AGREEMENT = "comparison.json", "findings.json", "agreement/agreement.json"
 ROOT = Path(__file__).resolve().parents[1]
 _POLL = 0.5  # seconds
 
@@ -82,90 +71,6 @@ class Outcome:
     """
 
     failures: dict[tuple[str, int], Failure] = field(default_factory=dict)
-
-
-def claim(comparison: Comparison) -> None:
-    """Note the settings in the folder; for when the folder is this process's alone.
-
-    Raises:
-        ValueError: see `check_folder`.
-    """
-    check_folder(comparison)
-    file, settings = comparison.folder / SETTINGS, comparison.settings()
-    if file.is_file():
-        settings = json.loads(file.read_text(encoding="utf-8")) | settings  # entrants that are left out now are kept
-    write_whole(file, (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
-
-
-def check_folder(comparison: Comparison) -> None:
-    """Look whether the folder is free, or holds this comparison; entrants and seeds may be added to it, or left out.
-
-    Raises:
-        ValueError: it holds results of other settings, which are listed, or other files.
-    """
-    folder = comparison.folder
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir {folder} is a file; name a folder")
-    if not (folder / SETTINGS).is_file():
-        if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
-            raise ValueError(f"output_dir {folder} holds other files; give another --output_dir")
-        return
-    before, now = json.loads((folder / SETTINGS).read_text(encoding="utf-8")), comparison.settings()
-    both = _entrants(before) & _entrants(now)
-    before, now = (
-        {key: value for key, value in settings.items() if _entrant(key) is None or _entrant(key) in both}
-        for settings in (before, now)
-    )
-    if changed := differing_keys(before, now):
-        raise ValueError(
-            f"output_dir {folder} holds results of other settings ({'; '.join(changed)}); give another --output_dir"
-        )
-
-
-def _entrants(settings: Mapping[str, Any]) -> set[str]:
-    return {_entrant(key) for key in settings} - {None}
-
-
-def _entrant(key: str) -> str | None:
-    """`a` of `entrants.a.learning_rate`; names may have dots, settings have none."""
-    return key.removeprefix("entrants.").rpartition(".")[0] if key.startswith("entrants.") else None
-
-
-# ---- Where things are ----
-
-
-def base_findings(comparison: Comparison, entrant: Entrant) -> Path:
-    return comparison.folder / "base" / entrant.base / FINDINGS
-
-
-def is_judged(comparison: Comparison, entrant: Entrant) -> bool:
-    """Whether an entrant's policy before training was judged by all rewards, those that were added later included."""
-    file = base_findings(comparison, entrant)
-    return file.is_file() and {spec.key for spec in comparison.specs()} <= set(Findings.read(file).seen[0].values)
-
-
-def is_agreed(comparison: Comparison) -> bool:
-    """Whether all rewards were asked to agree, those that were added later included."""
-    file = comparison.folder / AGREEMENT
-    if not file.is_file():
-        return False
-    return set(agreement_names(comparison).values()) <= set(json.loads(file.read_text(encoding="utf-8"))["raters"])
-
-
-def run_folder(comparison: Comparison, entrant: Entrant, seed: int) -> Path:
-    return comparison.folder / "runs" / entrant.folder / f"seed{seed}"
-
-
-def run_findings(comparison: Comparison, entrant: Entrant, seed: int) -> Path:
-    return run_folder(comparison, entrant, seed) / FINDINGS
-
-
-def training_command(comparison: Comparison, entrant: Entrant, seed: int) -> list[str]:
-    """What trains an entrant, behind `python -m`; anyone may run it by hand."""
-    return [entrant.command, *run_flags(comparison, entrant, seed, run_folder(comparison, entrant, seed))]
-
-
-# ---- The steps ----
 
 
 class Work:
@@ -381,79 +286,3 @@ def last_words(log: Path, code: int) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     said = lines[-1].removeprefix("error: ") if lines else "it said nothing"
     return f"{said} (exit status {code})"
-
-
-# ---- What else a training tells ----
-
-
-@dataclass(frozen=True)
-class TrainingFacts:
-    """What a finished training says of itself.
-
-    Attributes:
-        kl: to the base at its last rollout, nats a latent value; None where it was not measured.
-        monitors: those of `rl.watch` that were ever across their limits.
-        wall_seconds: of training, whatever ran beside it.
-    """
-
-    kl: float | None
-    monitors: Sequence[str]
-    wall_seconds: float
-
-    @classmethod
-    def read(cls, folder: Path, limits: Mapping[str, float | None]) -> "TrainingFacts":
-        checkpoint = complete_checkpoints(folder)[-1]
-        log = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-        kls = [line["kl"] for line in log if "kl" in line]
-        crossed = set(RunState.read(checkpoint).facts["watch"].get("over", []))
-        for line in log:
-            for name, monitor in MONITORS.items():
-                limit = limits.get(name, monitor.limit)
-                value = line.get(f"watch/{name}")
-                # what is judged of the held-out reward is less than its curve, see `rl.watch.Watch`
-                if value is not None and limit is not None and name != "held_out" and monitor.crossed(value, limit):
-                    crossed.add(name)
-        seconds = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["train_seconds"]
-        return cls(kls[-1] if kls else None, [name for name in MONITORS if name in crossed], seconds)
-
-
-# ---- Agreement ----
-
-
-def agreement_names(comparison: Comparison) -> dict[Spec, str]:
-    """The rewards that are asked to agree, each once and by a name; of weighted sums, the members."""
-    found: dict[Spec, list[str]] = {}
-    for one in comparison.evaluators:
-        found.setdefault(one.spec, []).append(one.name)
-    for entrant in comparison.entrants:
-        if len(entrant.spec.named) == 1 and not entrant.spec.named[0][0]:
-            found.setdefault(entrant.spec, []).append(entrant.name)
-            continue
-        for name, reward, kwargs, _ in entrant.spec.named:
-            found.setdefault(Spec.of(reward, json.loads(kwargs)), []).append(f"{entrant.name}: {name}")
-    evaluators = {one.name for one in comparison.evaluators}
-    return {
-        spec: next((name for name in names if name in evaluators), ", ".join(names)) for spec, names in found.items()
-    }
-
-
-def agreement_command(comparison: Comparison) -> list[str]:
-    """What measures it, behind `python -m`."""
-    arguments, folder, start = comparison.arguments, comparison.folder / "agreement", comparison.entrants[0].start
-    rewards = {}
-    for spec, name in agreement_names(comparison).items():
-        ((_, reward, kwargs, _),) = spec.named
-        rewards[name] = {"reward": reward, "kwargs": json.loads(kwargs)}
-    settings: dict[str, Any] = {"report": str(comparison.folder / AGREEMENT), "rewards": rewards}
-    if "pictures" not in arguments.agreement:
-        names = ("policy", "num_inference_steps", "eta", "guidance_scale", "model_dtype", "start_timestep",
-                 "resolution", "base_adapters")  # fmt: skip
-        settings |= {name: start[name] for name in names if start[name] not in (None, [])}
-        settings |= {"pictures": str(folder / "pictures"), "prompts": str(folder / "prompts.txt")}
-        settings["num_generations"] = arguments.agreement_generations
-    if comparison.decide_by is not None:
-        spec = next(one.spec for one in comparison.evaluators if one.name == comparison.decide_by)
-        settings["against"] = [agreement_names(comparison)[spec], *arguments.agreement.get("labels", [])]
-    _, args = parse_entrant(comparison.entrants[0].command, training_command(comparison, comparison.entrants[0], 0)[1:])
-    settings |= {"use_cpu": args.use_cpu, **arguments.agreement}
-    return ["finetune.agreement", *as_flags(settings)]

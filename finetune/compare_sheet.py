@@ -19,11 +19,11 @@ from PIL import Image
 from scipy import stats
 
 from finetune.compare_config import Comparison
+from finetune.compare_folder import base_findings, run_findings
 from finetune.compare_pages import render
 from finetune.compare_pictures import data_uri
 from finetune.compare_results import Trained
 from finetune.compare_rewards import BASE
-from finetune.compare_runs import base_findings, run_findings
 from finetune.compare_verdict import Verdict
 from finetune.files import write_whole
 

@@ -7,8 +7,8 @@ import pytest
 from finetune.command_line import as_flags
 from finetune.compare import main
 from finetune.compare_config import CompareArguments, read_comparison
+from finetune.compare_folder import check_folder, claim
 from finetune.compare_rewards import Spec
-from finetune.compare_runs import check_folder, claim
 from reward.arguments import parse_arguments
 from tests.finetune.compare_case import (
     HELD_OUT,

@@ -1,0 +1,41 @@
+"""What a training that is finished says of itself."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rl.checkpoints import complete_checkpoints
+from rl.run_state import RunState
+from rl.watch import MONITORS
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What a finished training says of itself.
+
+    Attributes:
+        kl: to the base at its last rollout, nats a latent value; None where it was not measured.
+        monitors: those of `rl.watch` that were ever across their limits.
+        wall_seconds: of training, whatever ran beside it.
+    """
+
+    kl: float | None
+    monitors: Sequence[str]
+    wall_seconds: float
+
+    @classmethod
+    def read(cls, folder: Path, limits: Mapping[str, float | None]) -> "TrainingFacts":
+        checkpoint = complete_checkpoints(folder)[-1]
+        log = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        kls = [line["kl"] for line in log if "kl" in line]
+        crossed = set(RunState.read(checkpoint).facts["watch"].get("over", []))
+        for line in log:
+            for name, monitor in MONITORS.items():
+                limit = limits.get(name, monitor.limit)
+                value = line.get(f"watch/{name}")
+                # what is judged of the held-out reward is less than its curve, see `rl.watch.Watch`
+                if value is not None and limit is not None and name != "held_out" and monitor.crossed(value, limit):
+                    crossed.add(name)
+        seconds = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["train_seconds"]
+        return cls(kls[-1] if kls else None, [name for name in MONITORS if name in crossed], seconds)
