@@ -35,6 +35,7 @@ from rl.run_state import RunState
 from rl.sde import Schedule, draw_steps, kl_map, log_prob_map, step_mean, step_weights
 from rl.step_gradients import chunk_gradients
 from rl.step_probe import StepProbe, metric
+from rl.trunks import Trunks
 from rl.watch import StopWhenGamed, Watch
 
 __all__ = ["DDPOConfig", "DDPOTrainer", "RolloutPlan"]
@@ -137,6 +138,7 @@ class DDPOTrainer(PolicyTrainer):
         self._noted = False
         trainable = self._trainable(number)
         loss_weights = step_weights(self.args.timestep_weighting, self.rollout_schedule, trainable)
+        parting = min(experience.trajectory.steps.tolist())
         for iteration in range(self.args.num_iterations):
             for position, (k, pictures) in enumerate(experience.micro_batches(self.args.per_device_train_batch_size)):
                 self._stop_if_asked()
@@ -150,16 +152,16 @@ class DDPOTrainer(PolicyTrainer):
                     "advantages": experience.advantages[pictures],
                     "weights": experience.weights[pictures],
                     "prompts": experience.prompts[pictures],
+                    "trunks": self._trunks(number, self._mine[pictures]) if step == parting else None,
                     "measure_kl": self.policy.has_reference
                     and (self.args.beta > 0 or (iteration == 0 and position == 0)),
                 }
 
     def collect(self, number: int) -> Experience:
         """Rollout `number`: sample pictures, score them, and compare them within the groups of one prompt."""
-        args, plan, rank = self.args, self.plan, self.args.process_index
+        args, plan, rank, mine = self.args, self.plan, self.args.process_index, self._mine
         drawn = draw_prompts(self.prompts, plan.prompts, number, args.seed)
         prompts = [prompt for prompt in drawn for _ in range(args.num_generations)]
-        mine = list(range(plan.pictures))[rank * plan.pictures_per_rank :][: plan.pictures_per_rank]
         size = args.per_device_rollout_batch_size or args.per_device_train_batch_size
         schedule = self.rollout_schedule = self._schedule_of(number)
         probes, steps = self._probes(number), self._steps_of(number)
@@ -184,10 +186,27 @@ class DDPOTrainer(PolicyTrainer):
                     num_samples=args.num_log_images if first == 0 else 0,
                     on_step=self._stop_if_asked,
                     held_out=self.held_out,
+                    trunks=self._trunks(number, pictures),
                 )
             )
         experience = gather_experience(batches, prompts, args, self.accelerator.gather, rank, self.statistics)
         return self._probed(experience) if probes else experience
+
+    @property
+    def _mine(self) -> range:
+        """The numbers of this rank's pictures in a rollout."""
+        count = self.plan.pictures_per_rank
+        return range(self.args.process_index * count, (self.args.process_index + 1) * count)
+
+    def _trunks(self, number: int, pictures: Sequence[int]) -> Trunks | None:
+        """Which of these pictures of rollout `number` are one up to its first trained step; None: none are.
+
+        Credit by words looks at the attention of every picture, so there each is drawn by itself.
+        """
+        args = self.args
+        if args.share_noise == "none" or args.credit == "words" or self._probes(number):
+            return None
+        return Trunks.of_groups(pictures, args.num_generations, self.policy.device)
 
     def _steps_of(self, number: int) -> tuple[int, ...]:
         """The steps of which rollout `number` keeps what training needs."""
@@ -244,7 +263,7 @@ class DDPOTrainer(PolicyTrainer):
         guidance_scale = args.guidance_scale if args.train_guidance else 1.0
 
         def mean_and_std() -> tuple[torch.Tensor, torch.Tensor]:
-            output = self.policy.predict(model, latents, timesteps, conditioning, guidance_scale)
+            output = self.policy.predict(model, latents, timesteps, conditioning, guidance_scale, inputs["trunks"])
             return step_mean(output, latents, steps, self.rollout_schedule)
 
         if inputs["measure_kl"]:

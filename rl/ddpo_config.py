@@ -86,7 +86,8 @@ class DDPOConfig(RewardedPolicyConfig):
         default="none",
         metadata={
             "help": "Noise that all pictures of a group share: none; before the first trained step; around, that is "
-            "before the first and behind the last. What is shared cancels in the group's comparison."
+            "before the first and behind the last. What is shared cancels in the group's comparison, and up to the "
+            "first trained step a group costs as much as a picture."
         },
     )
     generation_batch_size: int | None = field(

@@ -25,7 +25,8 @@ def measure(trainer: "DDPOTrainer") -> dict[str, float]:
     """Run one batch of the first rollout and one micro-batch of its update, on this process, and extrapolate.
 
     Nothing is written, no weight is changed. Each is run twice, the second time counts. The network is the policy's
-    own: what an engine of several processes adds (waiting, gathering) is not in it, and what it shards not taken off.
+    own: what an engine of several processes adds (waiting, gathering) is not in it, and what it shards not taken off,
+    nor what `share_noise` spares (`rl.trunks`).
 
     Returns:
         name -> number; names that end in `_mib` are memory, in `seconds` time. `activations_mib` is what autograd keeps
@@ -91,6 +92,7 @@ def _update(trainer: "DDPOTrainer", trajectory, prompts: list[str]) -> tuple[flo
         "advantages": torch.linspace(-1, 1, count, device=trajectory.latents.device),
         "weights": torch.ones_like(trajectory.log_probs[0, rows]),
         "prompts": prompts[rows],
+        "trunks": None,
         "measure_kl": trainer.args.beta > 0,
     }
     unet = trainer.policy.pipeline.unet

@@ -30,6 +30,7 @@ from rl.rollout import Trajectory, check_pictures, keyed_noise, sample
 from rl.scoring import features, score
 from rl.sde import Schedule
 from rl.timing import PhaseClock
+from rl.trunks import Trunks
 from rl.watch import measure_pictures, measure_rollout
 
 
@@ -120,10 +121,12 @@ def sample_and_score(
     num_samples: int = 0,
     on_step: Callable[[], None] = lambda: None,
     held_out: RewardFn | None = None,
+    trunks: Trunks | None = None,
 ) -> ScoredBatch:
     """One batch of pictures of a rollout, one a prompt, from `noise` (B, S + 1, C, h, w) to its scores.
 
     Args:
+        trunks: see `rl.rollout.sample`.
         held_out: a reward that is not trained on, to watch.
 
     Raises:
@@ -134,8 +137,9 @@ def sample_and_score(
     looking = WordAttention(policy.pipeline.unet, grid, len(prompts)) if by_words else None
     with clock("rollout"), looking or nullcontext():
         trajectory = sample(
-            policy, network, prompts, noise, schedule, train_steps, args.guidance_scale, args.train_guidance, on_step
-        )
+            policy, network, prompts, noise, schedule, train_steps, args.guidance_scale, args.train_guidance, on_step,
+            trunks,
+        )  # fmt: skip
     with clock("decode"):
         images = policy.decode(trajectory.final_latents)
     check_pictures(trajectory.final_latents, images, prompts, f"rollout {rollout}")

@@ -37,6 +37,14 @@ class Conditioning:
         pairs = [(getattr(other, name), getattr(self, name)) for name in ("embeds", "pooled", "time_ids")]
         return Conditioning(*[None if mine is None else torch.cat([theirs, mine]) for theirs, mine in pairs])
 
+    def at(self, places: torch.Tensor) -> "Conditioning":
+        """Of some of the B pictures, `places` (U,) int64."""
+        told = {name: getattr(self, name) for name in ("embeds", "pooled", "time_ids")}
+        prompts = None if self.prompts is None else [self.prompts[place] for place in places.tolist()]
+        return Conditioning(
+            **{name: one if one is None else one[places] for name, one in told.items()}, prompts=prompts
+        )
+
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
         """The keyword arguments of a diffusers U-Net, in its dtype."""
         arguments: dict[str, Any] = {"encoder_hidden_states": self.embeds.to(dtype)}

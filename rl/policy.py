@@ -23,6 +23,7 @@ from rl.lora import Lora, fuse_base_adapters
 from rl.memory import MemorySettings, borrowed, compile_blocks
 from rl.pipelines import Conditioning, check_pipeline_folder, encode_prompts, family_of, load_pipeline, time_ids
 from rl.sde import at_least_float32
+from rl.trunks import Trunks
 
 logger = logging.getLogger(__name__)
 
@@ -239,6 +240,7 @@ class StableDiffusionPolicy:
         timesteps: torch.Tensor,
         conditioning: Conditioning,
         guidance_scale: float = 1.0,
+        trunks: Trunks | None = None,
     ) -> torch.Tensor:
         """The network's output, noise or v as its scheduler says, with classifier-free guidance.
 
@@ -249,10 +251,17 @@ class StableDiffusionPolicy:
             conditioning: of B prompts, by `encode`.
             guidance_scale: 1 costs one pass, anything else a second one for the empty prompt
                 ("Classifier-free diffusion guidance", Ho & Salimans 2022).
+            trunks: which pictures have the same latents and prompt; the network is asked about one of them. None: all
+                may differ.
 
         Returns:
             (B, C, h, w) float32 (float64 of a float64 network).
         """
+        if trunks is not None:
+            rows = trunks.first
+            return self.predict(network, latents[rows], timesteps[rows], conditioning.at(rows), guidance_scale)[
+                trunks.of
+            ]
         dtype = self.pipeline.unet.dtype
         guided = guidance_scale != 1.0
         if self._asks_reference and conditioning.prompts is not None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from rl.policy import StableDiffusionPolicy
 from rl.sde import Schedule, log_prob_map, step_mean
+from rl.trunks import Trunks
 
 
 class DivergedError(ValueError):
@@ -90,6 +91,7 @@ def sample(
     guidance_scale: float = 1.0,
     train_guidance: bool = True,
     on_step: Callable[[], None] = lambda: None,
+    trunks: Trunks | None = None,
 ) -> Trajectory:
     """Sample one picture a prompt.
 
@@ -99,7 +101,9 @@ def sample(
         train_steps: indices of the steps to keep; every one must have a std above 0.
         train_guidance: whether the log-probs kept are of the guided network, that drew, or of the one without guidance.
         on_step: called after every step.
+        trunks: which pictures have the same prompt, and the same noise before the first trained step; None: none have.
     """
+    parting = min(train_steps, default=-1)
     conditioning = policy.encode(prompts)
     latents = noise[:, 0]
     kept: list[tuple[torch.Tensor, ...]] = []
@@ -109,12 +113,13 @@ def sample(
             for step, timestep in stretch:
                 index = torch.full((len(prompts),), step, device=latents.device)
                 timesteps = torch.full_like(index, timestep)
-                output = policy.predict(network, latents, timesteps, conditioning, guidance_scale)
+                one = trunks if step <= parting else None
+                output = policy.predict(network, latents, timesteps, conditioning, guidance_scale, one)
                 mean, std = step_mean(output, latents, index, schedule)
                 next_latents = mean + std * noise[:, step + 1]
                 if trained:
                     if guidance_scale != 1.0 and not train_guidance:
-                        output = policy.predict(network, latents, timesteps, conditioning)
+                        output = policy.predict(network, latents, timesteps, conditioning, trunks=one)
                         mean, std = step_mean(output, latents, index, schedule)
                     kept.append((latents, next_latents, log_prob_map(next_latents, mean, std)))
                 latents = next_latents

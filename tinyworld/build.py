@@ -52,7 +52,7 @@ from tinyworld.grammar import ASSETS, draw_request, is_held_out
 from tinyworld.lessons import make_lessons
 from tinyworld.loop import half_precision
 from tinyworld.pool import FLAWED, make_pool
-from tinyworld.pretrain import make_predictor_tokenizer, pretrain_predictor
+from tinyworld.pretrain import STEPS, make_predictor_tokenizer, pretrain_predictor
 from tinyworld.pretrain_on_lessons import pretrain_on_lessons
 from tinyworld.rated import Variant
 from tinyworld.text import make_tokenizer, new_text_encoder, pretrain_text_encoder
@@ -92,6 +92,10 @@ class BuildArguments:
         metadata={"help": f"which of {', '.join(STAGES)}; all but {' and '.join(EXTRA)} by default"},
     )
 
+    pretraining_steps: int = field(
+        default=STEPS, metadata={"help": "of the predictor's pretraining; fewer are for trials, not for the assets"}
+    )
+
     def __post_init__(self):
         if unknown := sorted(set(self.stages) - set(STAGES)):
             raise ValueError(f"no such stages: {', '.join(unknown)}; there are {', '.join(STAGES)}")
@@ -100,8 +104,8 @@ class BuildArguments:
 class Build:
     """The stages, in order; each is a method, and reads what those before it left in `work`."""
 
-    def __init__(self, work: Path):
-        self.work = work
+    def __init__(self, work: Path, pretraining_steps: int = STEPS):
+        self.work, self._pretraining_steps = work, pretraining_steps
 
     # What the generator is made of --------------------------------------------------------------------------------
 
@@ -161,7 +165,8 @@ class Build:
         self._rate(self.work / "pickapic" if (self.work / "pickapic").exists() else ASSETS / "pickapic", self.work)
 
     def pretraining(self) -> None:
-        self._save_pretrained("rahf_pretrained", pretrain_predictor(*self._pool(flawed=False), self.work))
+        model = pretrain_predictor(*self._pool(flawed=False), self.work, self._pretraining_steps)
+        self._save_pretrained("rahf_pretrained", model)
 
     def predictor(self) -> None:
         self._train_predictor(self.work / "feedback", self.work / "rahf")
@@ -352,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments([BuildArguments], argv)
     work = Path(arguments.work)
     work.mkdir(parents=True, exist_ok=True)
-    build = Build(work)
+    build = Build(work, arguments.pretraining_steps)
     for stage in STAGES:
         done = work / f"{stage}.done"
         if stage not in arguments.stages or done.exists():
