@@ -4,7 +4,7 @@
         [--json FILE]
 
 Data and starting checkpoint come from `python -m tinyworld.build --stages feedback pretraining`. The predictor of
-`configs/rahf_tinyworld.yaml` is trained for three epochs with each choice and seed, and judged on the dev split (a
+`configs/rahf_tinyworld.yaml` is trained for two epochs with each choice and seed, and judged on the dev split (a
 setting is chosen there, the test split stays unseen):
 
 - marked pixels count once (the paper's loss), 3 and 10 times (`heatmap_positive_weight`);
@@ -105,7 +105,7 @@ def main() -> None:
     add_flags(parser, "outputs/rahf_heatmap_loss")
     parser.add_argument("--data", type=Path, default=Path("build/tinyworld/feedback"), help="the small world's ratings")
     parser.add_argument("--model", type=Path, default=Path("build/tinyworld/rahf_pretrained"), help="where all start")
-    parser.add_argument("--steps", type=int, help=f"updates of 64 pictures a run (default {STEPS}, three epochs)")
+    parser.add_argument("--steps", type=int, help=f"updates of 64 pictures a run (default {STEPS}, two epochs)")
     options = parser.parse_args()
     began, work = time.perf_counter(), work_folder(options)
     steps, seeds, data = options.steps or STEPS, options.seeds, options.data
