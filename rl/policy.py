@@ -257,11 +257,20 @@ class StableDiffusionPolicy:
         Returns:
             (B, C, h, w) float32 (float64 of a float64 network).
         """
-        if trunks is not None:
-            rows = trunks.first
-            return self.predict(network, latents[rows], timesteps[rows], conditioning.at(rows), guidance_scale)[
-                trunks.of
-            ]
+        if trunks is None:
+            return self._predict_each(network, latents, timesteps, conditioning, guidance_scale)
+        rows = trunks.first
+        told = latents[rows], timesteps[rows], conditioning.at(rows)
+        return self._predict_each(network, *told, guidance_scale)[trunks.of]
+
+    def _predict_each(
+        self,
+        network: nn.Module,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float,
+    ) -> torch.Tensor:
         dtype = self.pipeline.unet.dtype
         guided = guidance_scale != 1.0
         if self._asks_reference and conditioning.prompts is not None:
