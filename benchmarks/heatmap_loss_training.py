@@ -1,6 +1,8 @@
 """A training of `benchmarks/rahf_heatmap_loss.py`, and how good its heatmaps and scores are.
 
-python benchmarks/heatmap_loss_training.py FOLDER
+    python benchmarks/heatmap_loss_training.py FOLDER
+
+What it is told, and where its result goes, says `parts.Task`.
 """
 
 import sys
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from parts import Task
+from rahf_heatmap_loss import METRICS
 from transformers import AutoTokenizer
 
 from finetune.command_line import as_flags
@@ -48,8 +51,7 @@ def judge(folder: Path, dev) -> dict[str, Any]:
         for index, name in enumerate(HEATMAPS):
             rows[name] += map(map_metrics, out.heatmaps[:, index], batch["heatmaps"][:, index])
     values = {
-        name: {metric: [row[metric] for row in of if metric in row] for metric in ("cc", "mse", "mse_empty")}
-        for name, of in rows.items()
+        name: {metric: [row[metric] for row in of if metric in row] for metric in METRICS} for name, of in rows.items()
     }
     said, true = torch.cat(said), torch.cat(true)
     srcc = np.mean([score_metrics(said[:, index], true[:, index])["srcc"] for index in range(len(SCORES))])

@@ -25,8 +25,7 @@ import numpy as np
 from datasets import DatasetDict
 from long_runs import Budget, add_flags, work_folder
 from parts import Part, finish
-from report import Row, flags, publish
-from scipy import stats
+from report import Row, flags, over_seeds, publish
 
 from finetune.paired import paired_interval
 from reward import train
@@ -89,15 +88,6 @@ def table(found: Mapping[str, Sequence[Mapping]]) -> list[Row]:
             less = own - np.array([run["srcc"] for run in found[PAPER]])
             rows.append(Row(f"mean SRCC of the scores, {choice} less the paper's", *over_seeds(less), n=seeds))
     return rows
-
-
-def over_seeds(values: np.ndarray) -> tuple[float, float | None, float | None]:
-    """Mean and Student's 95% interval, which needs two seeds."""
-    mean = float(values.mean())
-    if len(values) < 2:
-        return mean, None, None
-    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
-    return mean, mean - half, mean + half
 
 
 def main() -> None:

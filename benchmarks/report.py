@@ -7,12 +7,15 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,15 @@ def flags(description: str, seeds: int | None = 3) -> argparse.ArgumentParser:
     if seeds is not None:
         parser.add_argument("--seeds", type=int, default=seeds, metavar="N", help=f"number of seeds (default {seeds})")
     return parser
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Mean over seeds and Student's 95% interval, which needs two of them."""
+    mean, count = float(np.mean(values)), len(values)
+    if count < 2:
+        return mean, None, None
+    half = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5)
+    return mean, mean - half, mean + half
 
 
 def publish(rows: list[Row], began: float, json_file: Path | None, quick: bool, shown: bool = True) -> None:

@@ -20,7 +20,7 @@ none, a learned table is added behind that map. Padding is masked as a key every
 
 Pooling. With `image_pooling` n, T5 reads the mean of each n x n patch tokens, 1 / n**2 as many. What it says of such a
 block stands at all its patches, and the patch's own token is added through a linear map, so that heads still see every
-patch. It is ours, not the paper's: at ViT-L / T5-base size T5 is a quarter of the cost of a model with light heads.
+patch. It is ours, not the paper's; what T5 costs says `benchmarks/rahf_speed.py`.
 """
 
 from dataclasses import dataclass

@@ -39,11 +39,9 @@ class Conditioning:
 
     def at(self, places: torch.Tensor) -> "Conditioning":
         """Of some of the B pictures, `places` (U,) int64."""
-        told = {name: getattr(self, name) for name in ("embeds", "pooled", "time_ids")}
+        tensors = [getattr(self, name) for name in ("embeds", "pooled", "time_ids")]
         prompts = None if self.prompts is None else [self.prompts[place] for place in places.tolist()]
-        return Conditioning(
-            **{name: one if one is None else one[places] for name, one in told.items()}, prompts=prompts
-        )
+        return Conditioning(*[None if one is None else one[places] for one in tensors], prompts)
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
         """The keyword arguments of a diffusers U-Net, in its dtype."""

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from heatmap_loss_training import train_once
 from parts import Task
-from rahf_heatmap_loss import CHOICES, CONFIG, METRICS, PAPER, over_seeds, table
+from rahf_heatmap_loss import CHOICES, CONFIG, METRICS, PAPER, table
+from report import over_seeds
 
 from reward import richhf
 from reward.feedback import HEATMAPS

@@ -68,7 +68,8 @@ def test_a_training_is_the_same_and_its_ratio_is_exactly_one(make_trainer, monke
     each.train()
     assert fewer < 0.75 * sum(seen)
     for name in ("loss", "grad_norm", "kl", "reward"):
-        assert logged(once, name) == pytest.approx(logged(each, name), rel=1e-2, abs=1e-5), name
+        # A batch of fewer rows is rounded otherwise, by some 1e-6 of a loss in which ones of either sign cancel.
+        assert logged(once, name) == pytest.approx(logged(each, name), rel=1e-3, abs=1e-5), name
     assert max(logged(each, "grad_norm")) > 0
     for mine, theirs in zip(once.trained_weights(), each.trained_weights(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
