@@ -51,7 +51,7 @@ from reward.vocabulary import adopt_tokenizer
 logger = logging.getLogger(__name__)
 
 _BACKBONE = ("vision.", "encoder.", "word_head.decoder.", "word_head.write.")
-_COMPLETE = "complete"
+COMPLETE = "complete"  # a file in a checkpoint whose other files are all there
 
 
 class RahfTrainer(Trainer):
@@ -118,7 +118,7 @@ class RahfTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # each rank writes a part
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.is_dir():
-            (folder / _COMPLETE).touch()
+            (folder / COMPLETE).touch()
 
 
 class _Epochs(TrainerCallback):
@@ -262,10 +262,10 @@ def _checkpoint_to_resume(args: RahfTrainingArguments) -> str | None:
     if wanted is None:
         return None
     if wanted.lower() not in ("last", "true"):
-        if not (Path(wanted) / _COMPLETE).is_file():
+        if not (Path(wanted) / COMPLETE).is_file():
             raise ValueError(f"{wanted} is not a whole checkpoint; `--resume_from_checkpoint last` finds the last one")
         return wanted
-    whole = [path.parent for path in Path(args.output_dir).glob(f"checkpoint-*/{_COMPLETE}")]
+    whole = [path.parent for path in Path(args.output_dir).glob(f"checkpoint-*/{COMPLETE}")]
     if not whole:
         raise ValueError(
             f"{args.output_dir} has no whole checkpoint to resume from; leave --resume_from_checkpoint out"

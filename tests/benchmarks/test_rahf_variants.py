@@ -1,0 +1,64 @@
+"""The table of RAHF's variants: its settings are the command's own, its arithmetic that of hand and pencil."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import rahf_variants
+from rahf_variants import GOALS, VARIANTS, metric_rows
+
+from reward.arguments import parse_arguments
+from reward.train import COMPLETE
+from reward.train_config import RahfArguments, RahfTrainingArguments
+from tests.test_house import ROOT
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_told_in_the_commands_own_words(variant, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    parse_arguments([RahfArguments, RahfTrainingArguments], [*VARIANTS[variant], "--output_dir", str(tmp_path)])
+
+
+def seed(known: float, held_out: float, own: float) -> dict:
+    values = {("of ceiling", "other prompts"): known, ("of ceiling", "listed prompts"): held_out}
+    return {key: dict.fromkeys(GOALS, value) for key, value in {**values, ("predictor", "all"): own}.items()}
+
+
+def test_shares_and_differences_are_paired_by_seed():
+    kept = {
+        "default": [seed(0.8, 0.7, 0.5), seed(0.9, 0.9, 0.6)],
+        "pooled": [seed(0.9, 0.8, 0.6), seed(1.0, 0.9, 0.7)],
+    }
+    rows = {row.name: row for row in metric_rows("pooled", kept, whole=True)}
+    of_ceiling = rows["pooled: cc misalignment, of the ceiling"]
+    assert of_ceiling.value == pytest.approx(0.95)
+    assert (of_ceiling.goal, of_ceiling.holds) == (">= 0.8", True)
+    # Student's quantile of one degree of freedom, times the standard error of 0.9 and 1.0.
+    assert of_ceiling.high - of_ceiling.value == pytest.approx(12.7062 * 0.05, rel=1e-4)
+    less = rows["pooled: cc misalignment, of the ceiling, less the default's"]
+    assert (less.value, less.low, less.high) == pytest.approx((0.1, 0.1, 0.1))
+    assert rows["pooled: f1 words"].value == pytest.approx(0.65)
+    lower = rows["pooled: f1 words, lower on held-out"]
+    assert (lower.value, lower.holds) == (pytest.approx(0.1), False)
+    short = {row.name: row.goal for row in metric_rows("default", kept, whole=False)}
+    assert set(short.values()) == {None}, "aims are about whole trainings"
+    assert not any("less the default's" in name for name in short)
+
+
+def test_a_finished_training_is_kept_and_a_killed_one_goes_on(tmp_path, monkeypatch):
+    started = []
+
+    def run(command, check, env):
+        folder = Path(command[command.index("--output_dir") + 1]).name
+        started.append((folder, "--resume_from_checkpoint" in command, env["OMP_NUM_THREADS"]))
+
+    monkeypatch.setattr(rahf_variants.subprocess, "run", run)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    options = SimpleNamespace(data="data", pretrained="rahf", epochs=2, quick=False, jobs=2)
+    done, killed, early, new = (tmp_path / name for name in ("done", "killed", "early", "new"))
+    for file in (done / "config.json", killed / "checkpoint-219" / COMPLETE, early / "checkpoint-219" / "config.json"):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    for folder in (done, killed, early, new):
+        rahf_variants.train(folder, VARIANTS["default"], 0, options)
+    assert started == [("killed", True, "1"), ("early", False, "1"), ("new", False, "1")]
