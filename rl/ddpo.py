@@ -198,15 +198,17 @@ class DDPOTrainer(PolicyTrainer):
         count = self.plan.pictures_per_rank
         return range(self.args.process_index * count, (self.args.process_index + 1) * count)
 
-    def _trunks(self, number: int, pictures: Sequence[int]) -> Trunks | None:
-        """Which of these pictures of rollout `number` are one up to its first trained step; None: none are.
+    def trunks(self, pictures: Sequence[int]) -> Trunks | None:
+        """Which of these pictures of a rollout that probes no steps are one up to its first trained step; None: none.
 
         Credit by words looks at the attention of every picture, so there each is drawn by itself.
         """
-        args = self.args
-        if args.share_noise == "none" or args.credit == "words" or self._probes(number):
+        if self.args.share_noise == "none" or self.args.credit == "words":
             return None
-        return Trunks.of_groups(pictures, args.num_generations, self.policy.device)
+        return Trunks.of_groups(pictures, self.args.num_generations, self.policy.device)
+
+    def _trunks(self, number: int, pictures: Sequence[int]) -> Trunks | None:
+        return None if self._probes(number) else self.trunks(pictures)
 
     def _steps_of(self, number: int) -> tuple[int, ...]:
         """The steps of which rollout `number` keeps what training needs."""

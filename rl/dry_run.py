@@ -13,6 +13,7 @@ from rich.table import Table
 from torch.utils.checkpoint import checkpoint
 
 from rl.experience import rollout_noise, sample_and_score
+from rl.rollout import Trajectory, shared_places
 from rl.timing import PhaseClock
 
 if TYPE_CHECKING:
@@ -22,11 +23,12 @@ MIB = 2**20
 
 
 def measure(trainer: "DDPOTrainer") -> dict[str, float]:
-    """Run one batch of the first rollout and one micro-batch of its update, on this process, and extrapolate.
+    """Run one batch of a rollout and a micro-batch of its update, on this process, and extrapolate.
 
-    Nothing is written, no weight is changed. Each is run twice, the second time counts. The network is the policy's
-    own: what an engine of several processes adds (waiting, gathering) is not in it, and what it shards not taken off,
-    nor what `share_noise` spares (`rl.trunks`).
+    Nothing is written, no weight is changed. Each is run twice, the second time counts; of the update, a micro-batch of
+    the first trained step and one of the last, for what a group shares (`rl.trunks`) makes the first one cheaper. The
+    network is the policy's own: what an engine of several processes adds (waiting, gathering) is not in it, and what it
+    shards not taken off. Nor are rollouts that probe the steps (`train_steps: auto`), which cost more.
 
     Returns:
         name -> number; names that end in `_mib` are memory, in `seconds` time. `activations_mib` is what autograd keeps
@@ -36,9 +38,10 @@ def measure(trainer: "DDPOTrainer") -> dict[str, float]:
     args, policy, plan = trainer.args, trainer.policy, trainer.plan
     size = args.per_device_rollout_batch_size or args.per_device_train_batch_size
     steps, micro_batches = len(trainer.schedule), plan.micro_batches * args.num_iterations
-    prompts = [trainer.prompts[place % len(trainer.prompts)] for place in range(size)]
-    noise = rollout_noise(policy, trainer.schedule, args.seed, "dry run", range(size))
-    kept = trainer.train_steps[: plan.train_steps]
+    pictures, group, kept = range(size), args.num_generations, trainer.train_steps[: plan.train_steps]
+    prompts = [trainer.prompts[picture // group % len(trainer.prompts)] for picture in pictures]
+    shared = shared_places(args.share_noise, kept, steps)
+    noise = rollout_noise(policy, trainer.schedule, args.seed, "dry run", pictures, group, shared)
     policy.network.train()
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(args.device)
@@ -46,9 +49,12 @@ def measure(trainer: "DDPOTrainer") -> dict[str, float]:
         clock = PhaseClock()
         with trainer.accelerator.autocast():  # the Trainer's own context has none: it leaves that to `prepare`
             batch = sample_and_score(
-                policy, policy.network, trainer.reward_fn, prompts, noise, trainer.schedule, kept, args, clock, 0
-            )
-        update, activations = _update(trainer, batch.trajectory, prompts)
+                policy, policy.network, trainer.reward_fn, prompts, noise, trainer.schedule, kept, args, clock, 0,
+                trunks=trainer.trunks(pictures),
+            )  # fmt: skip
+        updates = [_update(trainer, batch.trajectory, prompts, k) for k in sorted({0, plan.train_steps - 1})]
+    (first, _), (other, _) = updates[0], updates[-1]
+    update, activations = first + (other - first) * (1 - 1 / plan.train_steps), max(mib for _, mib in updates)
     batches = plan.pictures_per_rank / size
     phases = {name: seconds * batches for name, seconds in clock.seconds.items()} | {"update": update * micro_batches}
     trained = sum(weight.numel() for weight in trainer.trained_weights())
@@ -79,20 +85,20 @@ def measure(trainer: "DDPOTrainer") -> dict[str, float]:
     }
 
 
-def _update(trainer: "DDPOTrainer", trajectory, prompts: list[str]) -> tuple[float, float]:
-    """Seconds of one micro-batch forward and backward, and MiB of what autograd keeps for it."""
+def _update(trainer: "DDPOTrainer", trajectory: Trajectory, prompts: list[str], k: int) -> tuple[float, float]:
+    """Of one micro-batch of the `k`-th trained step, forward and backward: seconds, and MiB that autograd keeps."""
     count = min(len(prompts), trainer.args.per_device_train_batch_size)
     rows = slice(0, count)
     inputs = {
-        "latents": trajectory.latents[0, rows],
-        "next_latents": trajectory.next_latents[0, rows],
-        "old_log_probs": trajectory.log_probs[0, rows],
-        "step": int(trajectory.steps[0]),
+        "latents": trajectory.latents[k, rows],
+        "next_latents": trajectory.next_latents[k, rows],
+        "old_log_probs": trajectory.log_probs[k, rows],
+        "step": int(trajectory.steps[k]),
         "loss_weight": 1.0,
         "advantages": torch.linspace(-1, 1, count, device=trajectory.latents.device),
-        "weights": torch.ones_like(trajectory.log_probs[0, rows]),
+        "weights": torch.ones_like(trajectory.log_probs[k, rows]),
         "prompts": prompts[rows],
-        "trunks": None,
+        "trunks": trainer.trunks(range(count)) if k == 0 else None,
         "measure_kl": trainer.args.beta > 0,
     }
     unet = trainer.policy.pipeline.unet

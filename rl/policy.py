@@ -164,7 +164,7 @@ class StableDiffusionPolicy:
 
     @property
     def device(self) -> torch.device:
-        return self.pipeline.unet.device
+        return next(self.pipeline.unet.parameters()).device  # diffusers' own `device` walks through all modules
 
     def to(self, device: torch.device) -> "StableDiffusionPolicy":
         """Move what is trained there, and, unless they are offloaded, all other parts."""

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from rl.dry_run import measure
+from rl.policy import StableDiffusionPolicy
 
 
 def test_what_a_run_would_cost(make_trainer):
@@ -20,6 +21,25 @@ def test_what_a_run_would_cost(make_trainer):
     phases = [value for name, value in costs.items() if name.startswith("rollout_") and name.endswith("_seconds")]
     assert costs["seconds"] == pytest.approx(5 * sum(phases))
     assert all(torch.equal(old, new) for old, new in zip(before, trainer.trained_weights(), strict=True))
+
+
+def test_what_a_group_shares_is_taken_off(make_trainer, monkeypatch):
+    """Of eight pictures of two prompts the network sees two, up to the trained step and in its update."""
+    asked = []
+    real = StableDiffusionPolicy._predict_each
+
+    def noting(policy, network, latents, *args):
+        asked.append(len(latents))
+        return real(policy, network, latents, *args)
+
+    monkeypatch.setattr(StableDiffusionPolicy, "_predict_each", noting)
+    settings = {"num_inference_steps": 5, "train_steps": ["1:3"], "per_device_train_batch_size": 8}
+    settings |= {"gradient_accumulation_steps": 2}
+    measure(make_trainer(share_noise="around", **settings))
+    assert asked == [2, 2, 8, 8, 8, 2, 8] * 2  # sampling; updates of the first and the last trained step
+    asked.clear()
+    measure(make_trainer(share_noise="none", **settings))
+    assert set(asked) == {8}
 
 
 def test_activations_grow_with_the_batch(make_trainer):

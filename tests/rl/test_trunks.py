@@ -62,7 +62,7 @@ def test_a_training_is_the_same_and_its_ratio_is_exactly_one(make_trainer, monke
     once.train()
     assert logged(once, "ratio") == [1.0] * len(logged(once, "ratio"))
     fewer = sum(seen)
-    monkeypatch.setattr("rl.ddpo.DDPOTrainer._trunks", lambda *_: None)
+    monkeypatch.setattr("rl.ddpo.DDPOTrainer.trunks", lambda *_: None)
     each = make_trainer(**settings)
     seen = rows_seen(each.policy.network)
     each.train()
