@@ -62,6 +62,8 @@ class Reward:
             is `total` minus, for each map, its mean over places (see `objective`). Any resolution.
         word_penalties: for each image (T,) float32 >= 0, what each word of `tokenize(prompt)` costs, or None. They are
             already counted in `total`; the per-word form says which words they came from.
+        wrong_words: for each image (T,) bool, which of these words the reward holds to be misrepresented, or None: it
+            does not say. For people to look at; training goes by the costs.
         terms: name -> (B,) float32, the parts of the reward, for logs.
     """
 
@@ -69,6 +71,7 @@ class Reward:
     penalties: Mapping[str, torch.Tensor] = field(default_factory=dict)
     word_penalties: Sequence[torch.Tensor] | None = None
     terms: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    wrong_words: Sequence[torch.Tensor] | None = None
 
     @property
     def objective(self) -> torch.Tensor:
@@ -84,22 +87,28 @@ class Reward:
 
     def first(self, count: int) -> "Reward":
         """Of the first `count` images."""
-        words = self.word_penalties
-        of_maps = self._each(lambda tensor: tensor[:count])
-        return replace(of_maps, word_penalties=None if words is None else list(words[:count]))
+        words = {name: _each_word(getattr(self, name), lambda value: value) for name in _OF_WORDS}
+        of_maps = replace(self, **dict.fromkeys(_OF_WORDS))._each(lambda tensor: tensor[:count])
+        return replace(of_maps, **{name: value and value[:count] for name, value in words.items()})
 
     def cpu(self) -> "Reward":
         return self._each(torch.Tensor.cpu)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Reward":
         """The same with every tensor changed, those of words too."""
-        words = self.word_penalties
         return Reward(
             total=change(self.total),
             penalties={name: change(maps) for name, maps in self.penalties.items()},
-            word_penalties=None if words is None else [change(value) for value in words],
             terms={name: change(value) for name, value in self.terms.items()},
+            **{name: _each_word(getattr(self, name), change) for name in _OF_WORDS},
         )
+
+
+_OF_WORDS = ("word_penalties", "wrong_words")
+
+
+def _each_word(words: Sequence[torch.Tensor] | None, change: Callable[[torch.Tensor], torch.Tensor]):
+    return None if words is None else [change(value) for value in words]
 
 
 class RewardFn(Protocol):
@@ -162,6 +171,8 @@ def check_reward(reward: Reward, prompts: Sequence[str]) -> None:
     _check_values("total", reward.total, prompts)
     if reward.word_penalties is not None:
         _check_words(reward.word_penalties, prompts)
+    if reward.wrong_words is not None:
+        _check_words(reward.wrong_words, prompts, "wrong words")
 
 
 def _check_values(name: str, value: torch.Tensor, prompts: Sequence[str], dimensions: int = 1) -> None:
@@ -186,19 +197,19 @@ def _check_values(name: str, value: torch.Tensor, prompts: Sequence[str], dimens
         )
 
 
-def _check_words(words: Sequence[torch.Tensor], prompts: Sequence[str]) -> None:
+def _check_words(words: Sequence[torch.Tensor], prompts: Sequence[str], what: str = "word penalties") -> None:
     if len(words) != len(prompts):
-        raise RewardError(f"the reward has word penalties for {len(words)} pictures, not {len(prompts)}")
+        raise RewardError(f"the reward has {what} for {len(words)} pictures, not {len(prompts)}")
     for value in words:
         if not isinstance(value, torch.Tensor) or value.ndim != 1:
             shape = tuple(value.shape) if isinstance(value, torch.Tensor) else _kind(value)
-            raise RewardError(f"the reward's word penalties must be a tensor (T,) for each picture, not {shape}")
+            raise RewardError(f"the reward's {what} must be a tensor (T,) for each picture, not {shape}")
     together = torch.cat(list(words)).detach()
     if not together.isfinite().all():
         index = next(index for index, value in enumerate(words) if not value.isfinite().all())
-        raise RewardError(f"the reward's word penalties are not finite for the prompt {prompts[index]!r}")
+        raise RewardError(f"the reward's {what} are not finite for the prompt {prompts[index]!r}")
     if len(together) and together.min() < 0:
-        _refuse_negative("word penalties", together)
+        _refuse_negative(what, together)
 
 
 def _refuse_negative(name: str, value: torch.Tensor) -> NoReturn:

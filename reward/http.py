@@ -9,7 +9,8 @@ B images as 8-bit RGB PNGs in base64, all of one size, and their B prompts. Answ
     {"total": [number, ...],                   B numbers, higher is better
      "terms": {name: [number, ...], ...},      optional, B numbers each, for logs
      "penalties": {name: maps, ...},           optional, costs >= 0 in the units of `total`, (B, h, w), any h and w
-     "word_penalties": [[number, ...], ...]}   optional, for each image a cost >= 0 for each word of its prompt
+     "word_penalties": [[number, ...], ...],   optional, for each image a cost >= 0 for each word of its prompt
+     "wrong_words": [[boolean, ...], ...]}     optional, for each image whether each word is misrepresented
 
 Maps are either nested lists of numbers or, smaller, {"shape": [B, h, w], "float32": text}: little-endian float32 in
 row-major order, in base64. What is meant by each entry: `reward.feedback.Reward`. Whoever cannot answer says so with
@@ -161,6 +162,8 @@ def answer(reward: Reward) -> dict[str, Any]:
     }
     if reward.word_penalties is not None:
         found["word_penalties"] = [words.tolist() for words in reward.word_penalties]
+    if reward.wrong_words is not None:
+        found["wrong_words"] = [words.tolist() for words in reward.wrong_words]
     return found
 
 
@@ -171,13 +174,14 @@ def read_answer(body: bytes, device: torch.device | str = "cpu") -> Reward:
         ValueError: it is not of the format.
     """
     found = _read_json(body, "answer")
-    if unknown := sorted(found.keys() - {"total", "terms", "penalties", "word_penalties"}):
+    if unknown := sorted(found.keys() - {"total", "terms", "penalties", "word_penalties", "wrong_words"}):
         raise ValueError(f"it has the unknown entries {', '.join(unknown)}")
     if "total" not in found:
         raise ValueError(f"it has no `total`: {_quote(body)}")
-    words = found.get("word_penalties")
-    if words is not None and not isinstance(words, list):
-        raise ValueError("`word_penalties` must be a list with a list for each image")
+    words, wrong = found.get("word_penalties"), found.get("wrong_words")
+    for name, value in (("word_penalties", words), ("wrong_words", wrong)):
+        if value is not None and not isinstance(value, list):
+            raise ValueError(f"`{name}` must be a list with a list for each image")
     return Reward(
         total=_numbers("total", found["total"], device),
         penalties={
@@ -185,6 +189,7 @@ def read_answer(body: bytes, device: torch.device | str = "cpu") -> Reward:
         },
         word_penalties=None if words is None else [_numbers("word_penalties", value, device) for value in words],
         terms={name: _numbers(f"term `{name}`", value, device) for name, value in _mapping(found, "terms").items()},
+        wrong_words=None if wrong is None else [_numbers("wrong_words", value, device) > 0 for value in wrong],
     )
 
 

@@ -88,6 +88,7 @@ class RichReward:
                 **{name: maps.mean((-2, -1)) for name, maps in feedback.heatmaps.items()},
                 "misaligned_words": wrong,
             },
+            wrong_words=[p > self.predictor.word_threshold for p in feedback.misaligned],
         )
 
 

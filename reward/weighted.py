@@ -18,6 +18,7 @@ class WeightedReward:
         total            = sum of w[m] * total[m]
         penalties        = `m.<map>`: w[m] times the member's map, in its own size; none of a weight of 0
         word_penalties   = sum of w[m] * word_penalties[m], over the members that have them
+        wrong_words      = those of any member with a weight above 0
         terms            = `m`: the member's objective before weighting; `m.<term>`: its terms
 
     so that the sum's objective is the sum of w[m] times the members' objectives. It is differentiable if all members
@@ -61,7 +62,7 @@ class WeightedReward:
                 weight.
         """
         total = torch.zeros(len(images), device=images.device)
-        penalties, terms, words = {}, {}, None
+        penalties, terms, words, wrong = {}, {}, None, None
         for name, member in self.members.items():
             weight, reward = self.weights[name], member(images, prompts)
             self._check(name, reward, prompts)
@@ -70,9 +71,11 @@ class WeightedReward:
                 penalties |= {f"{name}.{which}": weight * maps for which, maps in reward.penalties.items()}
             if reward.word_penalties is not None:
                 words = _add_words(name, words, [weight * value.to(images.device) for value in reward.word_penalties])
+            if reward.wrong_words is not None and weight > 0:
+                wrong = _add_words(name, wrong, [value.to(images.device) for value in reward.wrong_words])
             terms[name] = reward.objective
             terms |= {f"{name}.{term}": value for term, value in reward.terms.items()}
-        return Reward(total=total, penalties=penalties, word_penalties=words, terms=terms)
+        return Reward(total=total, penalties=penalties, word_penalties=words, terms=terms, wrong_words=wrong)
 
     def _check(self, name: str, reward: Reward, prompts: Sequence[str]) -> None:
         try:
@@ -87,12 +90,13 @@ class WeightedReward:
 
 
 def _add_words(name: str, so_far: list[torch.Tensor] | None, words: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Costs are summed; of booleans it is the union."""
     if so_far is None:
         return words
     for one, other in zip(so_far, words, strict=True):
         if one.shape != other.shape:
             raise RewardError(
-                f"{name} has penalties for {len(other)} words of a prompt in which another reward sees {len(one)}; "
+                f"{name} tells of {len(other)} words of a prompt in which another reward sees {len(one)}; "
                 "words are those of reward.feedback.tokenize"
             )
     return [one + other for one, other in zip(so_far, words, strict=True)]

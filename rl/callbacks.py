@@ -19,7 +19,10 @@ class RewardProgress(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and "reward" in (logs or {}):
-            self.training_bar.set_postfix(reward=f"{logs['reward']:.4f}", drawn=f"{logs['watch/drawn']:.2f}")
+            shown = {"reward": f"{logs['reward']:.4f}"}
+            if "watch/drawn" in logs:
+                shown["drawn"] = f"{logs['watch/drawn']:.2f}"
+            self.training_bar.set_postfix(shown)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.training_bar is not None:

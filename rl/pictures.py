@@ -16,7 +16,7 @@ _HEIGHT = 128
 
 
 def sample_sheet(samples: Samples) -> Image.Image:
-    """Pictures in a row, the overlays of each penalty map below, prompts with the words that cost most struck out."""
+    """Pictures in a row, the overlays of each penalty map below, prompts with wrong words struck out."""
     scale = penalty_scale([samples.reward])
     columns = [picture_column(samples, index, scale) for index in range(len(samples.prompts))]
     return grid([columns])
@@ -34,30 +34,29 @@ def before_after_sheet(before: Samples, after: Samples) -> Image.Image:
 
 
 def penalty_scale(rewards: Sequence[Reward]) -> dict[str, float]:
-    """The largest value of every penalty map, and of the word penalties (`words`): what is drawn at full strength."""
+    """The largest value of every penalty map: what is drawn at full strength."""
     scale: dict[str, float] = {}
     for reward in rewards:
         for name, maps in reward.penalties.items():
             scale[name] = max(scale.get(name, 0.0), float(maps.max()))
-        for words in reward.word_penalties or ():
-            scale["words"] = max(scale.get("words", 0.0), float(words.max()) if len(words) else 0.0)
     return scale
 
 
 def picture_column(samples: Samples, index: int, scale: dict[str, float]) -> Image.Image:
-    """One picture, its overlays, its prompt and its reward, one below the other."""
+    """One picture, its overlays, its prompt and its reward, one below the other.
+
+    Struck out are the words that the reward calls wrong (`Reward.wrong_words`), whatever they cost: a cost depends on
+    the reward's weights and on the prompt's length, and says nothing by itself.
+    """
     reward, image = samples.reward, samples.images[index]
     parts = [to_image(image, _HEIGHT)]
     for name, maps in reward.penalties.items():
         strength = maps[index] / scale[name] if scale[name] > 0 else torch.zeros_like(maps[index])
         parts.append(overlay(image, strength, name, _HEIGHT))
     words = tokenize(samples.prompts[index])
-    costs = None if reward.word_penalties is None else reward.word_penalties[index]
-    if costs is None or len(costs) != len(words) or not scale.get("words"):
-        costs = torch.zeros(len(words))
-    else:
-        costs = costs / scale["words"]
+    wrong = None if reward.wrong_words is None else reward.wrong_words[index]
+    struck = [0.0] * len(words) if wrong is None or len(wrong) != len(words) else wrong.float().tolist()
     width = parts[0].width
-    parts.append(struck_text(words, costs.tolist(), width))
+    parts.append(struck_text(words, struck, width))
     parts.append(caption(f"{float(reward.objective[index]):.3f}", width))
     return grid([[part] for part in parts])

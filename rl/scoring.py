@@ -62,13 +62,17 @@ def concatenate(rewards: Sequence[Reward]) -> Reward:
     """
     if len(rewards) == 1:
         return rewards[0]
-    words = [words for reward in rewards for words in reward.word_penalties or ()]
     return Reward(
         total=torch.cat([reward.total for reward in rewards]),
         penalties=_join("penalty maps", [reward.penalties for reward in rewards]),
-        word_penalties=words if rewards[0].word_penalties is not None else None,
+        word_penalties=_chain([reward.word_penalties for reward in rewards]),
         terms=_join("terms", [reward.terms for reward in rewards]),
+        wrong_words=_chain([reward.wrong_words for reward in rewards]),
     )
+
+
+def _chain(parts: Sequence[Sequence[torch.Tensor] | None]) -> list[torch.Tensor] | None:
+    return None if parts[0] is None else [words for part in parts for words in part or ()]
 
 
 def _join(what: str, parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -293,13 +293,15 @@ class JudgeReward:
                 "misalignment": [verdict.misaligned for verdict in verdicts],
             }
             penalties = {name: self.penalty * torch.from_numpy(np.stack(mask)).float() for name, mask in masks.items()}
-        words = []
+        words, wrong = [], []
         for verdict, prompt in zip(verdicts, prompts, strict=True):
-            costs = torch.zeros(len(prompt.split()))
+            costs, marked = torch.zeros(len(prompt.split())), torch.zeros(len(prompt.split()), dtype=torch.bool)
             if verdict.words:
                 costs[list(verdict.words)] = _WEIGHTS["alignment"] * (1 - verdict.alignment) / len(verdict.words)
+                marked[list(verdict.words)] = True
             words.append(costs)
-        return Reward(terms["overall"], penalties, words, terms)
+            wrong.append(marked)
+        return Reward(terms["overall"], penalties, words, terms, wrong)
 
 
 def layout_distance(one: Verdict, other: Verdict) -> float:

@@ -32,6 +32,7 @@ class Everything:
             penalties={"blue": images[:, 2], "small": images[:, :1].mean((2, 3), keepdim=True)[:, 0] / 7},
             word_penalties=[torch.full((len(prompt.split()),), 0.1) for prompt in prompts],
             terms={"red": red},
+            wrong_words=[torch.arange(len(prompt.split())) == 0 for prompt in prompts],
         )
 
 
@@ -92,6 +93,7 @@ def test_a_reward_from_afar_is_the_same_to_the_bit():
         for name, value in getattr(near, kind).items():
             assert torch.equal(value, getattr(far, kind)[name]), name
     assert all(torch.equal(*pair) for pair in zip(near.word_penalties, far.word_penalties, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(near.wrong_words, far.wrong_words, strict=True))
 
 
 def test_questions_come_back_as_they_were_asked():
@@ -106,7 +108,7 @@ def test_maps_may_be_nested_lists_and_only_the_total_is_needed():
         plain, mapped = reward(IMAGES, PROMPTS), reward(IMAGES, PROMPTS)
     assert plain.total.tolist() == [1.0, 2.0]
     assert not plain.penalties
-    assert plain.word_penalties is None
+    assert (plain.word_penalties, plain.wrong_words) == (None, None)
     assert mapped.penalties["m"].tolist() == [[[0.5, 1.0]], [[0.0, 0.0]]]
 
 
@@ -124,6 +126,7 @@ def test_maps_may_be_nested_lists_and_only_the_total_is_needed():
         (as_json(total=[1, 2], penalties={"m": {"data": 1}}), "must be nested lists, or"),
         (as_json(total=[1, 2], penalties=[1]), "`penalties` must be an object"),
         (as_json(total=[1, 2], word_penalties=3), "`word_penalties` must be a list"),
+        (as_json(total=[1, 2], wrong_words=True), "`wrong_words` must be a list"),
         (as_json(total=[1, 2], penalty={}), "unknown entries penalty"),
         (as_json(terms={}), "has no `total`"),
         ((200, b"[1, 2]"), r"must be a JSON object, not '\[1, 2\]'"),

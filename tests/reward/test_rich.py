@@ -31,6 +31,8 @@ def test_reward_by_hand(predictor, images):
     torch.testing.assert_close(torch.stack([words.sum() for words in reward.word_penalties]), 3 * wrong)
     torch.testing.assert_close(reward.terms["misaligned_words"], wrong)
     assert all(value.shape == (3,) for value in reward.terms.values())
+    wrong = [words > predictor.word_threshold for words in feedback.misaligned]
+    assert all(torch.equal(*pair) for pair in zip(reward.wrong_words, wrong, strict=True))
 
 
 def test_the_default_is_the_overall_score(model_folder, predictor, images):

@@ -11,8 +11,8 @@ IMAGES = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 class Member:
     """A reward that says what it was given."""
 
-    def __init__(self, total, penalties=None, words=None, terms=None, differentiable=False):
-        self.reward = Reward(torch.tensor(total), penalties or {}, words, terms or {})
+    def __init__(self, total, penalties=None, words=None, terms=None, differentiable=False, wrong=None):
+        self.reward = Reward(torch.tensor(total), penalties or {}, words, terms or {}, wrong)
         self.differentiable = differentiable
 
     def __call__(self, images, prompts):
@@ -34,6 +34,18 @@ def test_every_part_is_the_weighted_sum_by_hand():
     assert set(reward.terms) == {"a", "a.fit", "b"}
     assert reward.terms["a"].tolist() == [0.5, -1.0]  # the objective, before weighting
     torch.testing.assert_close(reward.objective, 2.0 * first.reward.objective + 0.1 * second.reward.objective)
+
+
+def test_a_word_is_wrong_where_any_member_that_counts_says_so():
+    def said(*wrong):
+        return Member([1.0, 2.0], wrong=[torch.tensor(words) for words in wrong])
+
+    members = {"a": said([True, False, False], [False]), "b": said([True, True, False], [False])}
+    silent, off = Member([0.0, 0.0]), said([True] * 3, [True])
+    weights = {"a": 1.0, "b": 0.1, "silent": 1.0, "off": 0.0}
+    reward = WeightedReward({**members, "silent": silent, "off": off}, weights)(IMAGES, PROMPTS)
+    assert [words.tolist() for words in reward.wrong_words] == [[True, True, False], [False]]
+    assert WeightedReward({"a": silent}, {"a": 1.0})(IMAGES, PROMPTS).wrong_words is None
 
 
 def test_a_weight_may_be_negative_where_there_are_no_penalties():
@@ -76,7 +88,7 @@ def test_what_members_offer_is_passed_on():
     [
         (Member([1.0]), r"b: the reward's total has shape \(1,\) for 2 pictures"),
         (Member([1.0, float("nan")]), "b: the reward's total is nan for the prompt 'two'"),
-        (Member([1.0, 2.0], words=[torch.ones(2), torch.ones(1)]), "b has penalties for 2 words .* sees 3"),
+        (Member([1.0, 2.0], words=[torch.ones(2), torch.ones(1)]), "b tells of 2 words .* sees 3"),
         (lambda images, prompts: images, "b: the reward function returned a Tensor"),
     ],
 )
