@@ -122,17 +122,33 @@ def main_guard(main: Callable[[Sequence[str] | None], object], argv: Sequence[st
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        if not (isinstance(error, ArgumentsError) or _raised_by_us(error)):
+        said = _said_by_worker(error)
+        if said is None and not (isinstance(error, ArgumentsError) or _raised_by_us(error)):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join((said or str(error)).split())}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
 
 
 def _raised_by_us(error: BaseException) -> bool:
     """Whether the statement that raised `error` stands in this repository, rather than inside a library."""
-    source = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    return _is_ours(traceback.extract_tb(error.__traceback__)[-1].filename)
+
+
+def _is_ours(file: str) -> bool:
+    source = Path(file).resolve()
     return source.is_relative_to(_OUR_CODE) and "site-packages" not in source.parts
+
+
+def _said_by_worker(error: BaseException) -> str | None:
+    """What our code raised in a worker process of a data loader, of which torch keeps the traceback's text only, as the
+    message of an error of the same type; None if `error` is no such one, or not ours."""
+    text = str(error)
+    if not re.match(r"Caught \w+ in DataLoader worker process", text):
+        return None
+    raised_in = re.findall(r'^  File "(.+)", line \d+, in ', text, re.MULTILINE)
+    _, mark, said = text.rpartition(f"\n{type(error).__name__}: ")
+    return said if mark and raised_in and _is_ours(raised_in[-1]) else None
 
 
 def _split_off_config(argv: list[str]) -> tuple[list[str], str | None]:

@@ -10,10 +10,12 @@ share of it.
 """
 
 import json
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ from reward import keywords
 from reward.arguments import main_guard, parse_arguments, read_prompt_file
 from reward.baselines import map_baselines, mean_maps
 from reward.checks import check_labels
-from reward.data import FeedbackDataset, resize, resize_maps
+from reward.data import FeedbackDataset, describe_unread, encode_prompts, resize, resize_maps, unread_words
 from reward.feedback import HEATMAPS, SCORES, RichFeedback
 from reward.fresh_raters import FreshRaters, load_fresh_raters
 from reward.metrics import map_metrics
@@ -46,6 +48,8 @@ from reward.tables import (
     share_row,
 )
 from reward.train import load_data
+
+logger = logging.getLogger(__name__)
 
 MOST_GROUPS = 50
 
@@ -120,13 +124,30 @@ def compare(
                         map_rows[who][name].append(found)
                 true_scores.append(example["scores"].double().numpy())
                 true_words.append(example["labels"])
+    read = _read_words(split, predictor)
+    true_words, words = (_only(of, read) for of in (true_words, words))
     truth = Truth(np.stack(true_scores), true_words)
     given = {"predictor": (np.concatenate(scores), words if config.words != "none" else None)}
     if raters is not None:
-        given["ceiling"] = raters.scores(), raters.words()
+        given["ceiling"] = raters.scores(), _only(raters.words(), read)
     given["constant"] = np.full_like(truth.scores, 0.5), [[1] * len(labels) for labels in true_words]
     maps = {who: {name: metric_columns(rows[name]) for name in HEATMAPS} for who, rows in map_rows.items()}
     return {who: Said(columns, *given.get(who, (None, None))) for who, columns in maps.items()}, truth
+
+
+def _read_words(split: Dataset, predictor: RichFeedbackPredictor) -> list[list[bool]]:
+    """Of each picture, which words of its prompt the predictor sees; the others have no label, as in training. They
+    are named in the log."""
+    limit = predictor.model.config.max_text_length
+    tokens = list(split["tokens"])
+    positions = encode_prompts(predictor.tokenizer, tokens, limit)["word_positions"]
+    if message := describe_unread(unread_words(tokens, positions), limit):
+        logger.warning("%s; they are not counted", message)
+    return [[place >= 0 for place in row[: len(words)]] for row, words in zip(positions.tolist(), tokens, strict=True)]
+
+
+def _only(rows: Sequence[Sequence[int]], read: Sequence[Sequence[bool]]) -> list[list[int]]:
+    return [list(compress(words, seen)) for words, seen in zip(rows, read, strict=True)]
 
 
 def predict_examples(predictor: RichFeedbackPredictor, examples: Sequence[Mapping]) -> RichFeedback:

@@ -23,8 +23,11 @@ block stands at all its patches, and the patch's own token is added through a li
 patch. It is ours, not the paper's; what T5 costs says `benchmarks/rahf_speed.py`.
 """
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,8 +48,20 @@ from reward.heads import (
     TaggingHead,
 )
 from reward.t5_family import check_text_config, new_stack, output_scale
-from reward.vision import check_size, is_staged, only_features, resizing, size_of, stride_of, tokens_of, width_of
+from reward.vision import (
+    check_size,
+    is_staged,
+    normalisation_of,
+    only_features,
+    resizing,
+    size_of,
+    stride_of,
+    tokens_of,
+    width_of,
+)
 from reward.word_sequence import SequenceHead, write_marks
+
+logger = logging.getLogger(__name__)
 
 OUTPUT_NAMES = (*(f"{name} score" for name in SCORES), *(f"{name} heatmap" for name in HEATMAPS), "misaligned words")
 """What `augmented_prompt` writes before the prompt, by output."""
@@ -70,7 +85,8 @@ class RahfConfig(PreTrainedConfig):
             its config if None, which a ResNet's does not say. For another size than its own, a ViT's position
             embeddings are interpolated.
         heatmap_size: side of the heatmaps in pixels, or their [height, width]; `image_size` if None.
-        image_mean, image_std: normalisation of the images, for each of R, G, B in [0, 1].
+        image_mean, image_std: normalisation of the images, for each of R, G, B in [0, 1]: the one that the vision
+            encoder was pretrained with (`from_backbones` takes it from the encoder's folder).
         max_text_length: prompts are cut after so many pieces; words behind are not judged.
         word_separators: characters at which prompts are split into words, those of `reward.feedback.tokenize`: a model
             that was trained on other words is refused.
@@ -131,6 +147,10 @@ class RahfConfig(PreTrainedConfig):
             raise ValueError(f"the model's prompts were split at {self.word_separators!r}; here it is {SEPARATORS!r}")
         if tuple(self.label_range) != LABEL_RANGE:
             raise ValueError(f"the model's labels lay in {list(self.label_range)}; here it is {list(LABEL_RANGE)}")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if len(values) != 3 or (name == "image_std" and min(values) <= 0):
+                raise ValueError(f"{name} takes a number for each of R, G, B, of image_std above 0, not {list(values)}")
         if self.image_size is None:
             self.image_size = size_of(self.vision_config)
         if self.heatmap_size is None:
@@ -220,12 +240,14 @@ class RahfModel(PreTrainedModel):
         """A RAHF whose encoders come pretrained and whose heads are new.
 
         Args:
-            vision: a vision model that `reward.vision` knows, or the folder of one.
+            vision: a vision model that `reward.vision` knows, or the folder of one, whose image processor then says how
+                pixels are normalised, unless `options` do.
             text: a T5, mT5 or UMT5 (encoder only, or with its decoder, which `words="sequence"` needs), or its folder.
             options: fields of `RahfConfig`.
         """
         lost: dict[str, set[str]] = {"vision": set(), "text": set()}
         if not isinstance(vision, PreTrainedModel):
+            options = _with_normalisation(vision, options)
             vision, told = AutoModel.from_pretrained(vision, output_loading_info=True)
             lost["vision"] = {name.removeprefix("vision_model.") for name in told["missing_keys"]}
         if not isinstance(text, PreTrainedModel):
@@ -431,6 +453,21 @@ def _heatmap_head(config: RahfConfig) -> nn.Module:
     if config.heatmap_head == "paper":
         return PaperHeatmapHead(width, config.map_size, config.head_width)
     return LightHeatmapHead(width, config.map_size, config.grid, config.head_width)
+
+
+def _with_normalisation(vision: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` with `image_mean` and `image_std` of a pretrained vision encoder, where they do not name them."""
+    if {"image_mean", "image_std"} <= options.keys():
+        return dict(options)
+    told = normalisation_of(vision)
+    if told is None:
+        logger.warning(
+            "%s does not say how the vision encoder's pixels were normalised (preprocessor_config.json): image_mean "
+            "and image_std are 0.5 where they are not given",
+            vision,
+        )
+        return dict(options)
+    return {"image_mean": told[0], "image_std": told[1], **options}
 
 
 def _refuse_lost(what: str, names: set[str]) -> None:

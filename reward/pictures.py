@@ -9,7 +9,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _PLAIN = ("RGB", "L")  # Pillow turns these into RGB without loss
@@ -44,7 +44,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def decode(data: bytes) -> Image.Image:
-    """An encoded picture, every pixel decoded.
+    """An encoded picture, every pixel decoded, the way up that its EXIF tag says (as `datasets` does).
 
     Raises:
         ValueError: it is no picture, is cut off or damaged, or is larger than Pillow deems safe.
@@ -52,6 +52,7 @@ def decode(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         image.load()
+        ImageOps.exif_transpose(image, in_place=True)
     except _BROKEN as error:
         raise ValueError(f"it is no picture that can be read ({error})") from error
     return image
@@ -64,10 +65,12 @@ def size_of(data: bytes) -> tuple[int, int]:
         ValueError: it is no picture, or is larger than Pillow deems safe.
     """
     try:
-        width, height = Image.open(io.BytesIO(data), formats=_FORMATS).size
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        lies = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # on its side
     except _BROKEN as error:
         raise ValueError(f"it is no picture that can be read ({error})") from error
-    return height, width
+    width, height = image.size
+    return (width, height) if lies else (height, width)
 
 
 def as_rgb_file(data: bytes) -> bytes:

@@ -152,10 +152,10 @@ class RichFeedbackPredictor:
         heatmaps = out.heatmaps.float()
         if heatmaps.shape[-2:] != size:
             heatmaps = F.interpolate(heatmaps, size=size, mode="bilinear", align_corners=False, antialias=True)
-        if out.word_logits is None:
-            return out.scores.float(), heatmaps, [torch.zeros(len(words), device=device) for words in tokens]
         if message := describe_unread(unread_words(tokens, text["word_positions"]), config.max_text_length):
             warnings.warn(f"{message}; they count as aligned", stacklevel=3)
+        if out.word_logits is None:
+            return out.scores.float(), heatmaps, [torch.zeros(len(words), device=device) for words in tokens]
         probability = out.word_logits.float().sigmoid() * (text["word_positions"] >= 0)
         return out.scores.float(), heatmaps, [row[: len(words)] for row, words in zip(probability, tokens, strict=True)]
 

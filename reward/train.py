@@ -90,7 +90,7 @@ class RahfTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs: RahfOutput = model(**inputs)
-        if model.training:
+        if model.training and self.args.logging_strategy != "no":
             for name in ("score_loss", "heatmap_loss", "word_loss"):
                 if getattr(outputs, name) is not None:
                     self._terms[name].append(getattr(outputs, name).detach())

@@ -13,7 +13,10 @@ from reward.augmentation import SIDED_WORDS, Augmentation
 LOSS_SETTINGS = ("score_loss_weight", "heatmap_loss_weight", "word_loss_weight", "heatmap_positive_weight")
 """Settings that go into the model's config, where the loss is computed."""
 
-_MODEL_SETTINGS = ("variant", "heatmap_head", "score_head", "words", "head_width", "image_pooling", "max_text_length")
+_MODEL_SETTINGS = (
+    "variant", "heatmap_head", "score_head", "words", "head_width", "image_pooling", "max_text_length", "image_mean",
+    "image_std",
+)  # fmt: skip
 
 _GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 
@@ -42,6 +45,12 @@ class RahfArguments:
     )
     heatmap_size: list[int] | None = field(
         default=None, metadata={"help": "of the heatmaps: one side, or height and width; unset: the model's own"}
+    )
+    image_mean: list[float] | None = field(
+        default=None, metadata={"help": "of R, G, B in [0, 1]; unset: as the vision encoder was pretrained"}
+    )
+    image_std: list[float] | None = field(
+        default=None, metadata={"help": "of R, G, B in [0, 1]; unset: as the vision encoder was pretrained"}
     )
     max_text_length: int | None = field(default=None, metadata={"help": "pieces of a prompt that are read"})
     in_memory: bool = field(default=False, metadata={"help": "decode all pictures once; for small pictures"})

@@ -7,10 +7,12 @@ Shapes: B images of H x W pixels, g x k the grid, P = g * k, D the encoder's wid
 """
 
 import inspect
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
+from transformers.image_processing_base import ImageProcessingMixin
 
 _UNREAD = {
     "clip_vision_model": ("post_layernorm.",),
@@ -60,6 +62,22 @@ def size_of(config: PreTrainedConfig) -> int | list[int]:
     if size is None:
         raise ValueError(f"give image_size: the vision encoder, a {config.model_type!r}, has none of its own")
     return size if isinstance(size, int) else list(size)
+
+
+def normalisation_of(folder: str | Path) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation of R, G, B, of pixels in [0, 1], by which a pretrained encoder's pixels were
+    normalised, as the image processor in its folder (or at its name in the hub) says; None if there is none that does.
+    """
+    try:
+        told, _ = ImageProcessingMixin.get_image_processor_dict(folder)
+    except OSError:
+        return None
+    if not told.get("do_normalize", True):
+        return [0.0] * 3, [1.0] * 3
+    mean, std = told.get("image_mean"), told.get("image_std")
+    if not all(isinstance(values, (list, tuple)) and len(values) == 3 for values in (mean, std)):
+        return None
+    return [float(value) for value in mean], [float(value) for value in std]
 
 
 def check_size(config: PreTrainedConfig, size: tuple[int, int]) -> None:

@@ -21,7 +21,7 @@ from reward.data import encode_prompts, pad_rows, preprocess
 from reward.model import RahfConfig, RahfModel
 from reward.vision import tokens_of, width_of
 from tinyworld.corruption import corrupt
-from tinyworld.grammar import COLOURS, KINDS, RELATIONS, ROOMY, SHAPES, WORDS, Request, parse
+from tinyworld.grammar import COLOURS, KINDS, RELATIONS, ROOMY, SHAPES, WORDS, Request, is_held_out, parse
 from tinyworld.loop import fit, half_precision, keyed
 from tinyworld.scenes import SIZE
 
@@ -71,7 +71,8 @@ def new_predictor(
 
 
 def falsify(request: Request, rng: np.random.Generator) -> tuple[Request, list[int]]:
-    """A caption that is false of the request's picture, and for each of its words whether it was changed.
+    """A caption that is false of the request's picture, and for each of its words whether it was changed. It asks for
+    no held-out composition: no training sees the words of one.
 
     One to two changes of colour, shape, count or relation; words whose form only follows (plurals) are not marked.
     """
@@ -102,6 +103,8 @@ def falsify(request: Request, rng: np.random.Generator) -> tuple[Request, list[i
             false = parse(str(Request(tuple(nouns), relation)))
         except ValueError:
             continue  # the changes made it no caption
+        if is_held_out(false):
+            continue
         if {noun.kind for noun in false.nouns} != {noun.kind for noun in request.nouns} or not _same(false, request):
             labels = [0] * len(str(false).split())
             for index, offset in changed:

@@ -174,12 +174,19 @@ def test_pictures_that_do_not_decode(refused, commands, data, command, column, v
     assert f"the {column} of {split}-3 {'is missing' if value is None else 'cannot be decoded'}" in said
 
 
-def test_a_picture_met_in_the_middle_of_a_training(commands, data):
-    """Without `in_memory` it is met when its turn comes; what was saved until then is there."""
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_picture_met_in_the_middle_of_a_training(commands, data, capsys, workers):
+    """Without `in_memory` it is met when its turn comes, by a worker if there are any: one line, no traceback."""
     change(data, "train", "image", 3, {"bytes": b"no picture", "path": None})
     main, words = commands["train"]
-    with pytest.raises(ValueError, match="the image of train-3 cannot be decoded"):
-        main([*words, "--max_steps", "12", "--per_device_train_batch_size", "1"])
+    more = ["--max_steps", "12", "--per_device_train_batch_size", "1", "--dataloader_num_workers", workers]
+    more += ["--disable_tqdm", "true"]
+    with pytest.raises(SystemExit) as ended:
+        main_guard(main, [*words, *more])
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert said[-1].startswith("error: the image of train-3 cannot be decoded")
+    assert not any("Traceback" in line for line in said)
 
 
 def test_an_empty_prompt_among_the_data_is_no_error(commands, data, tmp_path):

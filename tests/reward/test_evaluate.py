@@ -73,6 +73,19 @@ def test_report_is_what_the_metrics_say_of_the_predictor(run, data, model_folder
         assert np.array(sheet.convert("L")).std() > 10
 
 
+def test_words_that_the_model_does_not_see_are_named_and_not_counted(run, data, model, model_folder, caplog):
+    """As in training, whoever speaks of them: of the test split's prompts, of 3, 7 and 1 words, it sees 3 words."""
+    model.config.max_text_length = 4  # the end mark is one
+    model.config.save_pretrained(model_folder)
+    with pytest.warns(UserWarning, match="are not read"):
+        report = run()
+    assert "8 words of 2 prompts are not read" in caplog.text
+    assert "they are not counted" in caplog.text
+    labels = [words[:3] for words in load_from_disk(str(data))["test"]["keyword_labels"]]
+    expected = word_metrics([[1] * len(words) for words in labels], labels)
+    assert values_of(row_of(report, "constant")["words"]) == pytest.approx(expected)
+
+
 def test_baselines_look_at_nothing(run):
     report = run()
     constant = row_of(report, "constant")

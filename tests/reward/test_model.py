@@ -8,7 +8,9 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForSeq2SeqLM,
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
+    CLIPVisionModel,
     ConvNextV2Config,
     Dinov2Config,
     Dinov2WithRegistersConfig,
@@ -424,6 +426,31 @@ def test_from_backbones_takes_the_picture_tower_of_siglip(tmp_path, batch):
     model = RahfModel.from_backbones(tmp_path, text, head_width=0.1).eval()
     seen = model.vision(pixel_values=batch["pixel_values"]).last_hidden_state
     assert torch.equal(seen, both.vision_model(pixel_values=batch["pixel_values"]).last_hidden_state)
+
+
+def test_pixels_are_normalised_as_the_vision_encoder_was_pretrained(tmp_path, caplog):
+    """By the image processor beside its weights; by what is said instead; and where nothing is known, that is said."""
+    vision = CLIPVisionModel(
+        CLIPVisionConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                         image_size=32, patch_size=8)
+    )  # fmt: skip
+    text = T5EncoderModel(T5Config(vocab_size=20, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    vision.save_pretrained(tmp_path)
+    assert RahfModel.from_backbones(tmp_path, text, head_width=0.1).config.image_mean == (0.5, 0.5, 0.5)
+    assert "does not say how the vision encoder's pixels were normalised" in caplog.text
+    CLIPImageProcessorPil(size={"shortest_edge": 32}).save_pretrained(tmp_path)
+    caplog.clear()
+    config = RahfModel.from_backbones(tmp_path, text, head_width=0.1).config
+    assert config.image_mean == pytest.approx([0.48145466, 0.4578275, 0.40821073])  # CLIP's, by its paper's code
+    assert config.image_std == pytest.approx([0.26862954, 0.26130258, 0.27577711])
+    assert not caplog.text
+    told = RahfModel.from_backbones(tmp_path, text, head_width=0.1, image_mean=[0.1, 0.2, 0.3]).config
+    assert (told.image_mean, told.image_std) == ([0.1, 0.2, 0.3], config.image_std)
+    CLIPImageProcessorPil(do_normalize=False).save_pretrained(tmp_path)
+    bare = RahfModel.from_backbones(tmp_path, text, head_width=0.1).config
+    assert (bare.image_mean, bare.image_std) == ([0.0] * 3, [1.0] * 3)
+    with pytest.raises(ValueError, match="image_std takes a number for each of R, G, B, of image_std above 0"):
+        RahfModel.from_backbones(tmp_path, text, image_std=[1.0, 0.0, 1.0])
 
 
 @pytest.mark.parametrize("part", ["vision", "text"])

@@ -1,10 +1,11 @@
 import io
 
+import datasets
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
-from reward.pictures import as_map_file, as_rgb_file, decode, to_rgb
+from reward.pictures import as_map_file, as_rgb_file, decode, size_of, to_rgb
 
 
 def encoded(image, kind="PNG", **options):
@@ -25,6 +26,21 @@ def test_plain_pictures_keep_their_bytes(kind):
     assert as_rgb_file(data) == data
     grey = encoded(Image.new("L", (5, 4), 7))
     assert as_rgb_file(grey) == as_map_file(grey) == grey
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_stand_as_their_exif_tag_says_and_as_training_sees_them(orientation):
+    pixels = np.zeros((24, 40, 3), np.uint8)
+    pixels[:8, :8] = 255  # a white corner
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = encoded(Image.fromarray(pixels), "JPEG", exif=exif, quality=95)
+    ours = np.array(decode(data))
+    trained = datasets.Image().decode_example({"bytes": as_rgb_file(data), "path": None})
+    assert np.array_equal(ours, np.array(trained))
+    assert size_of(data) == ours.shape[:2] == ((24, 40) if orientation < 5 else (40, 24))
+    corners = ours[[4, 4, -4, -4], [4, -4, 4, -4]].mean(axis=1) > 128  # top left, top right, bottom left, bottom right
+    assert corners.tolist().index(True) == {1: 0, 2: 1, 3: 3, 4: 2, 5: 0, 6: 1, 7: 3, 8: 2}[orientation]
 
 
 def test_one_pixel():

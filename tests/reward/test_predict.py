@@ -9,6 +9,7 @@ from PIL import Image
 from reward import predict
 from reward.data import encode_prompts, preprocess
 from reward.feedback import HEATMAPS, SCORES
+from reward.model import RahfModel
 from reward.predict import RichFeedbackPredictor
 
 PROMPTS = ["a red circle", 'A "blue" square, left of a circle.', "red"]
@@ -107,6 +108,12 @@ def test_words_beyond_the_models_reach_are_told(predictor, images):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         predictor(images[:1], ["red " * 15])
+
+
+def test_words_beyond_its_reach_are_told_by_a_model_without_words_too(make_config, tokenizer, images):
+    silent = RichFeedbackPredictor(RahfModel(make_config(words="none")).eval(), tokenizer)
+    with pytest.warns(UserWarning, match="2 words of 1 prompts are not read: 'blue', 'circle'"):
+        silent(images[:1], ["red " * 15 + "blue circle"])
 
 
 def test_nan_stays_nan(predictor, images):

@@ -100,6 +100,7 @@ def test_falsified_captions_are_false_and_marked_where_they_are():
         false, labels = falsify(request, rng)
         words, true = str(false).split(), str(request).split()
         assert parse(str(false)) == false
+        assert not is_held_out(false)
         assert len(labels) == len(words)
         assert 1 in labels
         assert str(false) != str(request)
