@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from long_runs import write_json
 from report import Row, flags, over_seeds, publish
 
 from reward import evaluate
@@ -53,12 +54,26 @@ GOALS = {
 """Share of the ceiling that is aimed at, by the whole training."""
 MOST_LOWER = 0.05  # on held-out compositions
 PICTURES = 64
+SETTINGS = "asked.json"
 
 
 def train(folder: Path, settings: list[str], seed: int, options) -> None:
-    """Train into `folder`, which has a `config.json` once it is whole; on one thread where several train at a time."""
+    """Train into `folder`, which has a `config.json` once it is whole; on one thread where several train at a time.
+
+    Raises:
+        SystemExit: the folder is of a training with other settings, data or encoders.
+    """
+    config = Path(settings[settings.index("--config") + 1]).read_text(encoding="utf-8")
+    asked = {"settings": settings, "config": config, "epochs": options.epochs}
+    asked |= {name: str(Path(getattr(options, name)).absolute()) for name in ("data", "pretrained")}
+    told = folder / SETTINGS
+    if told.exists() and (was := json.loads(told.read_text(encoding="utf-8"))) != asked:
+        differing = ", ".join(sorted(name for name in asked if was.get(name) != asked[name]))
+        raise SystemExit(f"{folder} holds a training with other {differing}; give another --work")
     if (folder / "config.json").exists():
         return
+    if not told.exists():
+        write_json(told, asked)
     places = ["--data", options.data, "--output_dir", folder, "--seed", seed]
     if DEFAULT[1] in settings:
         places += ["--model", options.pretrained]
@@ -90,7 +105,8 @@ def figures(folder: Path, raters: Path, held_out: Path, options) -> dict[tuple[s
 
 
 def cost(folder: Path, rows: list) -> tuple[float, float]:
-    """Millions of parameters, and seconds a picture where 64 are judged at once: the median of five."""
+    """Millions of parameters, and seconds a picture where 64 are judged at once on one thread: the median of five."""
+    torch.set_num_threads(1)
     predictor = RichFeedbackPredictor.from_pretrained(folder)
     images = torch.from_numpy(np.stack([picture for _, picture, _ in rows])).permute(0, 3, 1, 2).float() / 255
     captions, times = [caption for *_, caption in rows], []
@@ -103,7 +119,8 @@ def cost(folder: Path, rows: list) -> tuple[float, float]:
 
 
 def metric_rows(variant: str, kept: dict[str, list], whole: bool) -> list[Row]:
-    """Each metric of `variant`, its share of the ceiling, there and on held-out compositions, and less the default's.
+    """Each metric of `variant` over the whole split; its share of the ceiling over the pictures whose compositions are
+    not held out, how much lower that is on the others, and less the default's.
 
     Args:
         kept: variant -> for each seed what `figures` says.
@@ -156,7 +173,9 @@ def main() -> None:
         kept[variant] = [figures(folder(variant, seed), raters, held_out, options) for seed in seeds]
         million, seconds = cost(folder(variant, 0), rows)
         table.append(Row(f"{variant}: parameters, millions", million))
-        table.append(Row(f"{variant}: milliseconds a picture, {PICTURES} at once", 1000 * seconds, n=PICTURES))
+        table.append(
+            Row(f"{variant}: milliseconds a picture, {PICTURES} at once, one thread", 1000 * seconds, n=PICTURES)
+        )
         table += metric_rows(variant, kept, whole=options.epochs is None)
     publish(table, began, options.json, options.quick)
 

@@ -46,6 +46,7 @@ def test_shares_and_differences_are_paired_by_seed():
 
 
 def test_a_finished_training_is_kept_and_a_killed_one_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     started = []
 
     def run(command, check, env):
@@ -62,3 +63,5 @@ def test_a_finished_training_is_kept_and_a_killed_one_goes_on(tmp_path, monkeypa
     for folder in (done, killed, early, new):
         rahf_variants.train(folder, VARIANTS["default"], 0, options)
     assert started == [("killed", True, "1"), ("early", False, "1"), ("new", False, "1")]
+    with pytest.raises(SystemExit, match="holds a training with other epochs, settings; give another --work"):
+        rahf_variants.train(new, VARIANTS["pooled"], 0, SimpleNamespace(**{**vars(options), "epochs": 10}))
