@@ -12,6 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
+import run_ddpo
 from rl.adapter import LORA_WEIGHTS
 from rl.ddpo import DDPOConfig
 from rl.engines import prepare_deepspeed_on_cpu
@@ -19,6 +20,7 @@ from tests.rl import ranks
 from tests.rl.conftest import PROMPTS
 
 ROOT = Path(__file__).parents[2]
+ZERO = str(ROOT / "configs/deepspeed/zero{}.json")
 # DeepSpeed compiles a small op on first use; it stays beside the packages.
 ENVIRONMENT = {"TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"), **os.environ}
 TRAINED = 7776
@@ -77,6 +79,19 @@ def assert_close(one: dict[str, torch.Tensor], several: dict[str, torch.Tensor])
         torch.testing.assert_close(several[name], one[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+def flags_of(folder: Path, pipeline: Path, **changes) -> list[str]:
+    """Of `run_ddpo.py`: one rollout and one update on two ranks."""
+    prompts = folder.with_name("prompts.txt")
+    prompts.write_text("\n".join(PROMPTS))
+    settings = {
+        "policy": pipeline, "reward": "tests.rl.toy_rewards:Redness", "prompts": prompts, "eval_prompts": prompts,
+        "eval_generations": 1, "output_dir": folder, "use_cpu": True, "num_train_epochs": 1, "num_inference_steps": 3,
+        "train_steps": 1, "generation_batch_size": 8, "num_generations": 4, "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1, "lora_rank": 2, "disable_tqdm": True, **changes,
+    }  # fmt: skip
+    return [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
+
+
 @pytest.fixture(scope="module")
 def alone(pipeline_folder, tmp_path_factory):
     """The run in one process: its folder, and what was noted of it."""
@@ -90,16 +105,7 @@ def test_two_ranks_of_every_engine_are_one_process(pipeline_folder, alone, tmp_p
     folder, one = alone
     engines = ["ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3:full"]
     texts = ["ddp:text", "zero2:text"]
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(PROMPTS))
-    settings = {
-        "policy": pipeline_folder, "reward": "tests.rl.toy_rewards:Redness", "prompts": prompts,
-        "eval_prompts": prompts, "eval_generations": 1, "output_dir": tmp_path / "command", "use_cpu": True,
-        "num_train_epochs": 1, "num_inference_steps": 3, "train_steps": 1, "generation_batch_size": 8,
-        "num_generations": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "lora_rank": 2,
-        "disable_tqdm": True, "eval_strategy": "epoch", "deepspeed": ROOT / "configs/deepspeed/zero3.json",
-    }  # fmt: skip
-    flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
+    flags = flags_of(tmp_path / "command", pipeline_folder, eval_strategy="epoch", deepspeed=ZERO.format(3))
     launcher = ["--nproc_per_node=2", "--rdzv_endpoint=localhost:0"]
     finish(launch(launcher, [pipeline_folder, tmp_path, *engines, *texts, "--", *flags]))
     assert one["trained"] == TRAINED
@@ -128,6 +134,29 @@ def test_two_ranks_of_every_engine_are_one_process(pipeline_folder, alone, tmp_p
     pipe = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None, requires_safety_checker=False)
     pipe.load_lora_weights(str(tmp_path / "command"))
     assert pipe.get_active_adapters()
+
+
+@pytest.mark.timeout(600)
+def test_accelerate_launches_the_command_under_zero_2(pipeline_folder, tmp_path):
+    """By the line that `configs/accelerate/cpu_2_ranks.yaml` gives; the weights are those of one process."""
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "configs/accelerate/cpu_2_ranks.yaml",
+    ]
+    flags = flags_of(tmp_path / "two", pipeline_folder, deepspeed=ZERO.format(2))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = ["--main_process_port", str(free.getsockname()[1])]
+    finish(subprocess.Popen([*launcher, *port, "run_ddpo.py", *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env=ENVIRONMENT, cwd=ROOT))  # fmt: skip
+    run_ddpo.main(flags_of(tmp_path / "one", pipeline_folder, gradient_accumulation_steps=2))
+    assert_close(lora(tmp_path / "one"), lora(tmp_path / "two"))
+    one, two = (json.loads((tmp_path / run / "summary.json").read_text()) for run in ("one", "two"))
+    assert one["after"]["reward"] != one["before"]["reward"]
+    assert two["after"]["reward"] == pytest.approx(one["after"]["reward"], rel=1e-4)
 
 
 @pytest.mark.timeout(1200)
