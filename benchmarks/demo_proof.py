@@ -35,6 +35,8 @@ from tinyworld.text import tokenize
 TERMS = ("satisfied", "overall", "plausibility", "alignment")
 GUIDANCE_SCALES = (1.5, 2.0, 3.0, 5.0)
 GENERATIONS = 2
+AIMS = {"ddpo_tinyworld_long": ">= 0.5"}
+"""By config: the share of the way to the ceiling that its `satisfied` is to gain."""
 
 
 class Proof:
@@ -176,7 +178,7 @@ def main() -> None:
     gain, low, high = paired_interval([term(one, "satisfied") - term(base, "satisfied") for one in after])
     missing = json.loads((ASSETS / "ceiling.json").read_text())["satisfied"] - float(term(base, "satisfied").mean())
     name = "satisfied, gain as a share of the way to the ceiling"
-    rows.append(Row(name, gain / missing, low / missing, high / missing, len(after)))
+    rows.append(Row(name, gain / missing, low / missing, high / missing, len(after), AIMS.get(options.config.stem)))
     ratio = float(np.mean([spread(one) for one in after])) / spread(base)
     rows.append(Row("diversity of layouts, after / before", ratio, n=len(after), goal=">= 0.8"))
 

@@ -125,8 +125,17 @@ def judge(
     console.print(f"[bold]evaluating[/] {phase} training on {len(prompts)} held-out prompts")
     pictures = len(prompts) * how.eval_generations
     bar = tqdm(total=pictures, disable=args.disable_tqdm or not args.should_save, dynamic_ncols=True)
-    with bar:
-        return trainer.judge(held_out, on_batch=lambda count: bar.update(count * args.world_size))
+    try:
+        with bar:
+            return trainer.judge(held_out, on_batch=lambda count: bar.update(count * args.world_size))
+    except KeyboardInterrupt:
+        if phase == "after":
+            console.print(
+                f"what was trained lies in {args.output_dir}; the same command with --resume_from_checkpoint auto goes "
+                "on with this evaluation",
+                soft_wrap=True, markup=False,
+            )  # fmt: skip
+        raise
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
     python -m tinyworld.build [--stages ceiling] [--work build/tinyworld]
 
-Every stage is skipped if its result is there. One that was stopped goes on: trainings of networks from their last state,
-pictures with the next file; but each policy, and the RAHF checkpoints, begin anew. Times were measured on 2 CPU cores
-with AVX-512, those with a star on one of them; all in all nearly four hours, without `ceiling` and `finer`.
+Every stage is skipped if its result is there. One that was stopped goes on: trainings of networks from their last
+state, pictures with the next file; but each policy, and the RAHF checkpoints, begin anew. Times were measured on 2 CPU
+cores with AVX-512, those with a star on one of them; all in all nearly four hours, without `ceiling` and `finer`.
 
     stage       makes                                                                      minutes
     pictures    200,000 captioned training pictures, half of them with 30% flawed ones        4*

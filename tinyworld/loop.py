@@ -31,6 +31,9 @@ def fit(
 ) -> nn.Module:
     """Train `model` by AdamW and return its exponential moving average; continues from `path` if that is there.
 
+    Raises:
+        ValueError: what is there is of a training of another length or rate.
+
     Args:
         loss: step number -> scalar loss. It draws its own batch from the step number, so that a resumed run sees
             the batches that an uninterrupted one would.
@@ -47,9 +50,16 @@ def fit(
         {"params": [p for p in model.parameters() if id(p) in slow], "scale": 0.2},
     ]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    schedule = {"steps": steps, "rate": rate}
     average, start = copy.deepcopy(model).requires_grad_(False), 0
     if path.exists():
         state = torch.load(path, weights_only=True)
+        was = state.get("schedule", schedule)  # older files do not say
+        if was != schedule:
+            raise ValueError(
+                f"{path} is the state of a training of {was['steps']} steps at {was['rate']}, not of {steps} at "
+                f"{rate}: take it away, or work in another folder"
+            )
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
@@ -93,6 +103,7 @@ def fit(
                     "average": average.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "step": done,
+                    "schedule": schedule,
                 },
                 beside,
             )

@@ -13,8 +13,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from rich.console import Console
 
 import run_ddpo
+from finetune.run import judge
 from reward.arguments import main_guard
 from reward.feedback import HEATMAPS, SCORES
 from reward.predict import RichFeedbackPredictor
@@ -283,6 +285,22 @@ def test_a_run_that_cannot_start_deletes_nothing_of_the_one_before(config, tmp_p
     assert whole.exists()
     assert (tmp_path / "run/summary.json").exists()
     assert (tmp_path / "run/run_config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("phase", ["before", "after"])
+def test_ctrl_c_in_an_evaluation_says_whether_something_was_trained(phase, capsys):
+    def interrupted(held_out, on_batch):
+        raise KeyboardInterrupt
+
+    args = SimpleNamespace(output_dir="outputs/mine", disable_tqdm=True, should_save=True, world_size=1)
+    trainer = SimpleNamespace(args=args, judge=interrupted)
+    how = SimpleNamespace(held_out=lambda prompts, rewards: None, eval_generations=1)
+    with pytest.raises(KeyboardInterrupt):
+        judge(phase, trainer, ["a"], {}, how, Console())
+    said = capsys.readouterr().out
+    assert ("what was trained lies in outputs/mine; the same command with --resume_from_checkpoint auto" in said) == (
+        phase == "after"
+    )
 
 
 def test_ctrl_c_ends_with_a_checkpoint_and_how_to_go_on(config, tmp_path):

@@ -47,6 +47,15 @@ def test_a_resumed_fit_ends_where_an_uninterrupted_one_does(tmp_path, capsys):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_state_of_another_schedule_is_refused(tmp_path, capsys):
+    """Its rate would be neither's."""
+    path = tmp_path / "state.pt"
+    fit(model := nn.Linear(3, 1), quadratic(model), path, steps=4, rate=0.1)
+    for other in ({"steps": 8, "rate": 0.1}, {"steps": 4, "rate": 0.2}):
+        with pytest.raises(ValueError, match="is the state of a training of 4 steps"):
+            fit(model, quadratic(model), path, **other)
+
+
 def test_the_average_normalises_as_the_model_does(tmp_path, capsys):
     seen = []
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
