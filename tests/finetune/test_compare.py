@@ -1,5 +1,6 @@
 """The command itself: trains, is killed, goes on, and says what failed."""
 
+import contextlib
 import json
 import os
 import signal
@@ -20,11 +21,19 @@ from finetune.compare_folder import run_findings, run_folder
 from finetune.compare_runs import Failure, last_words
 from finetune.generate import GenerationArguments
 from reward.arguments import parse_arguments
-from rl.folder_lock import FolderInUseError, taken
+from rl.folder_lock import FolderInUseError, check_free, taken
 from tests.finetune.compare_case import JUDGE, REDNESS, TRAIN, comparison_of, settings_of, write_config
 from tests.test_house import ROOT
 
 FAILS = "tests.finetune.compare_case:FailsAt"
+
+
+def wait_until_free(folder, end):
+    """Processes that were killed with the command hold its lock until they are gone, a moment later than it."""
+    while time.monotonic() < end:
+        with contextlib.suppress(FolderInUseError):
+            return check_free(folder)
+        time.sleep(0.02)
 
 
 def test_killed_gone_on_with_and_a_reward_that_fails_half_way(tmp_path, pipeline_folder, capsys):
@@ -50,6 +59,7 @@ def test_killed_gone_on_with_and_a_reward_that_fails_half_way(tmp_path, pipeline
         time.sleep(0.02)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
+    wait_until_free(folder, end)
     base = next(folder.glob("base/*/findings.json"))
     began = base.stat().st_mtime_ns
     assert not (folder / "report.html").exists()

@@ -20,7 +20,7 @@ from reward.records import Record, encode_map, write_tfrecords
 WORDS = ("a", "red", "blue", "circle", "square", "left", "of", "and")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture  # anew for each test: adopting it adds words
 def tokenizer():
     vocabulary = {word: index for index, word in enumerate(("<pad>", "</s>", "<unk>", "<mask>", *WORDS))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
