@@ -87,28 +87,27 @@ class Reward:
 
     def first(self, count: int) -> "Reward":
         """Of the first `count` images."""
-        words = {name: _each_word(getattr(self, name), lambda value: value) for name in _OF_WORDS}
-        of_maps = replace(self, **dict.fromkeys(_OF_WORDS))._each(lambda tensor: tensor[:count])
-        return replace(of_maps, **{name: value and value[:count] for name, value in words.items()})
+        words = {name: None if whole is None else list(whole[:count]) for name, whole in self._of_words().items()}
+        return replace(self._each(lambda tensor: tensor[:count]), **words)
 
     def cpu(self) -> "Reward":
         return self._each(torch.Tensor.cpu)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Reward":
         """The same with every tensor changed, those of words too."""
+        words = {
+            name: None if whole is None else [change(value) for value in whole]
+            for name, whole in self._of_words().items()
+        }
         return Reward(
             total=change(self.total),
             penalties={name: change(maps) for name, maps in self.penalties.items()},
             terms={name: change(value) for name, value in self.terms.items()},
-            **{name: _each_word(getattr(self, name), change) for name in _OF_WORDS},
+            **words,
         )
 
-
-_OF_WORDS = ("word_penalties", "wrong_words")
-
-
-def _each_word(words: Sequence[torch.Tensor] | None, change: Callable[[torch.Tensor], torch.Tensor]):
-    return None if words is None else [change(value) for value in words]
+    def _of_words(self) -> dict[str, Sequence[torch.Tensor] | None]:
+        return {"word_penalties": self.word_penalties, "wrong_words": self.wrong_words}
 
 
 class RewardFn(Protocol):
