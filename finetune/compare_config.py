@@ -92,7 +92,9 @@ class CompareArguments:
     )
     overlay: dict = field(
         default_factory=dict,
-        metadata={"help": "Whose penalty maps are laid over pictures: {reward:, kwargs:}; none: pictures stay bare."},
+        metadata={
+            "help": "Whose heatmaps (or penalty maps) are laid over pictures: {reward:, kwargs:}; none: bare pictures."
+        },
     )
     grid_prompts: int = field(default=8, metadata={"help": "Prompts whose pictures are shown, the worst cases first."})
     only: list[str] = field(default_factory=list, metadata={"help": "Run and report these entrants only."})

@@ -18,6 +18,7 @@ from finetune.compare_rewards import BASE, Evaluator
 from reward.data import to_tensor
 from reward.draw import overlay, to_image
 from reward.feedback import RewardFn
+from rl.pictures import shown_maps
 from rl.scoring import score
 
 _SMALLEST, _LARGEST = 128, 192  # pixels of a picture's height in the report
@@ -103,9 +104,9 @@ def _first_pictures(found: Findings, evaluator: Evaluator) -> np.ndarray:
 def _marks(reward: RewardFn | None, picture: torch.Tensor, prompt: str) -> dict[str, str]:
     if reward is None:
         return {}
-    penalties = score(reward, picture[None], [prompt]).penalties
+    marked = shown_maps(score(reward, picture[None], [prompt]))
     height = _height(picture)
-    return {name: data_uri(overlay(picture, maps[0], name, height)) for name, maps in penalties.items()}
+    return {name: data_uri(overlay(picture, maps[0], name, height)) for name, maps in marked.items()}
 
 
 def _sized(picture: torch.Tensor) -> Image.Image:

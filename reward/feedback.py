@@ -64,6 +64,8 @@ class Reward:
             already counted in `total`; the per-word form says which words they came from.
         wrong_words: for each image (T,) bool, which of these words the reward holds to be misrepresented, or None: it
             does not say. For people to look at; training goes by the costs.
+        heatmaps: name -> (B, H, W) float32 in [0, 1], where the reward sees something wrong, any resolution. For people
+            to look at, whether or not it is penalised; training goes by the penalties.
         terms: name -> (B,) float32, the parts of the reward, for logs.
     """
 
@@ -72,6 +74,7 @@ class Reward:
     word_penalties: Sequence[torch.Tensor] | None = None
     terms: Mapping[str, torch.Tensor] = field(default_factory=dict)
     wrong_words: Sequence[torch.Tensor] | None = None
+    heatmaps: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def objective(self) -> torch.Tensor:
@@ -103,6 +106,7 @@ class Reward:
             total=change(self.total),
             penalties={name: change(maps) for name, maps in self.penalties.items()},
             terms={name: change(value) for name, value in self.terms.items()},
+            heatmaps={name: change(maps) for name, maps in self.heatmaps.items()},
             **words,
         )
 
@@ -157,7 +161,7 @@ def check_reward(reward: Reward, prompts: Sequence[str]) -> None:
 
     Raises:
         RewardError: it is no `Reward`; the total, a term or a penalty is no tensor, not finite (the prompt is named) or
-            of a wrong shape; a penalty is negative.
+            of a wrong shape; a penalty is negative; a heatmap leaves [0, 1].
     """
     if not isinstance(reward, Reward):
         raise RewardError(f"the reward function returned {_kind(reward)}, not a reward.feedback.Reward")
@@ -172,6 +176,11 @@ def check_reward(reward: Reward, prompts: Sequence[str]) -> None:
         _check_words(reward.word_penalties, prompts)
     if reward.wrong_words is not None:
         _check_words(reward.wrong_words, prompts, "wrong words")
+    for name, value in reward.heatmaps.items():
+        _check_values(f"heatmap `{name}`", value, prompts, dimensions=3)
+        lowest, highest = float(value.detach().min()), float(value.detach().max())
+        if lowest < LABEL_RANGE[0] or highest > LABEL_RANGE[1]:
+            raise RewardError(f"the reward's heatmap `{name}` has values from {lowest} to {highest}, not in [0, 1]")
 
 
 def _check_values(name: str, value: torch.Tensor, prompts: Sequence[str], dimensions: int = 1) -> None:

@@ -10,7 +10,8 @@ B images as 8-bit RGB PNGs in base64, all of one size, and their B prompts. Answ
      "terms": {name: [number, ...], ...},      optional, B numbers each, for logs
      "penalties": {name: maps, ...},           optional, costs >= 0 in the units of `total`, (B, h, w), any h and w
      "word_penalties": [[number, ...], ...],   optional, for each image a cost >= 0 for each word of its prompt
-     "wrong_words": [[boolean, ...], ...]}     optional, for each image whether each word is misrepresented
+     "wrong_words": [[boolean, ...], ...],     optional, for each image whether each word is misrepresented
+     "heatmaps": {name: maps, ...}}            optional, what is wrong where in [0, 1], (B, h, w), to look at
 
 Maps are either nested lists of numbers or, smaller, {"shape": [B, h, w], "float32": text}: little-endian float32 in
 row-major order, in base64. What is meant by each entry: `reward.feedback.Reward`. Whoever cannot answer says so with
@@ -159,6 +160,7 @@ def answer(reward: Reward) -> dict[str, Any]:
         "total": reward.total.tolist(),
         "terms": {name: value.tolist() for name, value in reward.terms.items()},
         "penalties": {name: _pack(maps) for name, maps in reward.penalties.items()},
+        "heatmaps": {name: _pack(maps) for name, maps in reward.heatmaps.items()},
     }
     if reward.word_penalties is not None:
         found["word_penalties"] = [words.tolist() for words in reward.word_penalties]
@@ -174,7 +176,7 @@ def read_answer(body: bytes, device: torch.device | str = "cpu") -> Reward:
         ValueError: it is not of the format.
     """
     found = _read_json(body, "answer")
-    if unknown := sorted(found.keys() - {"total", "terms", "penalties", "word_penalties", "wrong_words"}):
+    if unknown := sorted(found.keys() - {"total", "terms", "penalties", "word_penalties", "wrong_words", "heatmaps"}):
         raise ValueError(f"it has the unknown entries {', '.join(unknown)}")
     if "total" not in found:
         raise ValueError(f"it has no `total`: {_quote(body)}")
@@ -184,18 +186,21 @@ def read_answer(body: bytes, device: torch.device | str = "cpu") -> Reward:
             raise ValueError(f"`{name}` must be a list with a list for each image")
     return Reward(
         total=_numbers("total", found["total"], device),
-        penalties={
-            name: _unpack(f"penalty map `{name}`", maps, device) for name, maps in _mapping(found, "penalties").items()
-        },
+        penalties=_unpack_all("penalties", "penalty map", found, device),
         word_penalties=None if words is None else [_numbers("word_penalties", value, device) for value in words],
         terms={name: _numbers(f"term `{name}`", value, device) for name, value in _mapping(found, "terms").items()},
         wrong_words=None if wrong is None else [_numbers("wrong_words", value, device) > 0 for value in wrong],
+        heatmaps=_unpack_all("heatmaps", "heatmap", found, device),
     )
 
 
 def _pack(maps: torch.Tensor) -> dict[str, Any]:
     values = maps.detach().float().cpu().numpy().astype("<f4")
     return {"shape": list(values.shape), "float32": base64.b64encode(values.tobytes()).decode()}
+
+
+def _unpack_all(entry: str, what: str, found: Mapping[str, Any], device: torch.device | str) -> dict[str, torch.Tensor]:
+    return {name: _unpack(f"{what} `{name}`", maps, device) for name, maps in _mapping(found, entry).items()}
 
 
 def _unpack(what: str, maps: Any, device: torch.device | str) -> torch.Tensor:

@@ -89,6 +89,7 @@ class RichReward:
                 "misaligned_words": wrong,
             },
             wrong_words=[p > self.predictor.word_threshold for p in feedback.misaligned],
+            heatmaps=feedback.heatmaps,
         )
 
 

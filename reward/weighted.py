@@ -19,6 +19,7 @@ class WeightedReward:
         penalties        = `m.<map>`: w[m] times the member's map, in its own size; none of a weight of 0
         word_penalties   = sum of w[m] * word_penalties[m], over the members that have them
         wrong_words      = those of any member with a weight above 0
+        heatmaps         = `m.<map>`: the member's, as it is; none of a weight of 0 or less
         terms            = `m`: the member's objective before weighting; `m.<term>`: its terms
 
     so that the sum's objective is the sum of w[m] times the members' objectives. It is differentiable if all members
@@ -62,7 +63,7 @@ class WeightedReward:
                 weight.
         """
         total = torch.zeros(len(images), device=images.device)
-        penalties, terms, words, wrong = {}, {}, None, None
+        penalties, heatmaps, terms, words, wrong = {}, {}, {}, None, None
         for name, member in self.members.items():
             weight, reward = self.weights[name], member(images, prompts)
             self._check(name, reward, prompts)
@@ -71,11 +72,13 @@ class WeightedReward:
                 penalties |= {f"{name}.{which}": weight * maps for which, maps in reward.penalties.items()}
             if reward.word_penalties is not None:
                 words = _add_words(name, words, [weight * value.to(images.device) for value in reward.word_penalties])
+            if weight > 0:
+                heatmaps |= {f"{name}.{which}": maps for which, maps in reward.heatmaps.items()}
             if reward.wrong_words is not None and weight > 0:
                 wrong = _add_words(name, wrong, [value.to(images.device) for value in reward.wrong_words])
             terms[name] = reward.objective
             terms |= {f"{name}.{term}": value for term, value in reward.terms.items()}
-        return Reward(total=total, penalties=penalties, word_penalties=words, terms=terms, wrong_words=wrong)
+        return Reward(total, penalties, words, terms, wrong, heatmaps)
 
     def _check(self, name: str, reward: Reward, prompts: Sequence[str]) -> None:
         try:

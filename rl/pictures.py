@@ -1,9 +1,9 @@
-"""Sheets of pictures with what the reward held against them. PIL images out.
+"""Sheets of pictures with what the reward holds against them. PIL images out.
 
 Shapes: n pictures of H x W pixels, T words of a prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from PIL import Image
@@ -16,15 +16,15 @@ _HEIGHT = 128
 
 
 def sample_sheet(samples: Samples) -> Image.Image:
-    """Pictures in a row, the overlays of each penalty map below, prompts with wrong words struck out."""
-    scale = penalty_scale([samples.reward])
+    """Pictures in a row, what the reward marks in them below, prompts with wrong words struck out."""
+    scale = full_strength([samples.reward])
     columns = [picture_column(samples, index, scale) for index in range(len(samples.prompts))]
     return grid([columns])
 
 
 def before_after_sheet(before: Samples, after: Samples) -> Image.Image:
     """The same prompts and noise before (upper row) and after (lower row), with overlays and struck-out words."""
-    scale = penalty_scale([before.reward, after.reward])
+    scale = full_strength([before.reward, after.reward])
     rows = []
     for title, samples in (("before", before), ("after", after)):
         columns = [picture_column(samples, index, scale) for index in range(len(samples.prompts))]
@@ -33,12 +33,17 @@ def before_after_sheet(before: Samples, after: Samples) -> Image.Image:
     return grid(rows)
 
 
-def penalty_scale(rewards: Sequence[Reward]) -> dict[str, float]:
-    """The largest value of every penalty map: what is drawn at full strength."""
+def shown_maps(reward: Reward) -> Mapping[str, torch.Tensor]:
+    """What a sheet shows of a reward: its heatmaps, all of them, or, if it has none, its penalty maps."""
+    return reward.heatmaps or reward.penalties
+
+
+def full_strength(rewards: Sequence[Reward]) -> dict[str, float]:
+    """The value of every map that is drawn at full strength: 1 of heatmaps, the largest of penalty maps."""
     scale: dict[str, float] = {}
     for reward in rewards:
-        for name, maps in reward.penalties.items():
-            scale[name] = max(scale.get(name, 0.0), float(maps.max()))
+        for name, maps in shown_maps(reward).items():
+            scale[name] = 1.0 if reward.heatmaps else max(scale.get(name, 0.0), float(maps.max()))
     return scale
 
 
@@ -50,7 +55,7 @@ def picture_column(samples: Samples, index: int, scale: dict[str, float]) -> Ima
     """
     reward, image = samples.reward, samples.images[index]
     parts = [to_image(image, _HEIGHT)]
-    for name, maps in reward.penalties.items():
+    for name, maps in shown_maps(reward).items():
         strength = maps[index] / scale[name] if scale[name] > 0 else torch.zeros_like(maps[index])
         parts.append(overlay(image, strength, name, _HEIGHT))
     words = tokenize(samples.prompts[index])

@@ -68,6 +68,7 @@ def concatenate(rewards: Sequence[Reward]) -> Reward:
         word_penalties=_chain([reward.word_penalties for reward in rewards]),
         terms=_join("terms", [reward.terms for reward in rewards]),
         wrong_words=_chain([reward.wrong_words for reward in rewards]),
+        heatmaps=_join("heatmaps", [reward.heatmaps for reward in rewards]),
     )
 
 

@@ -267,7 +267,7 @@ class JudgeReward:
 
     Args:
         penalty: what a picture that is wrong everywhere loses by each of the maps `implausibility` and `misalignment`,
-            on top of `total`. At 0 there are no maps: the scores already count what the maps show.
+            on top of `total`. At 0 there are no penalty maps: the scores already count what the heatmaps show.
     """
 
     differentiable = False
@@ -286,13 +286,12 @@ class JudgeReward:
         terms = {name: [verdict.scores[name] for verdict in verdicts] for name in SCORES}
         terms["satisfied"] = [float(verdict.satisfied) for verdict in verdicts]
         terms = {name: torch.tensor(values, dtype=torch.float32) for name, values in terms.items()}
-        penalties = {}
-        if self.penalty:
-            masks = {
-                "implausibility": [verdict.implausible for verdict in verdicts],
-                "misalignment": [verdict.misaligned for verdict in verdicts],
-            }
-            penalties = {name: self.penalty * torch.from_numpy(np.stack(mask)).float() for name, mask in masks.items()}
+        masks = {
+            "implausibility": np.stack([verdict.implausible for verdict in verdicts]),
+            "misalignment": np.stack([verdict.misaligned for verdict in verdicts]),
+        }
+        heatmaps = {name: torch.from_numpy(mask).float() for name, mask in masks.items()}
+        penalties = {name: self.penalty * maps for name, maps in heatmaps.items()} if self.penalty else {}
         words, wrong = [], []
         for verdict, prompt in zip(verdicts, prompts, strict=True):
             costs, marked = torch.zeros(len(prompt.split())), torch.zeros(len(prompt.split()), dtype=torch.bool)
@@ -301,7 +300,7 @@ class JudgeReward:
                 marked[list(verdict.words)] = True
             words.append(costs)
             wrong.append(marked)
-        return Reward(terms["overall"], penalties, words, terms, wrong)
+        return Reward(terms["overall"], penalties, words, terms, wrong, heatmaps)
 
 
 def layout_distance(one: Verdict, other: Verdict) -> float:

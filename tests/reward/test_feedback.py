@@ -31,6 +31,8 @@ def test_what_can_be_trained_on():
         (Reward(GOOD, {"m": torch.full((2, 2, 2), NAN)}), "map `m` is nan for the prompt 'a circle'"),
         (Reward(GOOD, word_penalties=[torch.ones(2)]), "word penalties for 1 pictures, not 2"),
         (Reward(GOOD, wrong_words=[torch.ones(2).bool()]), "wrong words for 1 pictures, not 2"),
+        (Reward(GOOD, heatmaps={"m": torch.ones(2, 4)}), r"heatmap `m` has shape \(2, 4\) for 2 pictures"),
+        (Reward(GOOD, heatmaps={"m": torch.full((2, 1, 1), 1.5)}), r"heatmap `m` has values from 1.5 to 1.5, not in"),
         (Reward(GOOD, word_penalties=[[1.0], [2.0]]), "word penalties must be a tensor .T,. for each picture, not a"),
         (Reward(GOOD, word_penalties=[GOOD, -torch.ones(1)]), r"word penalties is negative \(-1.0\)"),
         (Reward(GOOD, word_penalties=[GOOD, torch.tensor([NAN])]), "word penalties are not finite .* 'two'"),

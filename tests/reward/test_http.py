@@ -33,6 +33,7 @@ class Everything:
             word_penalties=[torch.full((len(prompt.split()),), 0.1) for prompt in prompts],
             terms={"red": red},
             wrong_words=[torch.arange(len(prompt.split())) == 0 for prompt in prompts],
+            heatmaps={"green": images[:, 1]},
         )
 
 
@@ -88,7 +89,7 @@ def test_a_reward_from_afar_is_the_same_to_the_bit():
     with serving(Everything()) as url:
         far = HttpReward(url)(IMAGES, PROMPTS)
     assert torch.equal(near.total, far.total)
-    for kind in ("terms", "penalties"):
+    for kind in ("terms", "penalties", "heatmaps"):
         assert getattr(near, kind).keys() == getattr(far, kind).keys()
         for name, value in getattr(near, kind).items():
             assert torch.equal(value, getattr(far, kind)[name]), name
@@ -107,7 +108,7 @@ def test_maps_may_be_nested_lists_and_only_the_total_is_needed():
         reward = HttpReward(url)
         plain, mapped = reward(IMAGES, PROMPTS), reward(IMAGES, PROMPTS)
     assert plain.total.tolist() == [1.0, 2.0]
-    assert not plain.penalties
+    assert (plain.penalties, plain.heatmaps) == ({}, {})
     assert (plain.word_penalties, plain.wrong_words) == (None, None)
     assert mapped.penalties["m"].tolist() == [[[0.5, 1.0]], [[0.0, 0.0]]]
 
@@ -125,6 +126,7 @@ def test_maps_may_be_nested_lists_and_only_the_total_is_needed():
         (as_json(total=[1, 2], penalties={"m": {"shape": [2], "float32": "?"}}), "is not base64"),
         (as_json(total=[1, 2], penalties={"m": {"data": 1}}), "must be nested lists, or"),
         (as_json(total=[1, 2], penalties=[1]), "`penalties` must be an object"),
+        (as_json(total=[1, 2], heatmaps={"m": [[[2.0]], [[0.0]]]}), r"heatmap `m` has values from 0.0 to 2.0"),
         (as_json(total=[1, 2], word_penalties=3), "`word_penalties` must be a list"),
         (as_json(total=[1, 2], wrong_words=True), "`wrong_words` must be a list"),
         (as_json(total=[1, 2], penalty={}), "unknown entries penalty"),

@@ -33,6 +33,8 @@ def test_reward_by_hand(predictor, images):
     assert all(value.shape == (3,) for value in reward.terms.values())
     wrong = [words > predictor.word_threshold for words in feedback.misaligned]
     assert all(torch.equal(*pair) for pair in zip(reward.wrong_words, wrong, strict=True))
+    assert list(reward.heatmaps) == ["implausibility", "misalignment"], "those that cost nothing too"
+    assert all(torch.equal(maps, feedback.heatmaps[name]) for name, maps in reward.heatmaps.items())
 
 
 def test_the_default_is_the_overall_score(model_folder, predictor, images):

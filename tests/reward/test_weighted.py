@@ -11,8 +11,8 @@ IMAGES = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 class Member:
     """A reward that says what it was given."""
 
-    def __init__(self, total, penalties=None, words=None, terms=None, differentiable=False, wrong=None):
-        self.reward = Reward(torch.tensor(total), penalties or {}, words, terms or {}, wrong)
+    def __init__(self, total, penalties=None, words=None, terms=None, differentiable=False, wrong=None, heatmaps=None):
+        self.reward = Reward(torch.tensor(total), penalties or {}, words, terms or {}, wrong, heatmaps or {})
         self.differentiable = differentiable
 
     def __call__(self, images, prompts):
@@ -46,6 +46,12 @@ def test_a_word_is_wrong_where_any_member_that_counts_says_so():
     reward = WeightedReward({**members, "silent": silent, "off": off}, weights)(IMAGES, PROMPTS)
     assert [words.tolist() for words in reward.wrong_words] == [[True, True, False], [False]]
     assert WeightedReward({"a": silent}, {"a": 1.0})(IMAGES, PROMPTS).wrong_words is None
+
+
+def test_heatmaps_keep_their_values_and_those_of_no_weight_are_left_out():
+    members = {name: Member([1.0, 2.0], heatmaps={"m": torch.full((2, 1, 1), 0.5)}) for name in "abc"}
+    reward = WeightedReward(members, {"a": 0.1, "b": 0.0, "c": -1.0})(IMAGES, PROMPTS)
+    assert {name: maps.flatten().tolist() for name, maps in reward.heatmaps.items()} == {"a.m": [0.5, 0.5]}
 
 
 def test_a_weight_may_be_negative_where_there_are_no_penalties():

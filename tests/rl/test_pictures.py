@@ -24,9 +24,9 @@ def drawn(monkeypatch):
     return struck, maps
 
 
-def samples(wrong, costs=None, peak=1.0):
+def samples(wrong, costs=None, peak=1.0, heatmaps=None):
     penalties = {"implausibility": torch.tensor([0.5, 1.0])[:, None, None] * torch.full((2, 4, 4), peak)}
-    reward = Reward(torch.zeros(2), penalties, word_penalties=costs, wrong_words=wrong)
+    reward = Reward(torch.zeros(2), penalties, word_penalties=costs, wrong_words=wrong, heatmaps=heatmaps or {})
     return Samples(torch.rand(2, 3, 16, 16), PROMPTS, reward)
 
 
@@ -40,6 +40,13 @@ def test_the_words_that_are_wrong_are_struck_whatever_they_cost(drawn):
     struck.clear()
     pictures.sample_sheet(samples(None, costs))
     assert struck == [[0.0], [0.0] * 8], "a reward that does not say which are wrong"
+
+
+def test_heatmaps_are_shown_as_they_are_whether_or_not_they_cost_anything(drawn):
+    _, maps = drawn
+    heatmaps = {"implausibility": torch.full((2, 4, 4), 0.2), "misalignment": torch.full((2, 4, 4), 0.4)}
+    pictures.sample_sheet(samples(None, peak=3.0, heatmaps=heatmaps))
+    assert [round(float(one.max()), 3) for one in maps] == [0.2, 0.4, 0.2, 0.4]
 
 
 def test_maps_before_and_after_are_drawn_to_one_scale(drawn):

@@ -221,6 +221,9 @@ def test_reward():
     ):
         assert len(costs) == len(caption.split())
         assert tuple(costs.nonzero().flatten().tolist()) == wrong
+    verdict = judge(pictures[2], captions[2])
+    for name, mask in (("implausibility", verdict.implausible), ("misalignment", verdict.misaligned)):
+        assert torch.equal(reward.heatmaps[name][2], torch.from_numpy(mask).float())
     mapped = JudgeReward(penalty=0.5)(images, captions)
     assert mapped.penalties["misalignment"].shape == (4, SIZE, SIZE)
     assert mapped.penalties["misalignment"].amax((1, 2)).tolist() == [0, 0, 0.5, 0.5]
