@@ -4,14 +4,16 @@
     python benchmarks/demo_proof.py --config configs/ddpo_tinyworld_long.yaml --no_controls
 
 Runs the config once a seed and compares before and after on the same held-out prompts and noise. Controls, on the same
-prompts: the base at other guidance scales and at 50 steps, the base trained on as long as the run took updates, and the
-best of N base pictures by the trained reward, N such that as many pictures are drawn as the run drew.
-Runs that are there already (`--work`) are not repeated.
+prompts: the base at other guidance scales and at 50 steps; the base trained on for as many updates as the run took, as
+it was trained last (`tinyworld.generator.finish_generator`), at several rates; and the best of N base pictures by the
+trained reward, N such that as many pictures are drawn as the run drew. Runs and pictures that are there already
+(`--work`) are not made again; other settings, or another generator or predictor, have other names there.
 """
 
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,23 +22,26 @@ import numpy as np
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
+from long_runs import assets_digest, digest
 from report import Row, flags, publish
 
 from finetune.paired import paired_interval
 from reward.arguments import read_prompt_file
 from reward.rich import RichReward
 from tinyworld.autoencoder import encode
-from tinyworld.generator import BATCH, Denoiser, new_scheduler, sample
+from tinyworld.generator import BATCH, Denoiser, finish_generator, pipeline, sample
 from tinyworld.grammar import ASSETS
-from tinyworld.judge import Verdict, diversity, judge
+from tinyworld.judge import KINDS, Verdict, diversity, judge
 from tinyworld.pool import FLAWED, make_pool
-from tinyworld.text import tokenize
 
 TERMS = ("satisfied", "overall", "plausibility", "alignment")
 GUIDANCE_SCALES = (1.5, 2.0, 3.0, 5.0)
+TRAINED_ON_RATES = (1e-5, 1e-4, 1e-3)
 GENERATIONS = 2
 AIMS = {"ddpo_tinyworld_long": ">= 0.5"}
 """By config: the share of the way to the ceiling that its `satisfied` is to gain."""
+POOL = 50 * BATCH
+"""Pictures that the base is trained on with, each drawn about once in as many updates as the presets have."""
 
 
 class Proof:
@@ -62,10 +67,11 @@ class Proof:
         self.captions = [prompt for prompt in self.prompts for _ in range(GENERATIONS)]
         self.base = StableDiffusionPipeline.from_pretrained(self.settings["policy"], safety_checker=None)
         self.steps = int(self.settings.get("num_inference_steps", 10))
+        self.key = digest(config.read_text(), self.prompts, list(extra), list(command), assets_digest())
 
     def run(self, seed: int) -> Path:
         """The folder of one seed's run; `finished.json` is written last."""
-        folder = self.work / f"seed{seed}"
+        folder = self.work / f"seed{seed}-{self.key}"
         if not (folder / "finished.json").exists():
             command = [sys.executable, *self.command, "--config", self.config, "--seed", seed, "--output_dir", folder]
             subprocess.run([*map(str, command), "--overwrite_output_dir", "true", *self.extra], check=True)
@@ -73,7 +79,7 @@ class Proof:
 
     def pictures(self, name: str, draw: Callable[[], np.ndarray]) -> np.ndarray:
         """Two pictures a prompt, (N, 64, 64, 3) uint8, kept in `work` under `name`."""
-        file = self.work / f"{name}.npz"
+        file = self.work / f"{name}-{self.key}.npz"
         if not file.exists():
             self.work.mkdir(parents=True, exist_ok=True)
             np.savez_compressed(file.with_suffix(".part.npz"), pictures=draw())
@@ -94,26 +100,18 @@ class Proof:
         pipeline.load_lora_weights(str(folder))
         return pipeline
 
-    def trained_on(self, updates: int, pool: Path) -> StableDiffusionPipeline:
-        """The base after `updates` more steps of its own training, on its own kind of pictures."""
-        pipeline = StableDiffusionPipeline.from_pretrained(self.settings["policy"], safety_checker=None)
-        pictures, captions = make_pool(pool, FLAWED, seed=99, count=updates * BATCH)
-        latents = encode(pipeline.vae, pictures) * pipeline.vae.config.scaling_factor
-        ids, scheduler = tokenize(pipeline.tokenizer, captions), new_scheduler()
-        denoiser = Denoiser(pipeline.unet, pipeline.text_encoder).train()
-        optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4)
-        source = torch.Generator().manual_seed(0)
-        for step in range(updates):
-            rows = slice(step * BATCH, (step + 1) * BATCH)
-            noise = torch.randn(latents[rows].shape, generator=source)
-            timesteps = torch.randint(scheduler.config.num_train_timesteps, (BATCH,), generator=source)
-            predicted = denoiser(scheduler.add_noise(latents[rows], noise, timesteps), timesteps, ids[rows])
-            wanted = scheduler.get_velocity(latents[rows], noise, timesteps)
-            torch.nn.functional.mse_loss(predicted, wanted).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        denoiser.eval()
-        return pipeline
+    def trained_on(self, updates: int, rate: float) -> StableDiffusionPipeline:
+        """The base after `updates` more steps of its own last training, at a rate that falls from `rate` to zero, on
+        other pictures of the same kind: half as many flawed ones as it began with."""
+        parts = StableDiffusionPipeline.from_pretrained(self.settings["policy"], safety_checker=None)
+        pictures, captions = make_pool(self.work / "pool_trained_on", FLAWED / 2, seed=99, count=POOL)
+        latents = encode(parts.vae, pictures) * parts.vae.config.scaling_factor
+        denoiser = Denoiser(parts.unet, parts.text_encoder)
+        with tempfile.TemporaryDirectory() as folder:
+            state = Path(folder) / "state.pt"
+            how = {"steps": updates, "rate": rate, "warmup": 3, "averaging": 0.0}  # warm-up as the run's
+            trained = finish_generator(denoiser, parts.tokenizer, latents, captions, state, **how)
+        return pipeline(trained, parts.vae, parts.tokenizer)
 
     def best_of(self, count: int) -> np.ndarray:
         """For each picture wanted, the best by the trained reward of `count` that the base draws."""
@@ -137,6 +135,11 @@ def term(verdicts: list[Verdict], name: str) -> np.ndarray:
     """(P,) one figure a prompt: the mean over its pictures."""
     values = [float(v.satisfied) if name == "satisfied" else v.scores[name] for v in verdicts]
     return np.array(values).reshape(-1, GENERATIONS).mean(axis=1)
+
+
+def flawed(verdicts: list[Verdict], kind: str) -> float:
+    """The share of pictures with that kind of flaw."""
+    return float(np.mean([kind in verdict.flaws for verdict in verdicts]))
 
 
 def spread_of(verdicts: list[Verdict], generations: int) -> list[float]:
@@ -179,6 +182,10 @@ def main() -> None:
     missing = json.loads((ASSETS / "ceiling.json").read_text())["satisfied"] - float(term(base, "satisfied").mean())
     name = "satisfied, gain as a share of the way to the ceiling"
     rows.append(Row(name, gain / missing, low / missing, high / missing, len(after), AIMS.get(options.config.stem)))
+    for kind in KINDS:
+        rows.append(Row(f"pictures with a flaw, {kind}, base", flawed(base, kind), n=len(base), goal=">= 0.03"))
+        rows.append(Row(f"pictures with a flaw, {kind}, after", float(np.mean([flawed(one, kind) for one in after])),
+                        n=len(base)))  # fmt: skip
     ratio = float(np.mean([spread(one) for one in after])) / spread(base)
     rows.append(Row("diversity of layouts, after / before", ratio, n=len(after), goal=">= 0.8"))
 
@@ -190,7 +197,9 @@ def main() -> None:
     }
     controls["base, 50 steps"] = lambda: proof.draw(proof.base, steps=50)
     updates = summary["updates"]
-    controls[f"base, trained on for {updates} updates"] = lambda: proof.draw(proof.trained_on(updates, work / "pool"))
+    for rate in TRAINED_ON_RATES[:1] if options.quick else TRAINED_ON_RATES:
+        name = f"base, trained on for {updates} updates at {rate:g}"
+        controls[name] = lambda rate=rate: proof.draw(proof.trained_on(updates, rate))
     count = max(2, round(drawn / len(proof.captions)))
     controls[f"base, best of {count} (as many pictures as the run drew)"] = lambda: proof.best_of(count)
     for name, draw in ({} if options.no_controls else controls).items():

@@ -1,13 +1,18 @@
-"""What benchmarks that take hours have in common: where results are kept, how long they may take, how many run."""
+"""What benchmarks that take hours have in common: where results are kept and what of, how long they may take."""
 
+import hashlib
 import json
 import os
 import time
 from argparse import ArgumentParser, Namespace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+ASSETS = ROOT / "tinyworld" / "assets"
+TRAINED_WITH = ("sd", "rahf", "prompts_*.txt")
+"""What of the assets a training's outcome depends on."""
 
 
 def add_flags(parser: ArgumentParser, work: str) -> None:
@@ -37,6 +42,24 @@ class Budget:
 
     def note(self, seconds: float) -> None:
         self._longest = max(self._longest, seconds)
+
+
+def digest(*what: Any) -> str:
+    """Eight digits that differ where anything differs that a result comes of.
+
+    Args:
+        what: JSON can hold it.
+    """
+    return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=4).hexdigest()
+
+
+@cache
+def assets_digest() -> str:
+    """Of the small world's generator, predictor and prompts: with others, nothing that was trained is the same."""
+    found = [path for pattern in TRAINED_WITH for path in sorted(ASSETS.glob(pattern))]
+    files = [file for path in found for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
+    contents = [[str(file.relative_to(ASSETS)), hashlib.blake2b(file.read_bytes()).hexdigest()] for file in files]
+    return digest(contents)
 
 
 def write_json(file: Path, content: Any) -> None:

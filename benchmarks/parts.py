@@ -1,10 +1,10 @@
 """Parts of a long benchmark: each is done once, in a process and a folder of its own, after the parts that it needs.
 
 A part that is done has its result, `part.json`, in its folder, and is never done again; one that was killed has none,
-and is begun anew. Other settings, other contents of the files they name, or other needs are another folder.
+and is begun anew. Other settings, other contents of the files they name, another generator or predictor, or other needs
+are another folder.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from long_runs import ROOT, Budget, write_json
+from long_runs import ROOT, Budget, assets_digest, digest, write_json
 
 SCRIPTS = Path(__file__).parent
 TASK, RESULT, LOG = "task.json", "part.json", "log.txt"
@@ -50,8 +50,8 @@ class Part:
     def key(self) -> str:
         """Eight digits that differ where anything does that this part comes of."""
         contents = [Path(file).read_text(encoding="utf-8") for file in self.files]
-        what = [self.name, self.seed, self.script, dict(self.how), [need.key for need in self.needs], contents]
-        return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=4).hexdigest()
+        needs = [need.key for need in self.needs]
+        return digest(self.name, self.seed, self.script, dict(self.how), needs, contents, assets_digest())
 
     def folder(self, work: Path) -> Path:
         slug = re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")

@@ -6,7 +6,6 @@ does one training; the benchmarks that compare trainings call it, once for each,
 finished is one file in a folder, and is never repeated; one that was killed leaves nothing, and is done again.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from long_runs import ROOT, Budget, write_json
+from long_runs import ROOT, Budget, assets_digest, digest, write_json
 from transformers import TrainerCallback
 
 from finetune.command_line import as_flags
@@ -69,18 +68,17 @@ class Training:
 
     @property
     def file(self) -> str:
-        """The name of its result's file: other settings, another file."""
+        """The name of its result's file: other settings or other assets, another file."""
         config = Path(self.config).read_text(encoding="utf-8")
-        digest = hashlib.blake2b((json.dumps(asdict(self), sort_keys=True) + config).encode(), digest_size=4)
-        return f"{re.sub(r'[^a-z0-9]+', '_', self.name.lower())}-seed{self.seed}-{digest.hexdigest()}.json"
+        key = digest(asdict(self), config, assets_digest())
+        return f"{re.sub(r'[^a-z0-9]+', '_', self.name.lower())}-seed{self.seed}-{key}.json"
 
     @property
     def base_file(self) -> str:
         """The name of the file of the look at the base model, the same for every training that begins with it."""
         config = Path(self.config).read_text(encoding="utf-8")
         told = {name: value for name, value in self.changes.items() if name not in UNTRAINED}
-        key = json.dumps([told, self.judged, self.count], sort_keys=True) + config
-        return f"base-{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}.json"
+        return f"base-{digest(told, self.judged, self.count, config, assets_digest())}.json"
 
     def argv(self, output_dir: str) -> list[str]:
         """As the command line of run_ddpo.py, but for files that nobody would read."""

@@ -90,16 +90,20 @@ def finish_generator(
     path: Path,
     *,
     steps: int = FINISHING_STEPS,
+    rate: float = 5e-4,
+    warmup: int = 50,
+    averaging: float = 0.995,
     seed: int = 0,
     report=None,
 ) -> Denoiser:
     """Go on with what `train_generator` returned, at a small rate that falls to zero, on better pictures than before:
-    as Stable Diffusion's makers finished theirs on the pictures that a model of aesthetics liked."""
+    as Stable Diffusion's makers finished theirs on the pictures that a model of aesthetics liked. See
+    `tinyworld.loop.fit` for the arguments."""
     model.train().requires_grad_(True)
     loss = _velocity_loss(model, tokenizer, latents, captions, (8, seed))
     slower = list(model.text_encoder.parameters())
     return fit(
-        model, loss, path, steps=steps, rate=5e-4, warmup=50, cooldown=1.0, averaging=0.995, slower=slower,
+        model, loss, path, steps=steps, rate=rate, warmup=warmup, cooldown=1.0, averaging=averaging, slower=slower,
         report=report,
     )  # fmt: skip
 
