@@ -4,7 +4,7 @@
 
 Records and pictures are generated: 512x512 JPEGs of smoothed noise, about 90 KB each as Stable Diffusion's are, and
 maps with disks as raters make them. The command runs in a process of its own, with the card; its peak resident memory
-is the kernel's count, libraries included. One source lies on disk at a time: the full run needs 6 GB in the temporary
+is the kernel's count, libraries included. One source lies on disk at a time: the full run needs 12 GB in the temporary
 folder.
 """
 
@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -38,7 +39,8 @@ code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
 print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 """A small process to start the command from: a child's peak begins at what its parent holds."""
-KINDS = ("pairs", "rows", "folder")
+KINDS = ("pairs", "saved pairs", "rows", "folder")
+"""`saved pairs` are arrow files, as `datasets` saves them; `pairs` and `rows` are parquet."""
 ROW_GROUP = 100
 
 
@@ -92,6 +94,13 @@ def write_source(kind: str, folder: Path, sizes: dict[str, int], rng: np.random.
             (folder / f"{uid}.jpg").write_bytes(pictures[index % DISTINCT])
         with (folder / "prompts.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("uid", "prompt"), *((uid, PROMPT) for uid in uids)])
+        return
+    if kind == "saved pairs":
+        parquet = folder.with_name("parquet")
+        write_source("pairs", parquet, sizes, rng)
+        whole = datasets.Dataset.from_parquet(str(parquet / "0.parquet"), cache_dir=str(parquet / "cache"))
+        whole.save_to_disk(folder)
+        shutil.rmtree(parquet)
         return
     writer = None
     for begin in range(0, len(uids), ROW_GROUP):
