@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import yaml
+from tqdm.auto import tqdm
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from trl import TrlParser
@@ -119,15 +120,20 @@ def main_guard(main: Callable[[Sequence[str] | None], object], argv: Sequence[st
     try:
         main(argv)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _tell("interrupted")
         sys.exit(130)
     except (ValueError, OSError) as error:
         said = _said_by_worker(error)
         if said is None and not (isinstance(error, ArgumentsError) or _raised_by_us(error)):
             raise
-        print(f"error: {' '.join((said or str(error)).split())}", file=sys.stderr)
+        _tell(f"error: {' '.join((said or str(error)).split())}")
         sys.exit(2)
     sys.exit(0)
+
+
+def _tell(line: str) -> None:
+    """A line of its own on stderr, even where a progress bar is open."""
+    tqdm.write(line, file=sys.stderr)
 
 
 def _raised_by_us(error: BaseException) -> bool:

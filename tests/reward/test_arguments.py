@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
+from tqdm.auto import tqdm
 
 from reward.arguments import ArgumentsError, main_guard, parse_arguments, read_prompt_file
 
@@ -120,6 +121,20 @@ def test_guard_prints_one_line_for_the_users_mistakes(capsys):
         main_guard(parse, ["--nothing"])
     assert caught.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_guards_line_is_its_own_beside_an_open_progress_bar(capsys):
+    bar = tqdm(total=2, mininterval=0)  # the Trainer's, too, is open when an error leaves the training
+
+    def fail(argv):
+        bar.update()
+        raise ValueError("no such picture")
+
+    with pytest.raises(SystemExit):
+        main_guard(fail)
+    shown = [line.rpartition("\r")[2] for line in capsys.readouterr().err.split("\n")]
+    bar.close()
+    assert "error: no such picture" in shown
 
 
 def test_guard_keeps_the_traceback_of_a_librarys_error():
