@@ -3,7 +3,7 @@
 Shapes: n pictures of H x W pixels, T words of a prompt.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from PIL import Image
@@ -18,8 +18,8 @@ _HEIGHT = 128
 def sample_sheet(samples: Samples) -> Image.Image:
     """Pictures in a row, what the reward marks in them below, prompts with wrong words struck out."""
     scale = full_strength([samples.reward])
-    columns = [picture_column(samples, index, scale) for index in range(len(samples.prompts))]
-    return grid([columns])
+    row = grid([[picture_column(samples, index, scale) for index in range(len(samples.prompts))]])
+    return grid([[row], *legend(scale, row.width)])
 
 
 def before_after_sheet(before: Samples, after: Samples) -> Image.Image:
@@ -30,7 +30,12 @@ def before_after_sheet(before: Samples, after: Samples) -> Image.Image:
         columns = [picture_column(samples, index, scale) for index in range(len(samples.prompts))]
         row = grid([columns])
         rows += [[caption(title, row.width, size=16)], [row]]
-    return grid(rows)
+    return grid([*rows, *legend(scale, row.width)])
+
+
+def legend(names: Collection[str], width: int) -> list[list[Image.Image]]:
+    """Rows of a grid: a line that says what the overlays below each picture are; none where there are none."""
+    return [[caption(f"below each picture: {', '.join(names)}", width)]] if names else []
 
 
 def shown_maps(reward: Reward) -> Mapping[str, torch.Tensor]:
