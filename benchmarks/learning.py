@@ -57,8 +57,11 @@ def mean_curve(curves: np.ndarray, seeds: np.ndarray, prompts: np.ndarray) -> np
 def resampled(
     of: Callable[[np.ndarray, np.ndarray], float], seeds: int, prompts: int, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """What `of` says of all seeds and prompts, and its bootstrap interval over both, as
-    `finetune.paired.paired_interval`'s.
+    """What `of` says of all seeds and prompts, and its bootstrap interval over both.
+
+    Seeds and, across them, prompts are drawn again with replacement, independently (a two-way "pigeonhole" bootstrap,
+    Owen 2007, arXiv 0712.1111). It is for figures that are no means, which have no closed form as
+    `finetune.paired.paired_interval` is; of few seeds that differ much it is too sure.
 
     Args:
         of: is given indices of seeds, and each prompt's share of the mean; see `mean_curve`.

@@ -15,8 +15,8 @@ _SMALL = 0.2
 
 RULES = (
     f"A gain is the mean over held-out prompts and seeds of what an evaluator says of the tuned policy's pictures, "
-    f"less what it says of the base's, from the same noise. Its {LEVEL:.0%} interval is a bootstrap one over seeds and "
-    f"prompts, widened by Student's t as seeds are few. With fewer than {FEWEST_SEEDS} seeds there is none.",
+    f"less what it says of the base's, from the same noise. Its {LEVEL:.0%} interval is Student's, over seeds and "
+    f"prompts as crossed random effects. With fewer than {FEWEST_SEEDS} seeds there is none.",
     f"A difference is shown if its p-value, corrected by Holm's method for all that are compared, is below "
     f"{ALPHA:.2g}.",
     "The deciding evaluator is one that no entrant trains on, upper bounds aside. An evaluator is trained on if an "

@@ -13,7 +13,6 @@ from run_ddpo import RunArguments
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch):
-    monkeypatch.setattr("finetune.paired.DRAWS", 100)
     monkeypatch.setattr("learning.DRAWS", 100)
 
 

@@ -33,7 +33,6 @@ LOOKS, PROMPTS = 7, 12
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch):
-    monkeypatch.setattr("finetune.paired.DRAWS", 100)
     monkeypatch.setattr("learning.DRAWS", 100)
 
 

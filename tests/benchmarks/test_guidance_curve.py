@@ -9,8 +9,7 @@ def said(shift, noise):
     return dict.fromkeys(("reward", *TERMS), noise + shift)
 
 
-def test_gains_are_over_the_same_noise_and_the_break_is_the_smallest_scale_that_falls(monkeypatch):
-    monkeypatch.setattr("finetune.paired.DRAWS", 200)
+def test_gains_are_over_the_same_noise_and_the_break_is_the_smallest_scale_that_falls():
     noise = np.random.default_rng(0).random((2, 30))
     shifts = {0.0: 0.0, 0.1: 0.2, 0.4: -0.1, 0.8: -0.3}
     found = {scale: [said(shift, noise[seed]) for seed in range(2)] for scale, shift in shifts.items()}

@@ -14,8 +14,7 @@ def row(before, after, status="fixed"):
     }  # fmt: skip
 
 
-def test_gains_and_shares_by_hand(monkeypatch):
-    monkeypatch.setattr("finetune.paired.DRAWS", 200)
+def test_gains_and_shares_by_hand():
     seed = [row(0.4, 0.9), row(0.5, 0.5, "nothing found"), row(0.6, 0.59), row(0.9, 0.8)]
     rows = {one.name: one for one in table([seed, seed], {"planted": slice(0, 2), "natural": slice(2, None)})}
     assert rows["planted: plausibility gain"].value == pytest.approx(0.25)

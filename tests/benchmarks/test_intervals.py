@@ -7,14 +7,6 @@ from report import Row
 from finetune.paired import paired_interval
 
 
-def test_interval_of_one_seed_is_the_prompts_standard_error():
-    differences = np.random.default_rng(0).normal(0.3, 1.0, 400)
-    mean, low, high = paired_interval([differences])
-    error = differences.std() / np.sqrt(400)
-    assert mean == pytest.approx(differences.mean())
-    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.25 * error)
-
-
 def test_seeds_that_disagree_widen_the_interval():
     prompts = np.random.default_rng(0).normal(0, 0.1, 400)
     _, low, high = paired_interval([prompts + shift for shift in (-1.0, 0.0, 1.0)])

@@ -14,8 +14,7 @@ from reward.feedback import HEATMAPS
 from reward.model import RahfConfig
 
 
-def test_every_choice_is_compared_with_the_papers_by_seed_and_picture(monkeypatch):
-    monkeypatch.setattr("finetune.paired.DRAWS", 200)
+def test_every_choice_is_compared_with_the_papers_by_seed_and_picture():
     noise = np.random.default_rng(0).random((2, 30))
     found = {
         choice: [

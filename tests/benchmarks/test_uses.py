@@ -29,11 +29,6 @@ PARTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def few_draws(monkeypatch):
-    monkeypatch.setattr("finetune.paired.DRAWS", 100)
-
-
 @pytest.fixture
 def options(tmp_path):
     return uses.make_parser().parse_args(["--work", str(tmp_path)])

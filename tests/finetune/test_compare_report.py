@@ -23,11 +23,6 @@ GAINS = {
 PARTS = ("verdict", "cross-table", "entrants-table", "curves", "pairs-table", "pictures", "agreement-table", "rules")
 
 
-@pytest.fixture(autouse=True)
-def few_draws(monkeypatch):
-    monkeypatch.setattr("finetune.paired.DRAWS", 200)
-
-
 @pytest.fixture
 def reported(tmp_path, pipeline_folder):
     """The folder of a comparison whose report has been written."""

@@ -15,11 +15,6 @@ from tests.finetune.compare_case import HELD_OUT, Figures, comparison_of, settin
 GAINS = {"red": {"satisfied": 0.1}, "plain": {"satisfied": 0.05}, "the judge": {"satisfied": 0.3}}
 
 
-@pytest.fixture(autouse=True)
-def few_draws(monkeypatch):
-    monkeypatch.setattr("finetune.paired.DRAWS", 200)
-
-
 @pytest.fixture
 def compared(tmp_path, pipeline_folder):
     """A finished comparison, and how its command is called."""

@@ -9,11 +9,6 @@ from finetune.compare_measures import difference
 from finetune.compare_verdict import Flag, Standing, compare_pairs, correct, decide, flags_of, in_words
 
 
-@pytest.fixture(autouse=True)
-def few_draws(monkeypatch):
-    monkeypatch.setattr("finetune.paired.DRAWS", 200)
-
-
 def gains(mean, seeds=3, prompts=40, number=0, noise=0.05):
     return mean + np.random.default_rng(number).normal(0, noise, (seeds, prompts))
 
