@@ -110,8 +110,11 @@ class VQAScore(FrozenReward):
 
     def _inputs(self, pictures: list[Image.Image], prompts: list[str]) -> dict[str, torch.Tensor]:
         texts = [self._text(self.question.replace("{prompt}", prompt)) for prompt in prompts]
+        bos = self.processor.tokenizer.bos_token
+        # A chat template may write the first token itself; the tokenizer must not write it once more.
+        written = {"add_special_tokens": False} if bos is not None and texts[0].startswith(bos) else {}
         inputs = self.processor(
-            images=[[picture] for picture in pictures], text=texts, padding=True, return_tensors="pt"
+            images=[[picture] for picture in pictures], text=texts, padding=True, return_tensors="pt", **written
         ).to(self.device)
         return {
             name: value.to(self.dtype) if value.is_floating_point() else value

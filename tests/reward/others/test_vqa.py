@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -19,19 +19,24 @@ from tests.reward.others.conftest import PROMPTS, WORDS, make_image_processor, s
 
 QUESTION = "Does this show {prompt} ? yes or no"
 CHAT = (
-    "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}"
+    "{{ bos_token }} {% for m in messages %}USER: "
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}"
     "{{ c['text'] }}{% endif %}{% endfor %}{% endfor %} ASSISTANT:"
 )
 
 
 def make_processor(chat=CHAT):
-    words = ["<pad>", "<unk>", "<image>", "Yes", "No", "USER:", "ASSISTANT:", *QUESTION.split(), *WORDS]
+    """Template and tokenizer both begin a text with <bos>, as Llama's do."""
+    words = ["<pad>", "<unk>", "<image>", "Yes", "No", "USER:", "ASSISTANT:", "<bos>", *QUESTION.split(), *WORDS]
     vocabulary = {word: place for place, word in enumerate(dict.fromkeys(words))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    begun = [("<bos>", vocabulary["<bos>"])]
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=begun)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", extra_special_tokens={"image_token": "<image>"}
-    )
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", bos_token="<bos>",
+        extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
     return LlavaProcessor(
         make_image_processor(), tokenizer, patch_size=8, vision_feature_select_strategy="default", chat_template=chat,
         num_additional_image_tokens=1,
