@@ -43,6 +43,7 @@ from finetune.agreement_measures import (  # noqa: E402
     within_prompts,
 )
 from finetune.choices import Choices, open_choices  # noqa: E402
+from finetune.compare_rewards import split_terms  # noqa: E402
 from finetune.files import write_whole  # noqa: E402
 from finetune.generate import Generation, GenerationArguments  # noqa: E402
 from finetune.planted_defects import DEFECTS  # noqa: E402
@@ -52,7 +53,7 @@ from finetune.select import draw_missing  # noqa: E402
 from finetune.small_changes import CHANGES  # noqa: E402
 from reward.arguments import main_guard, parse_arguments, read_prompt_file  # noqa: E402
 from reward.by_name import check_reward_name, make_reward, read_named_rewards  # noqa: E402
-from reward.feedback import RewardFn  # noqa: E402
+from reward.feedback import Reward, RewardFn  # noqa: E402
 from reward.intervals import Figure  # noqa: E402
 from rl.scoring import score  # noqa: E402
 
@@ -68,7 +69,10 @@ class AgreementArguments:
         }
     )
     rewards: dict = field(
-        metadata={"help": "Name -> `package.module:Attribute`, or {reward:, kwargs:}: the rewards to compare."}
+        metadata={
+            "help": "Name -> `package.module:Attribute`, or {reward:, kwargs:, term: one of its terms in place of its "
+            "objective}: the rewards to compare."
+        }
     )
     report: str = field(metadata={"help": "JSON file for all figures."})
     labels: list[str] = field(
@@ -101,7 +105,7 @@ class AgreementArguments:
 
     def __post_init__(self):
         self.against = self.against or list(self.labels)
-        named = read_named_rewards("rewards", self.rewards, weights=False)
+        named = read_named_rewards("rewards", split_terms(self.rewards)[0], weights=False)
         if not named:
             raise ValueError("there is no reward to look at; name at least one in `rewards`")
         if both := sorted(set(named) & set(self.labels)):
@@ -114,6 +118,27 @@ class AgreementArguments:
             raise ValueError(f"most_choices is {self.most_choices}; it must be at least 1")
         if self.reward_batch_size < 1:
             raise ValueError(f"reward_batch_size is {self.reward_batch_size}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class OneTerm:
+    """A reward whose objective is one of another's terms; `name` is what messages call it."""
+
+    name: str
+    reward: RewardFn
+    term: str
+    differentiable = False
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> Reward:
+        """See `reward.feedback.RewardFn`.
+
+        Raises:
+            ValueError: there is no such term.
+        """
+        terms = self.reward(images, prompts).terms
+        if self.term not in terms:
+            raise ValueError(f"rewards: {self.name} has no term {self.term!r}; it has {', '.join(terms) or 'none'}")
+        return Reward(total=terms[self.term])
 
 
 @dataclass(frozen=True)
@@ -167,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, generation = parse_arguments([AgreementArguments, GenerationArguments], argv)
 
     # Whatever can be wrong with the input is found out before models are loaded.
-    named = read_named_rewards("rewards", arguments.rewards, weights=False)
+    bare, terms = split_terms(arguments.rewards)
+    named = read_named_rewards("rewards", bare, weights=False)
     for entry in named.values():
         check_reward_name(entry.reward, entry.kwargs)
     drawing = None
@@ -191,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for reward in rewards.values():
         if hasattr(reward, "to"):
             reward.to(state.device)
+    rewards |= {name: OneTerm(name, rewards[name], term) for name, term in terms.items()}
     if drawing is not None:
         draw_missing(drawing, state, console)
     pool = open_pool(arguments.pictures, arguments.prompt_column, arguments.split)

@@ -25,7 +25,7 @@ from finetune.compare_config import CompareArguments, read_comparison  # noqa: E
 from finetune.compare_folder import check_folder, claim  # noqa: E402
 from finetune.compare_report import write_report  # noqa: E402
 from finetune.compare_results import read_results  # noqa: E402
-from finetune.compare_runs import Outcome, Work  # noqa: E402
+from finetune.compare_runs import Outcome, Work, read_failures  # noqa: E402
 from finetune.compare_sheet import count_answers, read_answers, write_sheet  # noqa: E402
 from reward.arguments import main_guard, parse_arguments  # noqa: E402
 from rl.checkpoints import check_writable  # noqa: E402
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with taken(arguments.output_dir) as lock:
         claim(comparison)
-        outcome = Outcome() if arguments.report_only else Work(comparison, console, lock).do()
+        outcome = Outcome(read_failures(comparison)) if arguments.report_only else Work(comparison, console, lock).do()
         results = read_results(comparison, outcome.failures)
         counted = count_answers(answers) if answers is not None else None
         command = ["python", "-m", "finetune.compare", *(sys.argv[1:] if argv is None else argv)]

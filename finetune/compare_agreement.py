@@ -1,48 +1,54 @@
 """How a comparison asks all its rewards about the same pictures before any training: by `finetune.agreement`."""
 
 import json
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from finetune.command_line import as_flags
 from finetune.compare_config import Comparison
 from finetune.compare_entrants import parse_entrant
 from finetune.compare_folder import AGREEMENT, training_command
-from finetune.compare_rewards import Spec
+from finetune.compare_rewards import Spec, as_text
 
 
-def is_agreed(comparison: Comparison) -> bool:
-    """Whether all rewards were asked to agree, those that were added later included."""
+def is_agreed(comparison: Comparison, rewards: Mapping[str, Any]) -> bool:
+    """Whether `rewards` were asked to agree, those that were added later included."""
     file = comparison.folder / AGREEMENT
     if not file.is_file():
         return False
-    return set(agreement_names(comparison).values()) <= set(json.loads(file.read_text(encoding="utf-8"))["raters"])
+    asked = json.loads(file.read_text(encoding="utf-8"))["settings"]["rewards"]
+    return {as_text(entry) for entry in rewards.values()} <= {as_text(entry) for entry in asked.values()}
 
 
-def agreement_names(comparison: Comparison) -> dict[Spec, str]:
-    """The rewards that are asked to agree, each once and by a name; of weighted sums, the members."""
-    found: dict[Spec, list[str]] = {}
-    for one in comparison.evaluators:
-        found.setdefault(one.spec, []).append(one.name)
+def agreement_rewards(comparison: Comparison, leave_out: Collection[str] = ()) -> dict[str, Any]:
+    """The rewards that are asked, as `finetune.agreement` reads them, each by a name of its own: the evaluators', then
+    those that entrants train on unless an evaluator is just that; of weighted sums, the members.
+
+    Args:
+        leave_out: names of entrants whose rewards are not asked.
+    """
+    found = {one.name: _entry(one.spec, one.term) for one in comparison.evaluators}
+    trained: dict[Spec, list[str]] = {}
     for entrant in comparison.entrants:
-        if len(entrant.spec.named) == 1 and not entrant.spec.named[0][0]:
-            found.setdefault(entrant.spec, []).append(entrant.name)
+        if entrant.name in leave_out:
             continue
-        for name, reward, kwargs, _ in entrant.spec.named:
-            found.setdefault(Spec.of(reward, json.loads(kwargs)), []).append(f"{entrant.name}: {name}")
-    evaluators = {one.name for one in comparison.evaluators}
-    return {
-        spec: next((name for name in names if name in evaluators), ", ".join(names)) for spec, names in found.items()
-    }
+        for member, reward, kwargs, _ in entrant.spec.named:
+            name = f"{entrant.name}: {member}" if member else entrant.name
+            trained.setdefault(Spec.of(reward, json.loads(kwargs)), []).append(name)
+    for spec, names in trained.items():
+        if (entry := _entry(spec)) in found.values():
+            continue
+        name = ", ".join(names)
+        while name in found:  # an evaluator may be called like an entrant
+            name += " (trained on)"
+        found[name] = entry
+    return found
 
 
-def agreement_command(comparison: Comparison) -> list[str]:
-    """What measures it, behind `python -m`."""
+def agreement_command(comparison: Comparison, rewards: Mapping[str, Any]) -> list[str]:
+    """What measures how `rewards` agree, behind `python -m`."""
     arguments, folder, start = comparison.arguments, comparison.folder / "agreement", comparison.entrants[0].start
-    rewards = {}
-    for spec, name in agreement_names(comparison).items():
-        ((_, reward, kwargs, _),) = spec.named
-        rewards[name] = {"reward": reward, "kwargs": json.loads(kwargs)}
-    settings: dict[str, Any] = {"report": str(comparison.folder / AGREEMENT), "rewards": rewards}
+    settings: dict[str, Any] = {"report": str(comparison.folder / AGREEMENT), "rewards": dict(rewards)}
     if "pictures" not in arguments.agreement:
         names = ("policy", "num_inference_steps", "eta", "guidance_scale", "model_dtype", "start_timestep",
                  "resolution", "base_adapters")  # fmt: skip
@@ -50,8 +56,13 @@ def agreement_command(comparison: Comparison) -> list[str]:
         settings |= {"pictures": str(folder / "pictures"), "prompts": str(folder / "prompts.txt")}
         settings["num_generations"] = arguments.agreement_generations
     if comparison.decide_by is not None:
-        spec = next(one.spec for one in comparison.evaluators if one.name == comparison.decide_by)
-        settings["against"] = [agreement_names(comparison)[spec], *arguments.agreement.get("labels", [])]
+        settings["against"] = [comparison.decide_by, *arguments.agreement.get("labels", [])]
     _, args = parse_entrant(comparison.entrants[0].command, training_command(comparison, comparison.entrants[0], 0)[1:])
     settings |= {"use_cpu": args.use_cpu, **arguments.agreement}
     return ["finetune.agreement", *as_flags(settings)]
+
+
+def _entry(spec: Spec, term: str | None = None) -> dict[str, Any]:
+    """One reward by itself, or a term of it, as a YAML names it."""
+    ((_, reward, kwargs, _),) = spec.named
+    return {"reward": reward, "kwargs": json.loads(kwargs)} | ({"term": term} if term else {})

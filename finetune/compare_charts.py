@@ -16,7 +16,8 @@ COLOURS = ("#4477aa", "#e0673c", "#2a9d5c", "#c2a11d", "#3fa7c9", "#b0489b", "#7
 _STYLES, _MARKS = ("-", "--", "-.", ":"), "os^Dv<>P*X"
 _INK = "#010203"  # stands for the page's text colour until the end
 _LOOK = {
-    "svg.fonttype": "none", "font.size": 10, "text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK,
+    "svg.fonttype": "none", "text.parse_math": False,  # names are shown as they are, dollars and all
+    "font.size": 10, "text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK,
     "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": _INK, "grid.alpha": 0.12, "legend.frameon": False, "legend.fontsize": 9,
 }  # fmt: skip

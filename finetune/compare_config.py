@@ -8,7 +8,7 @@ same model, whatever their weights; these are one eye, and its approval proves n
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ class CompareArguments:
     decide_by: str | None = field(
         default=None,
         metadata={
-            "help": "The evaluator that decides; default: the first that no entrant but an upper bound trains on."
+            "help": "The evaluator that decides, on which no entrant but an upper bound may train; default: the first "
+            "such one."
         },
     )
     seeds: list[int] = field(
@@ -59,10 +60,19 @@ class CompareArguments:
     )
     budget_images: int | None = field(default=None, metadata={"help": "Pictures that each training draws."})
     budget_seconds: float | None = field(
-        default=None, metadata={"help": "Or: seconds of training each; on a CPU they are the processor's."}
+        default=None,
+        metadata={
+            "help": "Or: seconds of training each; on a CPU they are the processor's. How many pictures they allow is "
+            "not known beforehand, so a checkpoint to look at is kept every `save_steps` updates of the entrant's "
+            "`changes` or config, or behind every rollout if these name none."
+        },
     )
     looks: int = field(
-        default=5, metadata={"help": "Evaluations of each training, evenly spread, the last one at its end; at most."}
+        default=5,
+        metadata={
+            "help": "Evaluations of each training, evenly spread, the last one at its end; at most, and never more "
+            "than it has checkpoints (see `budget_seconds`)."
+        },
     )
     held_out_prompts: int | None = field(
         default=None, metadata={"help": "Judge on so many of the held-out prompts, evenly spread; default: all."}
@@ -184,9 +194,10 @@ class Comparison:
     def entrant(self, name: str) -> Entrant:
         return next(one for one in self.entrants if one.name == name)
 
-    def specs(self) -> list[Spec]:
-        """All rewards, each once: evaluators' first."""
-        return list(dict.fromkeys([one.spec for one in (*self.evaluators, *self.entrants)]))
+    def specs(self, base: str | None = None) -> list[Spec]:
+        """All rewards, each once: evaluators' first. With `base`, of those entrants that start from it."""
+        entrants = [one for one in self.entrants if base in (None, one.base)]
+        return list(dict.fromkeys([one.spec for one in (*self.evaluators, *entrants)]))
 
     def settings(self) -> dict[str, Any]:
         """What the results depend on, by name; of an entrant, all that its training is told."""
@@ -227,9 +238,16 @@ def read_comparison(arguments: CompareArguments) -> Comparison:
     for spec in [one.spec for one in (*entrants, *evaluators)] + ([overlay] if overlay else []):
         spec.check()
     found = Comparison(arguments, entrants, evaluators, train_prompts, held_out, arguments.decide_by, overlay)
-    if arguments.decide_by is None and (impartial := found.impartial()):
-        found = Comparison(
-            **{one.name: getattr(found, one.name) for one in fields(found)} | {"decide_by": impartial[0].name}
+    impartial = [one.name for one in found.impartial()]
+    if arguments.decide_by is None:
+        return replace(found, decide_by=impartial[0]) if impartial else found
+    if arguments.decide_by not in impartial:
+        decides = next(one for one in evaluators if one.name == arguments.decide_by)
+        trained = [one.name for one in entrants if not one.upper_bound and found.trains_on(one, decides)]
+        remedy = f"decide by one of {', '.join(impartial)}" if impartial else "leave decide_by out, for no verdict"
+        raise ValueError(
+            f"decide_by is {decides.name!r}, which is trained on by {', '.join(trained)}, so that a gain there proves "
+            f"nothing; {remedy}"
         )
     return found
 

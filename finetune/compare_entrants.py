@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from diffusers import DDIMScheduler
 
 from finetune.command_line import as_flags
@@ -30,8 +31,10 @@ OWNED = {
     "num_train_epochs": "budget_images or budget_seconds", "max_steps": "budget_images or budget_seconds",
     "max_train_seconds": "budget_seconds", "save_strategy": "looks", "save_steps": "looks", "save_total_limit": "looks",
     "resume_from_checkpoint": None, "overwrite_output_dir": None, "eval_strategy": None,
+    "stop_on": "budget_images or budget_seconds",  # one that ends early has drawn fewer pictures than the others
 }  # fmt: skip
-"""Settings of a training that are the comparison's, and what says them there."""
+"""Settings of a training that are the comparison's, and what says them there; with `budget_seconds`, `save_steps` is an
+entrant's own, as `looks` cannot be dealt out to rollouts whose number is not known."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Entrant:
         pictures: of a rollout, or of an update of `finetune.draft`.
         updates: of a rollout.
         rollouts: of the training; None where its time decides.
+        save_steps: updates between two checkpoints, which are what is looked at.
         start: what the policy is before training and how it samples; entrants of the same one share a base.
     """
 
@@ -60,6 +64,7 @@ class Entrant:
     pictures: int
     updates: int
     rollouts: int | None
+    save_steps: int
     start: Mapping[str, Any]
 
     @property
@@ -75,11 +80,10 @@ class Entrant:
 def run_flags(comparison: "Comparison", entrant: Entrant, seed: int, folder: Path) -> list[str]:
     """The flags of one training, behind `python -m <command>`."""
     arguments = comparison.arguments
-    flags = _fixed(arguments) | dict(entrant.changes) | {"seed": seed, "output_dir": str(folder)}
+    flags = _fixed(arguments) | dict(entrant.changes)
+    flags |= {"seed": seed, "output_dir": str(folder), "save_steps": entrant.save_steps}
     if entrant.rollouts is not None:
-        looks = max(count for count in range(1, arguments.looks + 1) if entrant.rollouts % count == 0)
-        every = entrant.rollouts // looks
-        flags |= {"num_train_epochs": entrant.rollouts, "save_steps": every * entrant.updates}
+        flags |= {"num_train_epochs": entrant.rollouts}
     else:
         flags |= {"num_train_epochs": 100_000, "max_train_seconds": arguments.budget_seconds}
     return ["--config", entrant.config, *as_flags(flags)]
@@ -108,8 +112,11 @@ def read_entrant(name: Any, entry: Any, arguments: "CompareArguments") -> Entran
     )
     command = entry.get("command", "run_ddpo")
     require(command in COMMANDS, f"{place}: command is {command!r}; it must be one of {', '.join(COMMANDS)}")
-    changes = dict(arguments.common) | dict(entry.get("changes") or {})
-    if owned := [key for key in changes if key in OWNED]:
+    changes = entry.get("changes") or {}
+    require(isinstance(changes, Mapping), f"{place}: changes is {changes!r}; write a mapping of setting: value")
+    changes = dict(arguments.common) | dict(changes)
+    free = ("save_steps",) if arguments.budget_seconds is not None else ()
+    if owned := [key for key in changes if key in OWNED and key not in free]:
         says = OWNED[owned[0]]
         raise ValueError(
             f"{place} changes {owned[0]}, which is the same for all entrants"
@@ -124,6 +131,7 @@ def read_entrant(name: Any, entry: Any, arguments: "CompareArguments") -> Entran
     flags = ["--config", entry["config"], *as_flags(_fixed(arguments) | changes | trial)]
     try:
         run, args = parse_entrant(command, flags)
+        require(not args.stop_on, f"its config has stop_on {args.stop_on}, which may end it early; take it out")
         spec = Spec.sum_of(run.rewards) if run.rewards else Spec.of(run.reward, run.reward_kwargs)
         if command == "finetune.draft":
             check_differentiable(run.named_rewards())
@@ -131,10 +139,16 @@ def read_entrant(name: Any, entry: Any, arguments: "CompareArguments") -> Entran
         pictures, updates = _arithmetic(run, args)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
+    rollouts = _rollouts(place, pictures, args, arguments)
+    if rollouts is not None:
+        looks = max(count for count in range(1, arguments.looks + 1) if rollouts % count == 0)
+        save_steps = rollouts // looks * updates
+    else:
+        said = changes | yaml.safe_load(Path(entry["config"]).read_text(encoding="utf-8"))
+        save_steps = _save_steps(place, args.save_steps if "save_steps" in said else updates, updates)
     return Entrant(
         name, command, entry["config"], changes, spec, bool(entry.get("upper_bound", False)),
-        str(entry.get("note", "")), pictures, updates, _rollouts(place, pictures, args, arguments),
-        _start_of(run, args),
+        str(entry.get("note", "")), pictures, updates, rollouts, save_steps, _start_of(run, args),
     )  # fmt: skip
 
 
@@ -194,6 +208,15 @@ def _rollouts(place: str, pictures: int, args: RewardedPolicyConfig, arguments: 
         "use constant_with_warmup, or budget_images",
     )
     return None
+
+
+def _save_steps(place: str, said: float, updates: int) -> int:
+    require(
+        said >= 1 and said % updates == 0,
+        f"{place}: save_steps ({said:g}) is not a multiple of the {updates} updates of a rollout, and a checkpoint "
+        f"holds no half-used rollout; use {near(int(max(said, 1)), updates)}",
+    )
+    return int(said)
 
 
 def _start_of(run: RewardedRunArguments, args: RewardedPolicyConfig) -> dict[str, Any]:

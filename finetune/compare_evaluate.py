@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ class EvaluationJob:
         command, flags: of a training, for how it samples.
         looks: the policies, in order; pictures are kept of the last.
         specs: the rewards that judge, as `Spec.named`.
-        out: file for the figures; beside it, in `pictures`, the first picture of each prompt of the last look.
+        out: file for the figures, to which they are added if it has other rewards' of the same looks; beside it, in
+            `pictures`, the first picture of each prompt of the last look.
     """
 
     command: str
@@ -144,7 +145,7 @@ def run_job(job: EvaluationJob) -> None:
         seen.append(_seen(look, found, specs))
         if keep is not None:
             keep.finish()
-    findings = Findings(list(job.prompts), seen)
+    findings = Findings(list(job.prompts), _added(seen, Path(job.out)))
     write_whole(Path(job.out), (json.dumps(asdict(findings)) + "\n").encode())
 
 
@@ -160,6 +161,13 @@ def _seen(look: Look, found: Evaluation, specs: Sequence[Spec]) -> Seen:
     several = found.diversity.isfinite().all()
     diversity = _rounded(found.diversity) if several else []
     return Seen(look, values, diversity, _rounded(found.values["edge_energy"]))
+
+
+def _added(seen: Sequence[Seen], out: Path) -> list[Seen]:
+    known = Findings.read(out).seen if out.is_file() else []
+    if [one.look for one in known] != [one.look for one in seen]:
+        return list(seen)
+    return [replace(one, values={**before.values, **one.values}) for before, one in zip(known, seen, strict=True)]
 
 
 def _rounded(value: torch.Tensor) -> list:

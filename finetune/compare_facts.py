@@ -1,13 +1,16 @@
-"""What a training that is finished says of itself."""
+"""What a training that is finished says of itself, kept beside it for when its checkpoints are deleted."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from finetune.files import write_whole
 from rl.checkpoints import complete_checkpoints
 from rl.run_state import RunState
 from rl.watch import MONITORS
+
+FACTS = "facts.json"
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,22 @@ class TrainingFacts:
 
     @classmethod
     def read(cls, folder: Path, limits: Mapping[str, float | None]) -> "TrainingFacts":
-        checkpoint = complete_checkpoints(folder)[-1]
+        """From a run's folder: as they were kept there, or else from its last checkpoint.
+
+        Args:
+            limits: the run's `watch_limits`.
+
+        Raises:
+            ValueError: neither is there.
+        """
+        if (folder / FACTS).is_file():
+            return cls(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
+        if not (checkpoints := complete_checkpoints(folder)):
+            raise ValueError(
+                f"{folder} holds neither {FACTS} nor a checkpoint, so what its training said of itself is lost; bring "
+                "one of them back, or delete the folder and train again"
+            )
+        checkpoint = checkpoints[-1]
         log = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         kls = [line["kl"] for line in log if "kl" in line]
         crossed = set(RunState.read(checkpoint).facts["watch"].get("over", []))
@@ -39,3 +57,6 @@ class TrainingFacts:
                     crossed.add(name)
         seconds = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["train_seconds"]
         return cls(kls[-1] if kls else None, [name for name in MONITORS if name in crossed], seconds)
+
+    def keep(self, folder: Path) -> None:
+        write_whole(folder / FACTS, (json.dumps(asdict(self)) + "\n").encode())

@@ -3,7 +3,9 @@
 comparison.json              its settings; another start with others is refused
 base/<key>/findings.json     what the evaluators say of the policy before training; pictures/ beside it
 agreement/agreement.json     what all rewards say of the same pictures, by `finetune.agreement`
-runs/<entrant>/seed<N>/      a training, as its own command leaves it; with findings.json and pictures/ beside that
+runs/<entrant>/seed<N>/      a training, as its own command leaves it; beside that, facts.json, findings.json and
+                             pictures/, or failure.json
+sheet/<name>/                blinded pages for people, with their key and a CSV to fill in
 report.html, report.md, report.json
 """
 
@@ -15,10 +17,12 @@ from typing import Any
 from finetune.compare_config import Comparison
 from finetune.compare_entrants import Entrant, run_flags
 from finetune.compare_evaluate import Findings
+from finetune.compare_rewards import Spec
 from finetune.files import write_whole
 from rl.checkpoints import differing_keys
 
-SETTINGS, FINDINGS, AGREEMENT = "comparison.json", "findings.json", "agreement/agreement.json"
+SETTINGS, AGREEMENT = "comparison.json", "agreement/agreement.json"
+FINDINGS, FAILURE = "findings.json", "failure.json"
 
 
 def claim(comparison: Comparison) -> None:
@@ -75,10 +79,11 @@ def base_findings(comparison: Comparison, entrant: Entrant) -> Path:
     return comparison.folder / "base" / entrant.base / FINDINGS
 
 
-def is_judged(comparison: Comparison, entrant: Entrant) -> bool:
-    """Whether an entrant's policy before training was judged by all rewards, those that were added later included."""
+def unasked(comparison: Comparison, entrant: Entrant) -> list[Spec]:
+    """The rewards that are to judge an entrant's policy before training, and have not yet."""
     file = base_findings(comparison, entrant)
-    return file.is_file() and {spec.key for spec in comparison.specs()} <= set(Findings.read(file).seen[0].values)
+    known = set(Findings.read(file).seen[0].values) if file.is_file() else set()
+    return [spec for spec in comparison.specs(entrant.base) if spec.key not in known]
 
 
 def run_folder(comparison: Comparison, entrant: Entrant, seed: int) -> Path:
@@ -87,6 +92,10 @@ def run_folder(comparison: Comparison, entrant: Entrant, seed: int) -> Path:
 
 def run_findings(comparison: Comparison, entrant: Entrant, seed: int) -> Path:
     return run_folder(comparison, entrant, seed) / FINDINGS
+
+
+def run_failure(comparison: Comparison, entrant: Entrant, seed: int) -> Path:
+    return run_folder(comparison, entrant, seed) / FAILURE
 
 
 def training_command(comparison: Comparison, entrant: Entrant, seed: int) -> list[str]:

@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,8 +30,9 @@ class Shown:
     """One picture in the report.
 
     Attributes:
-        policy: whose it is: an entrant, or `BASE`.
-        value: what the deciding evaluator says of it; `change` against the base's picture, None for the base's.
+        policy: whose it is: an entrant, or `BASE`, with those that start from it where they start differently.
+        value: what the deciding evaluator says of it; `change` against the picture of what it starts from, None for
+            that.
         picture: a data URI.
         marks: name of a penalty map -> the picture with the map over it, a data URI.
     """
@@ -68,7 +70,10 @@ def picture_rows(
     if not seeds:
         return None, []
     seed = seeds[0]
-    files = {BASE: base_findings(comparison, entrants[0])}
+    starting: dict[Path, list[str]] = {}
+    for one in entrants:
+        starting.setdefault(base_findings(comparison, one), []).append(one.name)
+    files = {BASE if len(starting) == 1 else f"{BASE} of {', '.join(names)}": file for file, names in starting.items()}
     files |= {one.name: run_findings(comparison, one, seed) for one in entrants}
     values = {name: _first_pictures(Findings.read(file), evaluator) for name, file in files.items()}
     starts = {one.name: _first_pictures(Findings.read(base_findings(comparison, one)), evaluator) for one in entrants}
@@ -81,7 +86,7 @@ def picture_rows(
         shown = []
         for name, file in files.items():
             picture = to_tensor(Image.open(file.with_name("pictures") / f"{place:05}.png")).float() / 255
-            change = None if name == BASE else float(changes[name][place])
+            change = float(changes[name][place]) if name in changes else None
             marks = _marks(reward, picture, prompt)
             shown.append(Shown(name, float(values[name][place]), change, data_uri(_sized(picture)), marks))
         rows.append(Row(prompt, shown))

@@ -121,7 +121,7 @@ def build(
             {
                 "name": one.name, "reward": one.spec.named[0][1], "term": one.term,
                 "trained_on_by": comparison.trained_on_by(one), "impartial": one in comparison.impartial(),
-                "base": float(results[0].base.columns[one.name].mean()),
+                "bases": _bases(results, one.name),
             }
             for one in comparison.evaluators
         ],
@@ -184,15 +184,30 @@ def _standings(comparison: Comparison, results: Sequence[Trained]) -> list[Stand
     return found
 
 
+def _bases(results: Sequence[Trained], evaluator: str) -> list[dict[str, Any]]:
+    """Means before training, of each policy that entrants start from."""
+    names: dict[str, list[str]] = {}
+    for one in results:
+        names.setdefault(one.entrant.base, []).append(one.entrant.name)
+    values = {one.entrant.base: float(one.base.columns[evaluator].mean()) for one in results}
+    return [{"of": names[base], "value": value} for base, value in values.items()]
+
+
 def _share(after: np.ndarray, before: np.ndarray) -> float:
     return float(after[:, -1].mean() / before.mean()) if before.mean() > 0 else 1.0
 
 
 def _unfinished(one: Trained) -> str:
-    said = [f"seed {seed}: {failure.step} failed, {failure.said}" for seed, failure in one.failures.items()]
+    failed = {failure: [seed for seed, why in one.failures.items() if why == failure]
+              for failure in one.failures.values()}  # fmt: skip
+    said = [f"{_seeds(seeds)}: {failure.step} failed, {failure.said}" for failure, seeds in failed.items()]
     if one.missing:
-        said.append(f"no training yet of seed{'s' * (len(one.missing) > 1)} {', '.join(map(str, one.missing))}")
+        said.append(f"no training yet of {_seeds(one.missing)}")
     return "; ".join(said)
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def _rank(one: Standing, by: str | None) -> tuple:
@@ -281,10 +296,11 @@ def _agreement(comparison: Comparison) -> dict[str, Any] | None:
     found = json.loads(file.read_text(encoding="utf-8"))
     keep = ("raters", "pictures", "prompts", "within", "across", "accuracy", "noise", "defects", "milliseconds")
     rewards = list(found["milliseconds"])
+    command = agreement_command(comparison, found["settings"]["rewards"])
     if found["chosen"]:
         found["accuracy"]["people's choices"] = found["chosen"]
     return {name: found[name] for name in keep} | {
-        "rewards": rewards, "command": shlex.join(["python", "-m", *agreement_command(comparison)])
+        "rewards": rewards, "command": shlex.join(["python", "-m", *command])
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from finetune.compare_config import Comparison
 from finetune.compare_entrants import Entrant, parse_entrant
 from finetune.compare_evaluate import Findings, Seen
 from finetune.compare_facts import TrainingFacts
-from finetune.compare_folder import base_findings, is_judged, run_findings, run_folder, training_command
+from finetune.compare_folder import base_findings, run_findings, run_folder, training_command, unasked
 from finetune.compare_rewards import Evaluator
 from finetune.compare_runs import Failure
 
@@ -24,7 +24,7 @@ class Base:
     Attributes:
         columns: evaluator -> (P,).
         spread: evaluator -> standard deviation over all pictures.
-        own: (P,), the entrant's own reward; `own_spread` its standard deviation.
+        own: (P,), the entrant's own reward, NaN where it failed; `own_spread` its standard deviation.
         drawn: (P,); how much is drawn.
         diversity: (P,), None with one picture a prompt.
     """
@@ -77,8 +77,10 @@ def read_results(comparison: Comparison, failures: Mapping[tuple[str, int], Fail
         ValueError: the policy before training has not been judged yet, or not by all rewards, so that there is nothing
             to compare with.
     """
+    failed = {one.spec for one in comparison.entrants if any(name == one.name for name, _ in failures)}
+    excused = failed - {one.spec for one in comparison.evaluators}
     for entrant in comparison.entrants:
-        if not is_judged(comparison, entrant):
+        if set(unasked(comparison, entrant)) - excused:
             raise ValueError(
                 f"there is nothing to report yet: {base_findings(comparison, entrant)} is missing, or does not know "
                 "all rewards; start again without --report_only"
@@ -88,6 +90,8 @@ def read_results(comparison: Comparison, failures: Mapping[tuple[str, int], Fail
 
 def _read_entrant(comparison: Comparison, entrant: Entrant, failures: Mapping[tuple[str, int], Failure]) -> Trained:
     seeds = [seed for seed in comparison.arguments.seeds if run_findings(comparison, entrant, seed).is_file()]
+    if entrant.spec in unasked(comparison, entrant):
+        seeds = []  # there is nothing to compare its own reward with
     failed = {seed: why for (name, seed), why in failures.items() if name == entrant.name}
     _, args = parse_entrant(entrant.command, training_command(comparison, entrant, 0)[1:])
     limits = args.watch_limits
@@ -118,7 +122,8 @@ def _read_entrant(comparison: Comparison, entrant: Entrant, failures: Mapping[tu
 
 def _read_base(comparison: Comparison, entrant: Entrant) -> Base:
     (seen,) = Findings.read(base_findings(comparison, entrant)).seen
-    own = np.array(seen.values[entrant.spec.key][""])
+    unknown = np.full((len(comparison.held_out), comparison.arguments.generations), np.nan)
+    own = np.array(seen.values[entrant.spec.key][""]) if entrant.spec.key in seen.values else unknown
     return Base(
         columns={one.name: _column(seen, one) for one in comparison.evaluators},
         spread={one.name: float(np.std(_pictures(seen, one))) for one in comparison.evaluators},

@@ -1,19 +1,28 @@
 """The rewards of a comparison, still to be made: who judges, and whether two are one eye."""
 
 import hashlib
+import inspect
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reward.by_name import NamedReward, check_reward_name, make_reward, make_weighted_reward, read_named_rewards
+from reward.by_name import (
+    NamedReward,
+    check_reward_name,
+    find_attribute,
+    make_reward,
+    make_weighted_reward,
+    read_named_rewards,
+)
 from reward.feedback import RewardFn
 from rl.adapter import require
 
 BASE = "base"
 """The policy before training, where a name is asked for."""
 _NOT_THE_EYE = ("dtype", "device", "processor", "tokenizer", "prefix")
-"""Arguments of rewards that are texts and do not say which model it is."""
+"""Arguments that are texts and do not say which model it is, of rewards that have no argument `model`."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +46,13 @@ class Spec:
         return hashlib.blake2b(json.dumps(self.named).encode(), digest_size=4).hexdigest()
 
     @property
-    def eyes(self) -> set[tuple[str, str]]:
-        """Class and models (the texts among its arguments) of each reward in it: who looks, whatever is weighed how."""
-        found = set()
-        for _, reward, kwargs, _ in self.named:
-            texts = {
-                name: value
-                for name, value in json.loads(kwargs).items()
-                if isinstance(value, str) and name not in _NOT_THE_EYE
-            }
-            found.add((reward, as_text(texts)))
-        return found
+    def eyes(self) -> set[tuple[int, str]]:
+        """Class and model of each reward in it: who looks, whatever is weighed or asked how, however it is spelled.
+
+        Raises:
+            ValueError: see `reward.by_name.find_attribute`.
+        """
+        return {_eye(reward, json.loads(kwargs)) for _, reward, kwargs, _ in self.named}
 
     def make(self) -> RewardFn:
         """The reward function.
@@ -64,6 +69,23 @@ class Spec:
         """Complain about what could not be made; see `reward.by_name.check_reward_name`."""
         for _, reward, kwargs, _ in self.named:
             check_reward_name(reward, json.loads(kwargs))
+
+
+def _eye(reward: str, kwargs: Mapping[str, Any]) -> tuple[int, str]:
+    """The class itself, as it may be imported from several modules, and its argument `model`; where it has none, the
+    texts among its arguments."""
+    attribute = find_attribute(reward)
+    if inspect.isclass(attribute):
+        parameters = inspect.signature(attribute).parameters.values()
+        kwargs = {one.name: one.default for one in parameters} | dict(kwargs)
+    texts = {name: _place(value) for name, value in kwargs.items() if isinstance(value, str)}
+    chosen = ("model",) if "model" in texts else sorted(texts.keys() - set(_NOT_THE_EYE))
+    return id(attribute), as_text({name: texts[name] for name in chosen})  # not all that can be called can be hashed
+
+
+def _place(text: str) -> str:
+    """One text for all ways to write a path that exists; names on the hub are left as they are."""
+    return os.path.realpath(text) if os.path.exists(text) else text
 
 
 @dataclass(frozen=True)
@@ -85,15 +107,22 @@ def read_evaluators(entries: Mapping[str, Any]) -> list[Evaluator]:
     Raises:
         ValueError: an entry is none; see `reward.by_name`.
     """
-    terms, bare = {}, {}
+    require(BASE not in entries, f"evaluators: {BASE!r} is the policy before training; choose another name")
+    bare, terms = split_terms(entries)
+    named = read_named_rewards("evaluators", bare, weights=False)
+    return [Evaluator(name, Spec.of(one.reward, one.kwargs), terms.get(name)) for name, one in named.items()]
+
+
+def split_terms(entries: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Rewards as a YAML names them, without the `term` that is asked for in place of the objective; and these terms, by
+    the rewards' names."""
+    bare, terms = {}, {}
     for name, entry in entries.items():
-        require(name != BASE, f"evaluators: {name!r} is the policy before training; choose another name")
         if isinstance(entry, Mapping) and "term" in entry:
             terms[name] = str(entry["term"])
             entry = {key: value for key, value in entry.items() if key != "term"}
         bare[name] = entry
-    named = read_named_rewards("evaluators", bare, weights=False)
-    return [Evaluator(name, Spec.of(one.reward, one.kwargs), terms.get(name)) for name, one in named.items()]
+    return bare, terms
 
 
 def as_text(value: Any) -> str:

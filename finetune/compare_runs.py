@@ -2,9 +2,11 @@
 
 Every step is a process of its own, with a log beside what it makes. A file that is there is not made again, unless
 rewards were added that base or agreement do not know yet; a training that was stopped goes on from its last checkpoint.
-So a comparison may be killed at any moment.
+So a comparison may be killed at any moment. An entrant that fails, before its training or in it, ends alone, and why is
+kept where its findings would be.
 """
 
+import json
 import os
 import queue
 import signal
@@ -12,20 +14,29 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
 
-from finetune.compare_agreement import agreement_command, is_agreed
+from finetune.compare_agreement import agreement_command, agreement_rewards, is_agreed
 from finetune.compare_config import Comparison
 from finetune.compare_entrants import Entrant, parse_entrant, run_flags
 from finetune.compare_evaluate import EvaluationJob, Findings, Look, looks_of
-from finetune.compare_folder import FINDINGS, base_findings, is_judged, run_findings, run_folder, training_command
+from finetune.compare_facts import TrainingFacts
+from finetune.compare_folder import (
+    FINDINGS,
+    base_findings,
+    run_failure,
+    run_findings,
+    run_folder,
+    training_command,
+    unasked,
+)
 from finetune.compare_rewards import Spec
 from finetune.files import write_whole
 from rl.checkpoints import FINISHED
@@ -60,6 +71,9 @@ class Failure:
     step: str
     said: str
     log: str
+
+    def write(self, file: Path) -> None:
+        write_whole(file, (json.dumps(asdict(self)) + "\n").encode())
 
 
 @dataclass
@@ -98,18 +112,28 @@ class Work:
         """All of it, in the order base, agreement, then seed by seed all entrants.
 
         Raises:
-            ValueError: what everyone starts from cannot be judged, so that nothing could be compared.
+            ValueError: the evaluators cannot judge what everyone starts from, so that nothing could be compared.
             KeyboardInterrupt: a signal; trainings have written checkpoints first.
         """
         with _Signals(self.stop):
-            self.judge_bases()
-            self.ask_for_agreement()
-            return self.train_all()
+            broken = self.judge_bases()
+            self.ask_for_agreement(broken)
+            return self.train_all(broken)
 
-    def train_all(self) -> Outcome:
-        """Seed by seed all entrants, so that whenever it is stopped, they can be compared."""
-        outcome = Outcome()
-        asked = [(entrant, seed) for seed in self.comparison.arguments.seeds for entrant in self.comparison.entrants]
+    def train_all(self, broken: Mapping[str, Failure] | None = None) -> Outcome:
+        """Seed by seed all entrants, so that whenever it is stopped, they can be compared.
+
+        Args:
+            broken: entrants that are not trained -> why.
+        """
+        broken, outcome, asked = broken or {}, Outcome(), []
+        for seed in self.comparison.arguments.seeds:
+            for entrant in self.comparison.entrants:
+                if entrant.name in broken:
+                    outcome.failures[entrant.name, seed] = broken[entrant.name]
+                    broken[entrant.name].write(run_failure(self.comparison, entrant, seed))
+                else:
+                    asked.append((entrant, seed))
         missing = [one for one in asked if not run_findings(self.comparison, *one).is_file()]
         done = len(asked) - len(missing)
         if done:
@@ -130,6 +154,7 @@ class Work:
                     self.console.print(f"{what}: {how}, {seconds:.0f} s")
                     if failure is not None:
                         outcome.failures[entrant.name, seed] = failure
+                        failure.write(run_failure(self.comparison, entrant, seed))
         self._raise_if_stopping()
         return outcome
 
@@ -145,24 +170,57 @@ class Work:
         if self._stopping:
             raise KeyboardInterrupt
 
-    def judge_bases(self) -> None:
-        seen = set()
-        for entrant in self.comparison.entrants:
-            file = base_findings(self.comparison, entrant)
-            if entrant.base in seen:
-                continue
-            seen.add(entrant.base)
-            if not is_judged(self.comparison, entrant):
-                self.console.print("judging the policy before training")
-                flags = run_flags(self.comparison, entrant, 0, file.parent / "unused")
-                job = self._job(entrant, flags, [Look(None)], self.comparison.specs(), file)
-                failure = self._evaluate("the policy before training", job, file)
-                self._raise_if_stopping()
-                if failure:
-                    raise ValueError(
-                        f"the policy before training cannot be judged: {failure.said} (its log: {failure.log})"
-                    )
-            self._check_terms(Findings.read(file))
+    def judge_bases(self) -> dict[str, Failure]:
+        """All rewards look at what entrants start from.
+
+        Returns:
+            Entrant whose own reward fails -> why.
+
+        Raises:
+            ValueError: an evaluator fails, or has not the term that it is asked for.
+        """
+        broken = {}
+        for base in dict.fromkeys(one.base for one in self.comparison.entrants):
+            entrants = [one for one in self.comparison.entrants if one.base == base]
+            failures = self._judge_base(entrants[0])
+            self._check_terms(Findings.read(base_findings(self.comparison, entrants[0])))
+            broken |= {one.name: failures[one.spec] for one in entrants if one.spec in failures}
+        for name, failure in broken.items():
+            self.console.print(f"{escape(name)}: [red]FAILED[/]: {escape(failure.said)}")
+        return broken
+
+    def _judge_base(self, entrant: Entrant) -> dict[Spec, Failure]:
+        """All rewards at once, as the pictures are drawn each time; only if that fails, evaluators and each of the
+        others by itself."""
+        missing = unasked(self.comparison, entrant)
+        if not missing:
+            return {}
+        self.console.print("judging the policy before training")
+        failure = self._ask(entrant, missing)
+        if failure is None:
+            return {}
+        judges = {one.spec for one in self.comparison.evaluators}
+        groups = [[spec for spec in missing if spec in judges], *([spec] for spec in missing if spec not in judges)]
+        groups = [group for group in groups if group]
+        if len(groups) > 1:
+            self.console.print(f"a reward failed ({failure.said}); asking each by itself", markup=False)
+        failures = {}
+        for group in groups:
+            why = failure if len(groups) == 1 else self._ask(entrant, group, f"_{group[0].key}")
+            if why is not None and group[0] in judges:
+                raise ValueError(f"the policy before training cannot be judged: {why.said} (its log: {why.log})")
+            if why is not None:
+                failures[group[0]] = why
+        return failures
+
+    def _ask(self, entrant: Entrant, specs: Sequence[Spec], mark: str = "") -> Failure | None:
+        """Some rewards, about an entrant's policy before training."""
+        file = base_findings(self.comparison, entrant)
+        flags = run_flags(self.comparison, entrant, 0, file.parent / "unused")
+        job = self._job(entrant, flags, [Look(None)], specs, file)
+        failure = self._evaluate("judging the policy before training", job, file, mark=mark)
+        self._raise_if_stopping()
+        return failure
 
     def _check_terms(self, found: Findings) -> None:
         for one in self.comparison.evaluators:
@@ -171,13 +229,18 @@ class Work:
                 names = ", ".join(term for term in terms if term) or "none"
                 raise ValueError(f"evaluators: {one.name} has no term {one.term!r}; its reward has {names}")
 
-    def ask_for_agreement(self) -> None:
-        """By `finetune.agreement`, on pictures of the first entrant's policy before training; its failure is no end."""
+    def ask_for_agreement(self, leave_out: Collection[str] = ()) -> None:
+        """By `finetune.agreement`, on pictures of the first entrant's policy before training; its failure is no end.
+
+        Args:
+            leave_out: names of entrants whose rewards are not asked.
+        """
         arguments, folder = self.comparison.arguments, self.comparison.folder / "agreement"
-        if not arguments.agreement_prompts or is_agreed(self.comparison):
+        rewards = agreement_rewards(self.comparison, leave_out)
+        if not arguments.agreement_prompts or is_agreed(self.comparison, rewards):
             return
         self.console.print("asking all rewards about the same pictures")
-        command = agreement_command(self.comparison)
+        command = agreement_command(self.comparison, rewards)
         prompts = self.comparison.train_prompts
         count = min(arguments.agreement_prompts, len(prompts))
         chosen = [prompts[place * len(prompts) // count] for place in range(count)]
@@ -193,6 +256,7 @@ class Work:
         if self._stopping:
             return None, 0.0
         folder = run_folder(self.comparison, entrant, seed)
+        run_failure(self.comparison, entrant, seed).unlink(missing_ok=True)
         gpu = self._gpus.get() if self.comparison.arguments.gpus else None
         try:
             failure = None
@@ -200,16 +264,23 @@ class Work:
             if not (folder / FINISHED).is_file():
                 failure = self._run(Step("training", command, folder / "log.txt"), gpu)
             if failure is None and not self._stopping:
-                file = folder / FINDINGS
-                arguments = self.comparison.arguments
-                _, args = parse_entrant(entrant.command, command[1:])
-                looks = looks_of(folder, entrant.pictures, arguments.looks, args.device.type == "cpu")
-                specs = list(dict.fromkeys([one.spec for one in self.comparison.evaluators] + [entrant.spec]))
-                failure = self._evaluate("evaluation", self._job(entrant, command[1:], looks, specs, file), file, gpu)
+                failure = self._judge(entrant, command[1:], folder, gpu)
         finally:
             if gpu is not None:
                 self._gpus.put(gpu)
         return failure, time.monotonic() - began
+
+    def _judge(self, entrant: Entrant, flags: Sequence[str], folder: Path, gpu: str | None) -> Failure | None:
+        """A finished training, at each of its looks; what it says of itself is kept."""
+        arguments, file = self.comparison.arguments, folder / FINDINGS
+        _, args = parse_entrant(entrant.command, flags)
+        looks = looks_of(folder, entrant.pictures, arguments.looks, args.device.type == "cpu")
+        if not looks:
+            said = f"there is no checkpoint in {folder} to look at; delete the folder and train again"
+            return Failure("evaluation", said, str(folder / "log.txt"))
+        TrainingFacts.read(folder, args.watch_limits).keep(folder)
+        specs = list(dict.fromkeys([one.spec for one in self.comparison.evaluators] + [entrant.spec]))
+        return self._evaluate("evaluation", self._job(entrant, flags, looks, specs, file), file, gpu)
 
     def _job(
         self, entrant: Entrant, flags: Sequence[str], looks: Sequence[Look], specs: Sequence[Spec], file: Path
@@ -220,10 +291,13 @@ class Work:
             arguments.generations, arguments.eval_seed, str(file),
         )  # fmt: skip
 
-    def _evaluate(self, name: str, job: EvaluationJob, file: Path, gpu: str | None = None) -> Failure | None:
-        description = file.with_name("evaluation_job.json")
+    def _evaluate(
+        self, name: str, job: EvaluationJob, file: Path, gpu: str | None = None, mark: str = ""
+    ) -> Failure | None:
+        """`mark` tells jobs on one file apart."""
+        description, log = file.with_name(f"evaluation_job{mark}.json"), file.with_name(f"evaluation_log{mark}.txt")
         job.write(description)
-        step = Step(name, ["finetune.compare_evaluate", str(description)], file.with_name("evaluation_log.txt"))
+        step = Step(name, ["finetune.compare_evaluate", str(description)], log)
         return self._run(step, gpu)
 
     def _run(self, step: Step, gpu: str | None = None) -> Failure | None:
@@ -279,6 +353,17 @@ class _Signals:
     def _handle(self, number: int, frame) -> None:
         print("\nstopping: what runs writes a checkpoint first", flush=True)
         threading.Thread(target=self._stop, args=(number == signal.SIGTERM,)).start()  # the lock may be held here
+
+
+def read_failures(comparison: Comparison) -> dict[tuple[str, int], Failure]:
+    """(entrant, seed) -> why there are no findings, as the last start left it."""
+    found = {}
+    for entrant in comparison.entrants:
+        for seed in comparison.arguments.seeds:
+            file = run_failure(comparison, entrant, seed)
+            if file.is_file() and not run_findings(comparison, entrant, seed).is_file():
+                found[entrant.name, seed] = Failure(**json.loads(file.read_text(encoding="utf-8")))
+    return found
 
 
 def last_words(log: Path, code: int) -> str:

@@ -3,6 +3,9 @@
 A page shows, for a prompt, two policies' pictures from the same noise, left and right by chance; nothing on it says
 whose they are. Every held-out prompt is on it once, so all answers are independent. `answers.csv` is to be filled in
 with left, right or tie; `key.json`, to be kept from those who answer, says who was where.
+
+Each sheet has a folder of its own, named by what is shown in it, and its CSV names that folder. Another sheet goes to
+another folder, so no answer is ever lost, or counted for what it was not given to, whatever its file is called.
 """
 
 import csv
@@ -28,7 +31,7 @@ from finetune.compare_verdict import Verdict
 from finetune.files import write_whole
 
 SHEET, KEY, ANSWERS, PAGES = "sheet", "key.json", "answers.csv", "sheet.html"
-COLUMNS = ("pair", "prompt", "answer")
+COLUMNS = ("sheet", "pair", "prompt", "answer")
 CHOICES = ("left", "right", "tie")
 _NAMED = 5
 
@@ -55,31 +58,32 @@ class Counted:
 
 
 def write_sheet(comparison: Comparison, results: Sequence[Trained], verdict: Verdict) -> Path:
-    """Pages, CSV and key for the pairs that are asked for; the pages' path.
+    """Pages, CSV and key for the pairs that are asked for; the pages' path. A CSV that is there stays as it is.
 
     Raises:
         ValueError: a pair names no entrant, or one without a finished training; or there is nothing to show.
     """
-    folder = comparison.folder / SHEET
     pairs = read_pairs(comparison, results, verdict)
     drawn = draw(comparison, pairs, {one.entrant.name: list(one.seeds) for one in results})
     shown = [
         {"pair": row["pair"], "prompt": row["prompt"],
-         **{side: data_uri(Image.open(_picture(comparison, row[side], row["seed"], row["place"])))
-            for side in ("left", "right")}}
+         **{side: data_uri(Image.open(_picture(comparison, row, side))) for side in ("left", "right")}}
         for row in drawn
     ]  # fmt: skip
+    digest = hashlib.blake2b(json.dumps([drawn, shown]).encode(), digest_size=4).hexdigest()
+    folder = comparison.folder / SHEET / f"sheet_{digest}"  # no spreadsheet takes it for a number
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
-    writer.writerows({"pair": row["pair"], "prompt": row["prompt"], "answer": ""} for row in drawn)
+    writer.writerows(
+        {"sheet": folder.name, "pair": row["pair"], "prompt": row["prompt"], "answer": ""} for row in drawn
+    )
     write_whole(folder / KEY, (json.dumps(drawn, indent=1, ensure_ascii=False) + "\n").encode())
+    if not (folder / ANSWERS).exists():
+        write_whole(folder / ANSWERS, text.getvalue().encode())
     write_whole(
         folder / PAGES, render("sheet.html.jinja", {"title": "Which picture is better?", "pairs": shown}).encode()
     )
-    if (folder / ANSWERS).is_file() and any(row["answer"] for row in _rows(folder / ANSWERS)):
-        return folder / PAGES  # someone has begun; the pairs are the same as long as the settings are
-    write_whole(folder / ANSWERS, text.getvalue().encode())
     return folder / PAGES
 
 
@@ -142,13 +146,20 @@ def read_answers(comparison: Comparison, file: str | Path) -> list[dict[str, Any
     """The key's rows with the `answer` that `file` gives each; unanswered ones are left out.
 
     Raises:
-        ValueError: no such file, or not of this comparison's sheet; an answer that is none; no answer at all.
+        ValueError: no such file, or not of one of this comparison's sheets; an answer that is none; no answer at all.
     """
-    key = comparison.folder / SHEET / KEY
-    if not key.is_file():
-        raise ValueError(f"there is no {key}: --sheet writes it, with the pages that {file} is to answer")
-    asked = {str(row["pair"]): row for row in json.loads(key.read_text(encoding="utf-8"))}
+    keys = {key.parent.name: key for key in sorted((comparison.folder / SHEET).glob(f"*/{KEY}"))}
+    if not keys:
+        raise ValueError(f"{comparison.folder / SHEET} holds no sheet: --sheet writes one, with the CSV to fill in")
     rows, answered, wrong = _rows(Path(file)), {}, []
+    named = sorted({str(row["sheet"]).strip() for row in rows})
+    if len(named) != 1 or named[0] not in keys:
+        raise ValueError(
+            f"{file} answers {', '.join(map(repr, named)) or 'no sheet'}; it must answer one of those in "
+            f"{comparison.folder / SHEET}: {', '.join(keys)}"
+        )
+    key = keys[named[0]]
+    asked = {str(row["pair"]): row for row in json.loads(key.read_text(encoding="utf-8"))}
     for row in rows:
         pair, answer = str(row.get("pair", "")).strip(), str(row.get("answer") or "").strip().lower()
         if pair not in asked or row.get("prompt") != asked[pair]["prompt"]:
@@ -205,10 +216,13 @@ def _rows(file: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _picture(comparison: Comparison, policy: str, seed: int, place: int) -> Path:
-    entrant = comparison.entrants[0] if policy == BASE else comparison.entrant(policy)
-    file = base_findings(comparison, entrant) if policy == BASE else run_findings(comparison, entrant, seed)
-    return file.with_name("pictures") / f"{place:05}.png"
+def _picture(comparison: Comparison, row: Mapping[str, Any], side: str) -> Path:
+    """One side of a drawn row; the base is what the entrant beside it starts from."""
+    name = next(row[each] for each in (side, "left", "right") if row[each] != BASE)
+    entrant = comparison.entrant(name)
+    is_base = row[side] == BASE
+    file = base_findings(comparison, entrant) if is_base else run_findings(comparison, entrant, row["seed"])
+    return file.with_name("pictures") / f"{row['place']:05}.png"
 
 
 def _chance(*key: object) -> float:

@@ -19,11 +19,12 @@ RULES = (
     f"prompts as crossed random effects. With fewer than {FEWEST_SEEDS} seeds there is none.",
     f"A difference is shown if its p-value, corrected by Holm's method for all that are compared, is below "
     f"{ALPHA:.2g}.",
-    "The deciding evaluator is one that no entrant trains on, upper bounds aside. An evaluator is trained on if an "
-    "entrant's reward is of the same class and reads the same model, whatever its weights.",
-    f"An entrant is gamed if its own reward's gain is shown to be above 0 and the gain in an evaluator that nobody "
-    f"trains on is shown to be below 0; with fewer than {FEWEST_SEEDS} seeds, if the means say so by more than "
-    f"{_SMALL:g} standard deviations of the base's pictures.",
+    "The deciding evaluator is one that no entrant trains on, upper bounds aside; without such a one there is no "
+    "verdict. An evaluator is trained on if an entrant's reward is of the same class and reads the same model, "
+    "whatever its weights.",
+    f"An entrant is gamed if its own reward's gain is above 0 with a p-value, not corrected, below {ALPHA:.2g}, and "
+    f"the gain in an evaluator that nobody trains on is shown to be below 0; with fewer than {FEWEST_SEEDS} seeds, if "
+    f"the means say so by more than {_SMALL:g} standard deviations of the base's pictures.",
     f"An entrant collapses if its pictures hold less than {MONITORS['drawn'].limit:g} of the edges of the base's, or "
     f"differ within a prompt by less than {MONITORS['diversity'].limit:g} of what the base's do.",
     "Entrants that are gamed, collapse, failed or are not finished cannot win, nor can an upper bound.",
@@ -209,11 +210,10 @@ def decide(standings: Sequence[Standing], pairs: Sequence[Pair], by: str | None)
     """The verdict by `RULES`.
 
     Args:
-        by: the deciding evaluator; None if every evaluator is trained on.
+        by: the deciding evaluator, which none of them but an upper bound trains on; None if every evaluator is trained
+            on.
     """
     about = [f"{one.name} is out: {flag.kind}; {flag.text}." for one in standings for flag in one.flags]
-    about += [f"{one.name} trains on {by}, which is to decide: its gain there proves nothing." for one in standings
-              if by in one.trains_on and not one.upper_bound]  # fmt: skip
     about += [f"{one.name} is not finished: {one.unfinished}." for one in standings
               if one.unfinished and not one.failed]  # fmt: skip
     if by is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from finetune.compare_agreement import agreement_names
+from finetune.compare_agreement import agreement_rewards
 from finetune.compare_config import CompareArguments, Comparison, read_comparison
 from finetune.compare_evaluate import Findings, Look, Seen
 from finetune.compare_folder import AGREEMENT, base_findings, claim, run_findings, run_folder
@@ -164,7 +164,8 @@ class Figures:
 
 def write_agreement(comparison: Comparison) -> None:
     """As `finetune.agreement` leaves it."""
-    names = list(agreement_names(comparison).values())
+    entries = agreement_rewards(comparison)
+    names = list(entries)
     figure = {"value": 0.8, "low": 0.7, "high": 0.9, "n": 24}
     table = {one: dict.fromkeys(names, figure) for one in names}
     found = {
@@ -172,7 +173,7 @@ def write_agreement(comparison: Comparison) -> None:
         "accuracy": {names[0]: dict.fromkeys(names[1:], figure)},
         "noise": {"jpeg 95": dict.fromkeys(names, 0.1), "1 pixel": dict.fromkeys(names, 0.2)},
         "defects": {"smear": dict.fromkeys(names, figure), "wrong prompt": dict.fromkeys(names, figure)},
-        "milliseconds": dict.fromkeys(names, 3.0), "chosen": {},
+        "milliseconds": dict.fromkeys(names, 3.0), "chosen": {}, "settings": {"rewards": entries},
     }  # fmt: skip
     file = comparison.folder / AGREEMENT
     file.parent.mkdir(parents=True)

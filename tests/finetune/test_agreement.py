@@ -23,7 +23,8 @@ class Brightness:
         self.weight = weight
 
     def __call__(self, images, prompts):
-        return Reward(total=self.weight * images.mean((1, 2, 3)))
+        bright = images.mean((1, 2, 3))
+        return Reward(total=self.weight * bright, terms={"red": images[:, 0].mean((1, 2)), "bright": bright})
 
 
 class Broken:
@@ -94,6 +95,19 @@ def test_the_values_are_the_rewards_own(flags, tmp_path):
     assert found["values"]["bright"] == pytest.approx([float(p.float().mean()) / 255 for p in pictures])
     assert found["accuracy"].keys() == {"jpeg"}
     assert found["accuracy"]["jpeg"].keys() == {"bright", "dark"}
+
+
+def test_a_term_in_place_of_the_objective(flags, tmp_path):
+    rewards = {"red": {"reward": BRIGHT, "term": "red"}, "dark": {"reward": BRIGHT, "kwargs": {"weight": -2.0}}}
+    main(flags(rewards=json.dumps(rewards), most_pictures="4"))
+    found = json.loads((tmp_path / "agreement.json").read_text())
+    pictures = read_pictures(open_pool(tmp_path / "pictures"), range(4))
+    assert found["values"]["red"] == pytest.approx([float(p[0].float().mean()) / 255 for p in pictures])
+    assert found["values"]["dark"] == pytest.approx([-2 * float(p.float().mean()) / 255 for p in pictures])
+    assert found["settings"]["rewards"] == rewards
+    rewards["red"]["term"] = "blue"
+    with pytest.raises(ValueError, match="rewards: red has no term 'blue'; it has red, bright"):
+        main(flags(rewards=json.dumps(rewards)))
 
 
 def test_drawn_pictures_by_the_command_itself(pipeline_folder, prompt_file, tmp_path):

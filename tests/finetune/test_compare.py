@@ -13,16 +13,26 @@ import pytest
 import run_ddpo
 from finetune.agreement import AgreementArguments
 from finetune.compare import main
-from finetune.compare_agreement import agreement_command
+from finetune.compare_agreement import agreement_command, agreement_rewards
 from finetune.compare_entrants import parse_entrant, run_flags
 from finetune.compare_evaluate import EvaluationJob, Findings, Look, looks_of, run_job
 from finetune.compare_facts import TrainingFacts
 from finetune.compare_folder import run_findings, run_folder
+from finetune.compare_rewards import Spec
 from finetune.compare_runs import Failure, last_words
 from finetune.generate import GenerationArguments
 from reward.arguments import parse_arguments
 from rl.folder_lock import FolderInUseError, check_free, taken
-from tests.finetune.compare_case import JUDGE, REDNESS, TRAIN, comparison_of, settings_of, write_config
+from tests.finetune.compare_case import (
+    JUDGE,
+    PLAIN,
+    REDNESS,
+    STEADY,
+    TRAIN,
+    comparison_of,
+    settings_of,
+    write_config,
+)
 from tests.test_house import ROOT
 
 FAILS = "tests.finetune.compare_case:FailsAt"
@@ -82,6 +92,12 @@ def test_killed_gone_on_with_and_a_reward_that_fails_half_way(tmp_path, pipeline
     found = folder / "runs" / "red" / "seed0" / "findings.json"
     assert [(seen.look.updates, seen.look.images) for seen in Findings.read(found).seen] == [(2, 8), (4, 16)]
 
+    with pytest.raises(SystemExit) as ended:  # why it failed is kept
+        main([*command[3:], "--report_only", "true"])
+    assert ended.value.code == 1
+    again = json.loads((folder / "report.json").read_text())
+    assert (again["failures"], again["verdict"]) == (report["failures"], report["verdict"])
+
     # What is there is not made again; what failed is tried again.
     stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("findings.json")}
     main([*command[3:], "--only", "red"])
@@ -109,6 +125,11 @@ def test_every_policy_draws_from_the_same_noise(tmp_path, pipeline_folder):
     assert found[0].diversity == found[1].diversity
     judge = next(one.spec for one in comparison.evaluators if one.name == "satisfied")
     assert set(found[0].values[judge.key]) == {"", "satisfied"}
+    out = tmp_path / "0" / "findings.json"  # a reward that is asked later is added, and all else stays
+    later = Spec.of(STEADY)
+    run_job(EvaluationJob(red.command, flags, [Look(None)], [later.named], comparison.held_out, 2, 0, str(out)))
+    after = Findings.read(out).seen[0]
+    assert after.values == {**found[0].values, later.key: {"": [[0.0, 0.0]] * len(comparison.held_out)}}
     table = [json.loads(line) for line in (tmp_path / "0" / "pictures" / "metadata.jsonl").read_text().splitlines()]
     assert [line["text"] for line in table] == list(comparison.held_out)
     assert all((tmp_path / "0" / "pictures" / line["file_name"]).is_file() for line in table)
@@ -159,14 +180,40 @@ def test_every_look_falls_on_a_checkpoint(tmp_path, pipeline_folder):
 
 
 def test_agreement_is_asked_by_its_own_command(tmp_path, pipeline_folder):
-    comparison = comparison_of(tmp_path, pipeline_folder, agreement={"choices": "pairs"})
-    arguments, drawing = parse_arguments([AgreementArguments, GenerationArguments], agreement_command(comparison)[1:])
-    assert list(arguments.rewards) == ["satisfied", "redness", "plain"]
+    def parsed(**agreement):
+        found = comparison_of(tmp_path, pipeline_folder, agreement=agreement)
+        command = agreement_command(found, agreement_rewards(found))
+        return parse_arguments([AgreementArguments, GenerationArguments], command[1:])
+
+    arguments, drawing = parsed(choices="pairs")
+    assert arguments.rewards == {
+        "satisfied": {"reward": JUDGE, "kwargs": {}, "term": "satisfied"}, "blue": {"reward": JUDGE, "kwargs": {}},
+        "redness": {"reward": REDNESS, "kwargs": {}}, "plain": {"reward": PLAIN, "kwargs": {}},
+    }  # fmt: skip
     assert arguments.against == ["satisfied"]
     assert (arguments.choices, drawing.policy, drawing.num_inference_steps) == ("pairs", pipeline_folder, 2)
-    rated = comparison_of(tmp_path, pipeline_folder, agreement={"pictures": "rated", "labels": ["overall"]})
-    arguments, drawing = parse_arguments([AgreementArguments, GenerationArguments], agreement_command(rated)[1:])
+    arguments, drawing = parsed(pictures="rated", labels=["overall"])
     assert (arguments.pictures, arguments.against, drawing.policy) == ("rated", ["satisfied", "overall"], None)
+
+
+def test_every_reward_is_asked_by_a_name_of_its_own(tmp_path, pipeline_folder):
+    """An entrant may be called like an evaluator, and members of sums like those of others."""
+    config = write_config(tmp_path, pipeline_folder)
+    mixture = {"red": {"reward": REDNESS, "kwargs": {"weight": 2.0}}, "plain": {"reward": PLAIN}}
+    entrants = {
+        "satisfied": {"config": config}, "mixed": {"config": config, "changes": {"rewards": mixture}},
+        "mixed: red": {"config": config, "changes": {"reward": JUDGE}},
+    }  # fmt: skip
+    evaluators = {"satisfied": {"reward": JUDGE, "term": "satisfied"}, "steady": STEADY}
+    found = comparison_of(tmp_path, pipeline_folder, entrants=entrants, evaluators=evaluators)
+    rewards = agreement_rewards(found)
+    assert {name: (entry["reward"], entry.get("term")) for name, entry in rewards.items()} == {
+        "satisfied": (JUDGE, "satisfied"), "steady": (STEADY, None), "satisfied (trained on)": (REDNESS, None),
+        "mixed: red": (REDNESS, None), "mixed: plain": (PLAIN, None), "mixed: red (trained on)": (JUDGE, None),
+    }  # fmt: skip
+    assert rewards["mixed: red"]["kwargs"] == {"weight": 2.0}
+    assert list(agreement_rewards(found, leave_out=["mixed"])) == ["satisfied", "steady", "satisfied (trained on)",
+                                                                   "mixed: red"]  # fmt: skip
 
 
 def test_the_last_words_of_a_log(tmp_path):

@@ -1,12 +1,15 @@
 """What is wrong with a comparison is said before anything is run."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from finetune.command_line import as_flags
 from finetune.compare import main
 from finetune.compare_config import CompareArguments, read_comparison
+from finetune.compare_entrants import parse_entrant, run_flags
 from finetune.compare_folder import check_folder, claim
 from finetune.compare_rewards import Spec
 from reward.arguments import parse_arguments
@@ -15,6 +18,7 @@ from tests.finetune.compare_case import (
     PLAIN,
     REDNESS,
     TRAIN,
+    FailsAt,
     comparison_of,
     settings_of,
     write_config,
@@ -49,6 +53,28 @@ def test_other_weights_are_the_same_eye_and_other_models_are_not():
         Spec.of("reward.others:CLIPScore", {"model": "a", "dtype": "bfloat16"}).eyes
         == Spec.of("reward.others:CLIPScore", {"model": "a"}).eyes
     )
+
+
+def test_an_eye_is_the_same_however_it_is_spelled(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path)
+    rich, others = "reward.rich:RichReward", "reward.others"
+    places = ("a", "./a", "a/", str(tmp_path / "a"))
+    assert len({frozenset(Spec.of(rich, {"model": place}).eyes) for place in places}) == 1
+    named, elsewhere = f"{others}:PickScore", f"{others}.clip:PickScore"
+    assert Spec.of(named, {"model": "b"}).eyes == Spec.of(elsewhere, {"model": "b"}).eyes
+    asked = {"model": "b", "question": "Is it {prompt}?", "among": "answers", "template": "{question}"}
+    assert Spec.of(f"{others}:VQAScore", {"model": "b"}).eyes == Spec.of(f"{others}:VQAScore", asked).eyes
+    one, other = ({"model": "b.pt", "clip": clip} for clip in ("c", "d"))
+    assert Spec.of(f"{others}:HPSv2", one).eyes == Spec.of(f"{others}:HPSv2", other).eyes
+    assert not Spec.of(f"{others}:CLIPScore", {"model": "b"}).eyes & Spec.of(named, {"model": "b"}).eyes
+
+
+def test_an_eye_without_a_model_is_told_by_its_texts(monkeypatch):
+    fails = "tests.finetune.compare_case:FailsAt"
+    assert Spec.of(fails, {"prompt": "a"}).eyes != Spec.of(fails, {"prompt": "b"}).eyes
+    monkeypatch.setattr(FailsAt.__init__, "__defaults__", ("a",))
+    assert Spec.of(fails, {"prompt": "a"}).eyes == Spec.of(fails).eyes
 
 
 def test_an_entrant_may_change_nothing_but_the_weights_of_a_mixture(tmp_path, pipeline_folder):
@@ -88,11 +114,14 @@ def test_back_propagation_is_an_entrant_too(tmp_path, pipeline_folder):
         ({"looks": 0}, "looks is 0"),
         ({"only": ["green"]}, r"only names \['green'\]; the entrants are red, plain"),
         ({"decide_by": "nobody"}, "decide_by is 'nobody'; the evaluators are satisfied, blue, redness"),
+        ({"decide_by": "redness"}, "is trained on by red, so.*; decide by one of satisfied, blue$"),
         ({"evaluators": {"x": "tests.rl.toy_rewards:Rednes"}}, "has no attribute Rednes"),
         ({"evaluators": {"x": {"reward": REDNESS, "weight": 1}}}, "unknown key 'weight'"),
         ({"evaluators": {"base": REDNESS}}, "'base' is the policy before training"),
         ({"overlay": {"reward": "nowhere:Nothing"}}, "there is no module nowhere"),
         ({"common": {"seed": 3}}, "changes seed, which is the same for all.*comparison's seeds says it"),
+        ({"common": {"stop_on": ["drawn"]}}, "changes stop_on.*budget_images or budget_seconds says it"),
+        ({"common": {"save_steps": 2}}, "changes save_steps.*comparison's looks says it"),
         ({"common": {"nonsense": 3}}, "'red': unknown setting on the command line.*nonsense"),
         ({"common": {"policy": "./nowhere"}}, "'red': .*nowhere"),
         ({"held_out_prompts": 1}, "need at least 2"),
@@ -137,6 +166,35 @@ def test_time_needs_a_learning_rate_that_does_not_know_the_end(tmp_path, pipelin
         comparison_of(tmp_path, pipeline_folder, common={"lr_scheduler_type": "cosine"}, **by_time)
 
 
+def test_where_time_decides_checkpoints_are_the_entrants_own_or_every_rollout(tmp_path, pipeline_folder):
+    def every(**changes):
+        found = comparison_of(tmp_path, pipeline_folder, budget_images=None, budget_seconds=60.0, **changes)
+        _, args = parse_entrant("run_ddpo", run_flags(found, found.entrants[0], 0, tmp_path))
+        return args.save_strategy, args.save_steps
+
+    assert every() == ("steps", 1)
+    assert every(common={"per_device_train_batch_size": 2}) == ("steps", 2)
+    assert every(common={"save_steps": 3}) == ("steps", 3)
+    with pytest.raises(ValueError, match=r"'red': save_steps \(3\) is not a multiple of the 2 updates"):
+        every(common={"per_device_train_batch_size": 2, "save_steps": 3})
+    own = _config(tmp_path, pipeline_folder, save_steps=7)
+    assert every(entrants={"red": {"config": own}}) == ("steps", 7)
+    assert every(entrants={"red": {"config": own}}, common={"save_steps": 2}) == ("steps", 2)
+
+
+def test_an_entrant_ends_where_its_budget_does(tmp_path, pipeline_folder):
+    own = _config(tmp_path, pipeline_folder, stop_on=["drawn"])
+    with pytest.raises(ValueError, match=r"'red': its config has stop_on \['drawn'\], which may end it early"):
+        comparison_of(tmp_path, pipeline_folder, entrants={"red": {"config": own}})
+
+
+@pytest.mark.parametrize("changes", [5, "abc", ["learning_rate"]])
+def test_changes_that_are_no_settings_name_their_entrant(tmp_path, pipeline_folder, changes):
+    entry = {"config": write_config(tmp_path, pipeline_folder), "changes": changes}
+    with pytest.raises(ValueError, match=f"'red': changes is {re.escape(repr(changes))}; write a mapping"):
+        comparison_of(tmp_path, pipeline_folder, entrants={"red": entry})
+
+
 def test_a_folder_of_other_settings_is_refused_and_the_keys_are_listed(tmp_path, pipeline_folder):
     claim(comparison_of(tmp_path, pipeline_folder))
     check_folder(comparison_of(tmp_path, pipeline_folder, seeds=[0, 1, 2, 3], jobs=2, title="more of it"))
@@ -164,8 +222,10 @@ def test_an_evaluator_that_is_trained_on_is_allowed(tmp_path, pipeline_folder):
     found = comparison_of(tmp_path, pipeline_folder, evaluators={"redness": REDNESS})
     assert found.decide_by is None
     assert found.impartial() == []
-    chosen = comparison_of(tmp_path, pipeline_folder, evaluators={"redness": REDNESS}, decide_by="redness")
-    assert chosen.decide_by == "redness"
+    with pytest.raises(ValueError, match=r"trained on by red, so.*leave decide_by out"):
+        comparison_of(tmp_path, pipeline_folder, evaluators={"redness": REDNESS}, decide_by="redness")
+    alone = comparison_of(tmp_path, pipeline_folder, only=["plain", "the judge"], decide_by="blue")
+    assert alone.decide_by == "blue"  # an upper bound may train on it
 
 
 def test_the_small_worlds_preset_is_whole():
@@ -195,6 +255,13 @@ def test_the_preset_of_a_large_model_is_whole_but_for_its_weights(tmp_path):
     assert [one.name for one in found.impartial()] == ["image reward", "HPS", "CLIP score"]
     assert found.decide_by == "image reward"
     assert len({one.base for one in found.entrants}) == 1  # one base for all
+
+
+def _config(folder, pipeline, **more):
+    """A training's config that says more than the others'."""
+    settings = json.loads(Path(write_config(folder, pipeline)).read_text())
+    (folder / "own.yaml").write_text(json.dumps(settings | more))
+    return str(folder / "own.yaml")
 
 
 def _yaml(folder, pipeline, **changes):

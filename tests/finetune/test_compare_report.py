@@ -10,9 +10,19 @@ from html.parser import HTMLParser
 import pytest
 
 from finetune.compare import main
+from finetune.compare_facts import TrainingFacts
 from finetune.compare_pages import chance, figure, signed
 from finetune.compare_report import LARGEST
-from tests.finetune.compare_case import Figures, comparison_of, settings_of, write_agreement
+from finetune.compare_runs import Failure
+from tests.finetune.compare_case import (
+    PLAIN,
+    REDNESS,
+    Figures,
+    comparison_of,
+    settings_of,
+    write_agreement,
+    write_config,
+)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 GAINS = {
@@ -141,9 +151,72 @@ def test_what_is_not_finished_is_left_out_and_named(reported):
     assert not rows["plain"]["sound"]
 
 
+def test_what_failed_is_still_failed_when_nothing_is_run(reported, capsys):
+    folder = reported(leave_out={("red", 1), ("red", 2)})
+    for seed in (1, 2):
+        Failure("training", "it broke", "log.txt").write(folder / "runs" / "red" / f"seed{seed}" / "failure.json")
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", str(folder.parent / "comparison.yaml"), "--report_only", "true"])
+    assert ended.value.code == 1
+    assert "failed: red, seed 2: training: it broke; see log.txt" in capsys.readouterr().err
+    content = json.loads((folder / "report.json").read_text())
+    red = next(row for row in content["entrants"] if row["name"] == "red")
+    assert [flag["text"] for flag in red["flags"]] == ["seeds 1, 2: training failed, it broke"]
+    assert [one["seed"] for one in content["failures"]] == [1, 2]
+    assert "red" not in content["verdict"]["winners"]
+
+
 def test_one_picture_a_prompt_has_no_diversity(reported):
     content = json.loads((reported(generations=1, overlay={}) / "report.json").read_text())
     assert {row["diversity"] for row in content["entrants"]} == {None}
+
+
+def test_what_decides_is_said_as_it_is(reported, tmp_path):
+    by_judge = (reported() / "report.html").read_text()
+    assert "decides: nobody but an upper bound trains on it" in by_judge
+    shutil.rmtree(tmp_path / "comparison")
+    nobody = (reported(evaluators={"redness": REDNESS}, overlay={}) / "report.html").read_text()
+    assert "trains on it</span>" not in nobody
+    assert "<b>none</b><span>decides: every evaluator is trained on" in nobody
+
+
+def test_checkpoints_may_be_deleted_and_facts_are_kept(reported):
+    folder = reported(drawn={"red": 0.4})
+    before = json.loads((folder / "report.json").read_text())
+    command = ["--config", str(folder.parent / "comparison.yaml"), "--report_only", "true"]
+    for run in folder.glob("runs/*/*"):
+        TrainingFacts.read(run, {}).keep(run)
+        shutil.rmtree(run / "checkpoint-2")
+    main(command)
+    after = json.loads((folder / "report.json").read_text())
+    assert after["entrants"] == before["entrants"]
+    (folder / "runs" / "red" / "seed0" / "facts.json").unlink()
+    with pytest.raises(ValueError, match=r"holds neither facts\.json nor a checkpoint"):
+        main(command)
+
+
+def test_names_with_dollars_are_shown_as_they_are(reported, tmp_path, pipeline_folder):
+    name = r"a $5\frac or $6"
+    entrants = {name: {"config": write_config(tmp_path, pipeline_folder)}}
+    page = (reported(gains={name: GAINS["red"]}, entrants=entrants, overlay={}) / "report.html").read_text()
+    assert page.count(f">{name}</text>") >= 4  # a tick and three legends
+
+
+def test_an_entrant_is_shown_beside_what_it_starts_from(reported, tmp_path, pipeline_folder):
+    config = write_config(tmp_path, pipeline_folder)
+    slow = {"config": config, "changes": {"reward": PLAIN, "num_inference_steps": 4}}
+    entrants = {"red": {"config": config}, "slow": slow}
+    folder = reported(entrants=entrants, overlay={}, gains={"red": GAINS["red"]})
+    content = json.loads((folder / "report.json").read_text())
+    shown = {one["policy"]: one for one in content["grid"]["rows"][0]["shown"]}
+    assert list(shown) == ["base of red", "base of slow", "red", "slow"]
+    assert [one["change"] is None for one in shown.values()] == [True, True, False, False]
+    for name in ("red", "slow"):
+        start = shown[f"base of {name}"]["value"]
+        assert shown[name]["value"] == pytest.approx(start + shown[name]["change"])
+    satisfied = content["evaluators"][0]
+    assert [one["of"] for one in satisfied["bases"]] == [["red"], ["slow"]]
+    assert "(red), " in (folder / "report.md").read_text()
 
 
 def test_figures_as_text():

@@ -6,11 +6,12 @@ import re
 from collections import Counter
 
 import pytest
+from PIL import Image
 from scipy import stats
 
 from finetune.compare import main
-from finetune.compare_sheet import count_answers, draw, read_answers, wilson
-from tests.finetune.compare_case import HELD_OUT, Figures, comparison_of, settings_of
+from finetune.compare_sheet import _picture, count_answers, draw, read_answers, wilson
+from tests.finetune.compare_case import HELD_OUT, PLAIN, Figures, comparison_of, settings_of, write_config
 
 GAINS = {"red": {"satisfied": 0.1}, "plain": {"satisfied": 0.05}, "the judge": {"satisfied": 0.3}}
 
@@ -35,10 +36,15 @@ def fill_in(file, answers):
     return rows
 
 
+def only_sheet(comparison):
+    (sheet,) = (comparison.folder / "sheet").iterdir()
+    return sheet
+
+
 def test_a_sheet_is_blind_and_comes_back_as_win_rates(compared):
     comparison, command = compared
     command("--sheet", "true")
-    sheet = comparison.folder / "sheet"
+    sheet = only_sheet(comparison)
     key = json.loads((sheet / "key.json").read_text())
     page = (sheet / "sheet.html").read_text()
     assert sorted(row["prompt"] for row in key) == sorted(HELD_OUT)
@@ -62,7 +68,53 @@ def test_a_sheet_is_blind_and_comes_back_as_win_rates(compared):
     assert "red over base" in (comparison.folder / "report.md").read_text()
 
     command("--sheet", "true")  # answers that are there stay
+    assert only_sheet(comparison) == sheet
     assert "tie" in (sheet / "answers.csv").read_text().lower()
+
+
+def test_another_sheet_leaves_answers_and_what_they_were_given_to(compared, tmp_path):
+    comparison, command = compared
+    command("--sheet", "true")
+    first = only_sheet(comparison)
+    kept = {name: (first / name).read_bytes() for name in ("key.json", "sheet.html")}
+    answers = ["left" if row["left"] == "red" else "right" for row in json.loads(kept["key.json"])]
+    copy = tmp_path / "answers of a rater.csv"
+    copy.write_bytes((first / "answers.csv").read_bytes())  # nothing is filled in beside the key
+    fill_in(copy, answers)
+    said = read_answers(comparison, copy)
+
+    command("--sheet", "true", "--sheet_pairs", "plain/base")
+    (second,) = set((comparison.folder / "sheet").iterdir()) - {first}
+    assert {name: (first / name).read_bytes() for name in kept} == kept
+    assert read_answers(comparison, copy) == said
+    assert {row["one"] for row in read_answers(comparison, copy)} == {"red"}
+    both = tmp_path / "both.csv"
+    both.write_text(copy.read_text() + (second / "answers.csv").read_text().split("\n", 1)[1])
+    with pytest.raises(ValueError, match="it must answer one of those in"):
+        read_answers(comparison, both)
+
+
+def test_other_pictures_are_another_sheet(compared):
+    comparison, command = compared
+    command("--sheet", "true")
+    first = only_sheet(comparison)
+    for picture in comparison.folder.glob("runs/red/*/pictures/*.png"):
+        Image.new("RGB", (16, 16)).save(picture)
+    command("--sheet", "true")
+    assert len(list((comparison.folder / "sheet").iterdir())) == 2
+    assert (first / "answers.csv").is_file()
+
+
+def test_the_base_is_the_one_that_the_entrant_beside_it_starts_from(tmp_path, pipeline_folder):
+    config = write_config(tmp_path, pipeline_folder)
+    slow = {"config": config, "changes": {"reward": PLAIN, "num_inference_steps": 4}}
+    comparison = comparison_of(tmp_path, pipeline_folder, entrants={"red": {"config": config}, "slow": slow})
+    for one, other in (("slow", "base"), ("base", "slow"), ("red", "base")):
+        entrant = comparison.entrant(one if one != "base" else other)
+        row = {"left": one, "right": other, "seed": 1, "place": 3}
+        sides = {row[side]: _picture(comparison, row, side) for side in ("left", "right")}
+        assert sides["base"] == comparison.folder / "base" / entrant.base / "pictures" / "00003.png"
+        assert sides[entrant.name] == comparison.folder / "runs" / entrant.name / "seed1" / "pictures" / "00003.png"
 
 
 def test_sides_are_random_and_the_same_every_time(compared):
@@ -81,8 +133,9 @@ def test_sides_are_random_and_the_same_every_time(compared):
     ("change", "message"),
     [
         (lambda text: text.replace("pair,prompt", "number,prompt"), "lacks the columns pair"),
+        (lambda text: text.replace("sheet_", "shoot_"), "answers 'shoot_.*it must answer one of those in .*: sheet_"),
         (lambda text: text, "holds no answer"),
-        (lambda text: text.replace("1,", "77,", 1), "pair '77'.*is not of the sheet"),
+        (lambda text: text.replace(",1,", ",77,", 1), "pair '77'.*is not of the sheet"),
         (lambda text: text.replace(",\r\n", ",best\r\n"), "answers are left, right, tie.*pair 1: 'best'"),
         (lambda text: text + text.split("\r\n")[1] + "left\r\n", "pair 1 is answered twice"),
     ],
@@ -90,7 +143,7 @@ def test_sides_are_random_and_the_same_every_time(compared):
 def test_answers_that_cannot_be_counted(compared, change, message):
     comparison, command = compared
     command("--sheet", "true")
-    file = comparison.folder / "sheet" / "answers.csv"
+    file = only_sheet(comparison) / "answers.csv"
     file.write_text(change(file.read_bytes().decode()), newline="")
     with pytest.raises(ValueError, match=message):
         read_answers(comparison, file)
@@ -98,13 +151,13 @@ def test_answers_that_cannot_be_counted(compared, change, message):
 
 def test_there_must_be_a_sheet_and_pairs_must_be_pairs(compared):
     comparison, command = compared
-    with pytest.raises(ValueError, match="--sheet writes it"):
+    with pytest.raises(ValueError, match="holds no sheet: --sheet writes one"):
         command("--read_sheet", "answers.csv")
     for pair in ("red", "red/red", "red/nobody"):
         with pytest.raises(ValueError, match=f"'{pair}' is no pair"):
             command("--sheet", "true", "--sheet_pairs", pair)
     command("--sheet", "true", "--sheet_pairs", "plain/the judge")
-    key = json.loads((comparison.folder / "sheet" / "key.json").read_text())
+    key = json.loads((only_sheet(comparison) / "key.json").read_text())
     assert {frozenset((row["left"], row["right"])) for row in key} == {frozenset(("plain", "the judge"))}
 
 

@@ -1,15 +1,22 @@
 """Processes of a comparison: on their own device, stopped when asked to, and never two of one comparison."""
 
+import json
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
+from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from finetune.compare_evaluate import EvaluationJob, Findings, Look, Seen
+from finetune.compare_folder import run_folder
 from finetune.compare_results import read_results
-from finetune.compare_runs import Failure, Step, Work
+from finetune.compare_rewards import Spec
+from finetune.compare_runs import Failure, Step, Work, read_failures
 from rl.folder_lock import FolderInUseError, check_free
 from tests.finetune.compare_case import Figures, comparison_of, write_agreement
 
@@ -60,6 +67,11 @@ def test_trainings_that_run_at_once_never_share_a_device(make_work, monkeypatch)
     assert len(seen) == 4
     assert not clashes
     assert sorted(outcome.failures) == [("red", seed) for seed in range(4)]
+    assert read_failures(work.comparison) == outcome.failures  # for a report without another try
+    monkeypatch.setattr(work, "_run", lambda step, gpu=None: work.stop(terminate=False))
+    with pytest.raises(KeyboardInterrupt):
+        work.train_all()
+    assert len(read_failures(work.comparison)) < 4  # what is tried again has not failed
 
 
 def test_entrants_that_are_added_have_base_and_agreement_asked_anew(make_work, monkeypatch):
@@ -79,8 +91,77 @@ def test_entrants_that_are_added_have_base_and_agreement_asked_anew(make_work, m
     whole = make_work(agreement_prompts=2)
     with pytest.raises(ValueError, match="does not know all rewards"):
         read_results(whole.comparison, {})
-    assert asked(whole) == ["the policy before training", "agreement"]
+    assert asked(whole) == ["judging the policy before training", "agreement"]
     assert asked(make_work(agreement_prompts=2, only=["red"], seeds=[0, 1, 2, 3])) == []
+
+
+def test_an_entrant_whose_reward_cannot_judge_the_base_fails_alone(make_work, monkeypatch):
+    """All rewards at once, then by themselves; its trainings are failures, the others are trained."""
+    work, asked = make_work(seeds=[0, 1]), []
+    specs = {one.name: one.spec for one in work.comparison.entrants}
+    names = {spec.key: name for name, spec in specs.items()}
+
+    def run(step, gpu=None):
+        if not step.name.startswith("judging"):
+            return Failure(step.name, "not now", "log")
+        job = EvaluationJob.read(Path(step.command[1]))
+        keys = [Spec(tuple(map(tuple, named))).key for named in job.specs]
+        asked.append([names[key] for key in keys])
+        if specs["plain"].key in keys:
+            return Failure(step.name, "no such model", str(step.log))
+        values = {key: {"": [[0.5, 0.5]] * 6, "satisfied": [[1.0, 0.0]] * 6} for key in keys}
+        known = Findings.read(Path(job.out)).seen[0].values if Path(job.out).is_file() else {}
+        seen = Seen(Look(None), {**known, **values}, [0.1] * 6, [[0.1, 0.1]] * 6)
+        Path(job.out).write_text(json.dumps(asdict(Findings(list(job.prompts), [seen]))))
+        return None
+
+    monkeypatch.setattr(work, "_run", run)
+    outcome = work.do()
+    assert asked == [["the judge", "red", "plain"], ["the judge", "red"], ["plain"]]
+    said = {key: failure.said for key, failure in outcome.failures.items()}
+    assert said == {(name, seed): "no such model" if name == "plain" else "not now"
+                    for name in specs for seed in (0, 1)}  # fmt: skip
+    assert read_failures(work.comparison) == outcome.failures
+    results = {one.entrant.name: one for one in read_results(work.comparison, outcome.failures)}
+    assert sorted(results["plain"].failures) == [0, 1]
+    assert not np.isfinite(results["plain"].base.own).any()
+    assert np.isfinite(results["red"].base.own).all()
+    with pytest.raises(ValueError, match="does not know all rewards"):
+        read_results(work.comparison, {})
+
+    asked.clear()
+    work.do()  # again, and only what is missing
+    assert asked == [["plain"]]
+
+
+def test_an_evaluator_that_cannot_judge_the_base_ends_it(make_work, monkeypatch):
+    work = make_work()
+    monkeypatch.setattr(work, "_run", lambda step, gpu=None: Failure(step.name, "no such model", str(step.log)))
+    with pytest.raises(ValueError, match="the policy before training cannot be judged: no such model"):
+        work.do()
+
+
+def test_a_training_whose_checkpoints_are_gone_before_it_is_judged_fails_alone(make_work):
+    work = make_work()
+    red = work.comparison.entrants[0]
+    folder = run_folder(work.comparison, red, 0)
+    folder.mkdir(parents=True)
+    (folder / "finished.json").write_text("{}")
+    failure, _ = work.train_and_judge(red, 0)
+    assert failure.said == f"there is no checkpoint in {folder} to look at; delete the folder and train again"
+
+
+def test_what_a_training_says_of_itself_is_kept_when_it_is_judged(make_work, monkeypatch):
+    work = make_work()
+    Figures(work.comparison, {}).write()
+    red = work.comparison.entrants[0]
+    folder = run_folder(work.comparison, red, 0)
+    (folder / "finished.json").write_text("{}")
+    marker = json.loads((folder / "checkpoint-2" / "complete.json").read_text()) | {"processor_seconds": 5.0}
+    (folder / "checkpoint-2" / "complete.json").write_text(json.dumps(marker))
+    monkeypatch.setattr(work, "_run", lambda step, gpu=None: None)
+    assert work.train_and_judge(red, 0)[0] is None
+    assert json.loads((folder / "facts.json").read_text()) == {"kl": 2e-4, "monitors": [], "wall_seconds": 6.0}
 
 
 def test_what_a_step_said_last_is_why_it_failed(make_work, tmp_path):
