@@ -145,6 +145,7 @@ class Sampler:
         reach: Reach,
         fresh_noise: torch.Tensor | None = None,
         measure: bool = False,
+        guard: bool = False,
     ) -> Drawn:
         """Sample `reach.draws` latents for each of B prompts; the gradient goes through `reach`, if it is enabled.
 
@@ -152,6 +153,7 @@ class Sampler:
             noise: (B, S + 1, C, h, w): the initial latent, then the noise of each step.
             fresh_noise: (B, D - 1, C, h, w), for the draws after the first.
             measure: whether the distance to the base model is measured.
+            guard: whether gradients flow into that distance.
         """
         conditioning = self.policy.encode(prompts)
         latents, distances = noise[:, 0], []
@@ -161,7 +163,7 @@ class Sampler:
                 self.on_step()
         for step in range(reach.first, reach.last + 1):
             latents, distance = self._kept_small(reach)(
-                latents, step, conditioning, noise[:, step + 1], reach.estimate, measure
+                latents, step, conditioning, noise[:, step + 1], reach.estimate, measure, guard
             )
             distances.append(distance)
             self.on_step()
@@ -172,7 +174,7 @@ class Sampler:
             noised = noise_again(first.repeat(rest, 1, 1, 1), fresh, last, self.schedule)
             repeated = self.policy.encode(list(prompts) * rest)
             ends = noise[:, last + 1].repeat(rest, 1, 1, 1)
-            again, distance = self._step(noised, last, repeated, ends, measure=measure)
+            again, distance = self._step(noised, last, repeated, ends, measure=measure, guard=guard)
             latents = torch.cat([latents, again])
             distances += [distance] * rest
         return Drawn(latents, *_means(distances) if measure else (None, None))
@@ -202,6 +204,7 @@ class Sampler:
         noise: torch.Tensor,
         estimate: bool = False,
         measure: bool = False,
+        guard: bool = False,
     ) -> tuple[torch.Tensor, Distance | None]:
         """One step from latents (B, C, h, w), or the clean latents that it estimates; its distance to the base's."""
         index = torch.full((len(latents),), step, device=latents.device)
@@ -212,17 +215,18 @@ class Sampler:
 
         base = None
         if measure:  # first: an engine prepares the backward pass for its last forward
-            with self.policy.reference(), torch.no_grad() if not latents.requires_grad else nullcontext():
+            with self.policy.reference(), nullcontext() if guard and latents.requires_grad else torch.no_grad():
                 base = predict()
         output = predict()
         mean, std = step_mean(output, latents, index, self.schedule)
         x0, predicted = self._estimates(output, latents, index)
         distance = None
         if measure:
-            base_mean, _ = step_mean(base, latents, index, self.schedule)
-            _, base_predicted = self._estimates(base, latents, index)
-            kl = kl_map(mean, base_mean, std).mean() if self.schedule.stds[step] > 0 else None
-            distance = Distance((predicted - base_predicted).square().mean(), kl)
+            with nullcontext() if guard else torch.no_grad():
+                base_mean, _ = step_mean(base, latents, index, self.schedule)
+                _, base_predicted = self._estimates(base, latents, index)
+                kl = kl_map(mean, base_mean, std).mean() if self.schedule.stds[step] > 0 else None
+                distance = Distance((predicted - base_predicted).square().mean(), kl)
         return (x0 if estimate else mean + std * noise), distance
 
     def _estimates(self, output: torch.Tensor, latents: torch.Tensor, index: torch.Tensor):

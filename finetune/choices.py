@@ -1,9 +1,11 @@
 """What people chose: pairs of pictures of one prompt, and which of them is better, as Pick-a-Pic keeps them.
 
 A row has `jpg_0`, `jpg_1` (bytes, or what `datasets` keeps of pictures), `caption` and `label_0`: 1 where the first was
-chosen, 0 where the second was, 0.5 for a tie. Ties say nothing of who is right, and are left out.
+chosen, 0 where the second was, 0.5 for a tie. Ties say nothing of who is right, and are left out; so are pairs that
+nobody judged, where a column `has_label` says so.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,14 @@ from typing import Any
 import datasets
 import torch
 
+from finetune.pool import load_rows
 from reward.data import to_tensor
 from reward.pictures import decode
 
+logger = logging.getLogger(__name__)
+
 COLUMNS = ("jpg_0", "jpg_1", "caption", "label_0")
+HAS_LABEL = "has_label"
 
 
 @dataclass(frozen=True)
@@ -56,23 +62,17 @@ def open_choices(place: str | Path, split: str = "train", most: int | None = Non
 
     Args:
         place: a folder of parquet files, or what `Dataset.save_to_disk` wrote.
-        split: which one, where a saved data set has several.
+        split: which one; see `finetune.pool.load_rows`.
 
     Raises:
-        ValueError: it is neither, lacks a column, holds a label that is none, or no pair with a choice.
+        ValueError: it is neither, has no such split, lacks a column, holds a label that is none, or no pair with a
+            choice.
     """
     place = Path(place)
-    if list(place.rglob("*.parquet")):
-        files = sorted(map(str, place.rglob("*.parquet")))
-        rows = datasets.load_dataset("parquet", data_files=files, split="train")
-    elif (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
-        rows = datasets.load_from_disk(str(place))
-        if isinstance(rows, datasets.DatasetDict):
-            if split not in rows:
-                raise ValueError(f"{place} has no split {split!r}; it has {', '.join(rows)}")
-            rows = rows[split]
-    else:
+    saved = (place / "dataset_dict.json").is_file() or (place / "state.json").is_file()
+    if not saved and not list(place.rglob("*.parquet")):
         raise ValueError(f"choices: {place} holds neither parquet files nor a saved data set")
+    rows, _ = load_rows(place, split)
     if missing := [name for name in COLUMNS if name not in rows.column_names]:
         raise ValueError(
             f"choices: {place} lacks the columns {', '.join(missing)}; it has {', '.join(rows.column_names)}. "
@@ -81,11 +81,15 @@ def open_choices(place: str | Path, split: str = "train", most: int | None = Non
     for name in ("jpg_0", "jpg_1"):
         if isinstance(rows.features[name], datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
-    table = rows.select_columns(["caption", "label_0"])
-    labels = table["label_0"][:]
-    if wrong := [row for row, label in enumerate(labels) if label not in (0, 0.5, 1)]:
+    table = rows.select_columns([name for name in ("caption", "label_0", HAS_LABEL) if name in rows.column_names])
+    labels, labelled = table["label_0"][:], range(len(rows))
+    if HAS_LABEL in table.column_names:
+        labelled = [row for row, judged in enumerate(table[HAS_LABEL][:]) if judged]
+        if left_out := len(rows) - len(labelled):
+            logger.warning("%d of %d pairs of %s are left out: nobody judged them", left_out, len(rows), place)
+    if wrong := [row for row in labelled if labels[row] not in (0, 0.5, 1)]:
         raise ValueError(f"choices: label_0 of row {wrong[0]} of {place} is {labels[wrong[0]]!r}; it is 0, 0.5 or 1")
-    chosen = [row for row, label in enumerate(labels) if label != 0.5][:most]
+    chosen = [row for row in labelled if labels[row] != 0.5][:most]
     if not chosen:
         raise ValueError(f"choices: {place} holds no pair of which one picture was chosen")
     captions = table["caption"][:]

@@ -142,8 +142,9 @@ class DraftTrainer(PolicyTrainer):
         # A stop in the first micro-batch leaves nothing half done; in a later one, gradients would be lost.
         on_step = self._stop_if_asked if inputs["first"] else lambda: None
         sampler = self._sampler(model, on_step=on_step)
-        measure = self.policy.has_reference and (args.beta > 0 or inputs["first"])
-        drawn = sampler.draw(inputs["prompts"], noise, reach, fresh, measure)
+        guard = args.beta > 0
+        measure = self.policy.has_reference and (guard or inputs["first"])
+        drawn = sampler.draw(inputs["prompts"], noise, reach, fresh, measure, guard)
         images = self.policy.decode(drawn.latents)
         check_pictures(drawn.latents, images, prompts, f"update {number + 1}")
         reward = self._reward(images, prompts)
@@ -152,7 +153,7 @@ class DraftTrainer(PolicyTrainer):
         if before is not None:
             constraint = region_loss(images, before.images, before.region)
             loss = loss + args.region_weight * constraint
-        if args.beta > 0:
+        if guard:
             distance = drawn.noise_distance if args.distance == "noise" else drawn.kl
             loss = loss + args.beta * distance
         self._remember(inputs, images.detach(), reward.detach(), drawn, before)

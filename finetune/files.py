@@ -3,8 +3,8 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 
@@ -26,19 +26,44 @@ def write_whole(file: Path, data: bytes) -> None:
 
 
 @contextmanager
-def replaced_whole(folder: Path) -> Iterator[Path]:
-    """An empty folder to write to, which takes the place of `folder` at the end; after an error nothing has changed."""
+def replaced_parts(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """An empty folder to write to; at the end the files and folders `parts` of it take the place of those in `folder`.
+
+    What else `folder` holds stays as it is, and after an error all of it does. The first part is the first to go and
+    the last to come: where it is, all are of one writing.
+    """
+    folder = folder.resolve()  # moves must not cross from one disk to another
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    new, before = aside / "new", aside / "before"
+    new.mkdir()
+    before.mkdir()
     try:
-        yield unfinished
-        unfinished.chmod(0o755)  # mkdtemp's is for its owner alone
+        yield new
         if folder.exists():
-            before = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-            os.replace(folder, before)
-            os.replace(unfinished, folder)
+            moves = [(folder / name, before / name) for name in parts if (folder / name).exists()]
+            moves += [(new / name, folder / name) for name in reversed(parts) if (new / name).exists()]
+            _move_all(moves)
             shutil.rmtree(before)
         else:
-            os.replace(unfinished, folder)
+            os.replace(new, folder)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
+        with suppress(OSError):  # what could not be put back must not be deleted
+            before.rmdir()
+        with suppress(OSError):
+            aside.rmdir()
+
+
+def is_within(place: str | Path, folder: str | Path) -> bool:
+    """Whether a path is `folder` or lies in it, whatever they are called."""
+    return Path(place).resolve().is_relative_to(Path(folder).resolve())
+
+
+def _move_all(moves: Sequence[tuple[Path, Path]]) -> None:
+    """From the first of each pair to the second; if one cannot be moved, those before it are moved back."""
+    with ExitStack() as back:
+        for source, target in moves:
+            os.replace(source, target)
+            back.callback(os.replace, target, source)
+        back.pop_all()

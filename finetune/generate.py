@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from finetune.files import write_whole
+from finetune.fingerprints import weights_of, with_weights
 from reward.draw import to_image
 from rl.adapter import AdapterSettings, check_adapter_files, require
 from rl.checkpoints import differing_keys
@@ -110,7 +111,7 @@ class GenerationArguments:
         """Whatever other pictures would come of, as JSON can hold it."""
         spared = ("prompts", "vae_slicing")
         settings = {name.name: getattr(self, name.name) for name in fields(self) if name.name not in spared}
-        return {**settings, "prompts": list(prompts)}
+        return {**settings, "prompts": list(prompts), **weights_of(self.policy, self.base_adapters)}
 
 
 class Generation:
@@ -192,8 +193,9 @@ class Generation:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"pictures {self.folder} is a file; name a folder")
         if (self.folder / SETTINGS).is_file():
-            known = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
-            if changed := differing_keys(known, json.loads(_as_json(self._facts))):
+            now = json.loads(_as_json(self._facts))
+            known = with_weights(json.loads((self.folder / SETTINGS).read_text(encoding="utf-8")), now)
+            if changed := differing_keys(known, now):
                 shown = "; ".join(text if len(text) < 120 else text[:117] + "..." for text in changed)
                 raise ValueError(
                     f"pictures {self.folder} holds a pool drawn with other settings ({shown}); give another folder, or "

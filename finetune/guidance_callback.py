@@ -34,7 +34,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from finetune.guidance import Guidance
-from finetune.guided_sampling import guided_path, reward_gradient, reward_of
+from finetune.guided_sampling import guided_path, reward_gradient, reward_of, upcast_vae
 from reward.feedback import RewardFn
 
 _EMBEDDINGS = {"text_embeds": "add_text_embeds", "time_ids": "add_time_ids"}  # of Stable Diffusion XL
@@ -104,14 +104,15 @@ class GuidanceCallback:
         if following == len(scales) or not scales[following]:
             return {}
         start, end = path[following], path[following + 1]
-        _, gradient = reward_gradient(
-            lambda point: _predict(pipeline, point, scheduler.timesteps[following], tensors),
-            reward_of(pipeline, self.reward_fn, self.prompts),
-            latents.float(),
-            start,
-            scheduler.config.prediction_type,
-            self.guidance.through_network,
-        )
+        with upcast_vae(pipeline):
+            _, gradient = reward_gradient(
+                lambda point: _predict(pipeline, point, scheduler.timesteps[following], tensors),
+                reward_of(pipeline, self.reward_fn, self.prompts),
+                latents.float(),
+                start,
+                scheduler.config.prediction_type,
+                self.guidance.through_network,
+            )
         push = self.guidance.push(gradient, start, scales[following])
         kick = push * (start.sigma - end.sigma * start.alpha / end.alpha)
         return {"latents": (latents + kick).to(latents.dtype)}

@@ -26,9 +26,10 @@ transformers.logging.set_verbosity_error()  # says on import what does not conce
 transformers.logging.disable_progress_bar()
 diffusers.logging.disable_progress_bar()
 
+from finetune.fingerprints import weights_of  # noqa: E402
 from finetune.guidance import NORMS, SCHEDULERS, SCHEDULES, Guidance, make_scheduler  # noqa: E402
 from finetune.guided_sampling import guided_path, sample  # noqa: E402
-from finetune.results import Results  # noqa: E402
+from finetune.results import SUMMARY, Results  # noqa: E402
 from finetune.reward_choice import RewardArguments  # noqa: E402
 from reward.arguments import main_guard, parse_arguments  # noqa: E402
 from reward.data import to_tensor  # noqa: E402
@@ -44,7 +45,8 @@ from rl.report import paired_change  # noqa: E402
 from rl.rollout import keyed_generator  # noqa: E402
 from rl.scoring import score  # noqa: E402
 
-PARTS = ("without", "with", "sheet.png", "summary.json")
+SHEET = "sheet.png"
+PARTS = ("without", "with", SHEET, SUMMARY)
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -167,12 +169,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_path(run, load_scheduler(run.pipeline))
     results = Results(run.output_dir, _settings(run, choice, prompts), PARTS, run.overwrite_output_dir)
     wanted = [place for place in range(len(prompts)) if _uid(place) not in results.rows]
-    if not wanted:
+    if not wanted and (results.folder / SHEET).is_file() and results.are_summed_up(summarise(results)):
         console.print(f"nothing to do: {run.output_dir} holds all {len(prompts)} pictures")
         return
 
     reward, others = choice.make(run.device, differentiable=True)
-    pipeline = prepare(run)
+    pipeline = prepare(run) if wanted else None  # without any, sheet and summary alone are missing
     with results.begun():
         with tqdm(total=len(wanted), dynamic_ncols=True) as bar:
             for start in range(0, len(wanted), run.batch_size):
@@ -181,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 bar.update(len(batch))
 
         sides = [_look(results, side, prompts[: run.num_sheet], reward, run.device) for side in ("without", "with")]
-        results.write({"sheet.png": before_after_sheet(*sides), "summary.json": summarise(results)})
+        results.write({SHEET: before_after_sheet(*sides), SUMMARY: summarise(results)})
     print_changes(console, results)
     console.print(f"pictures, sheet.png, results.jsonl, summary.json: {run.output_dir}", soft_wrap=True, markup=False)
 
@@ -206,6 +208,8 @@ def prepare(run: GuideArguments) -> DiffusionPipeline:
     own = pipeline.scheduler
     check_path(run, own)
     pipeline.scheduler = make_scheduler(own, run.scheduler)
+    if "eta" not in pipeline.prepare_extra_step_kwargs(None, run.eta):
+        warn_of_ignored(run, ("eta",), f"{type(pipeline.scheduler).__name__} has no such setting; DDIM does")
     pipeline.to(run.device)
     for part in (pipeline.unet, pipeline.vae):
         part.requires_grad_(False)
@@ -328,7 +332,8 @@ def _uid(place: int) -> str:
 def _settings(run: GuideArguments, choice: RewardArguments, prompts: Sequence[str]) -> dict:
     """All that the pictures and their figures depend on."""
     settings = {name: value for name, value in (asdict(run) | asdict(choice)).items() if name not in _FREE}
-    return settings | {"prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
+    settings["prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    return settings | weights_of(run.pipeline, asdict(choice))
 
 
 if __name__ == "__main__":

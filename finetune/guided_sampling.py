@@ -7,7 +7,8 @@ call, see `finetune.guidance_callback`.
 Shapes: B pictures of H x W pixels, C latent channels, h x w the latent grid, S sampling steps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,13 +76,31 @@ def default_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
 
 
 def decode(pipeline: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
-    """Latents (B, C, h, w) -> pictures (B, 3, H, W) float32 in [0, 1]; gradients flow."""
+    """Latents (B, C, h, w) -> pictures (B, 3, H, W) float32 in [0, 1]; gradients flow. See `upcast_vae`."""
     vae = pipeline.vae
     latents = latents / vae.config.scaling_factor
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
     if mean is not None and std is not None:
         latents = latents * latents.new_tensor(std).view(1, -1, 1, 1) + latents.new_tensor(mean).view(1, -1, 1, 1)
     return (vae.decode(latents.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+
+@contextmanager
+def upcast_vae(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Within it the VAE of a Stable Diffusion XL in which float16 overflows (`force_upcast`) is float32.
+
+    As in diffusers' own decoding, which wants it back in float16. What is decoded within it must get its gradient there
+    too: the backward pass needs the weights that decoded.
+    """
+    vae = pipeline.vae
+    upcast = hasattr(pipeline, "text_encoder_2") and vae.dtype == torch.float16 and vae.config.force_upcast
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if upcast:
+            vae.to(torch.float16)
 
 
 def reward_gradient(
@@ -173,19 +192,20 @@ def sample(
         noise = noise - guidance.push(gradient, path[step], scales[step])
         return as_output(noise, latents, path[step], kind)
 
-    for step, timestep in enumerate(scheduler.timesteps):
-        for left in range(recurrence if scales[step] else 0, -1, -1):
-            memory = _memory(scheduler)
-            output = guided_output(latents, timestep, step) if scales[step] else denoiser(latents, timestep)
-            source = again if left else list(generators)
-            extra = pipeline.prepare_extra_step_kwargs(source, eta)
-            end = scheduler.step(output, timestep, latents, **extra, return_dict=False)[0]
-            if left:
-                vars(scheduler).update(memory)
-                noise = torch.stack([torch.randn(end.shape[1:], generator=one) for one in again]).to(end.device)
-                end = noised_back(end, path[step + 1], path[step], noise)
-            latents = end
-    return decode(pipeline, latents)
+    with upcast_vae(pipeline):
+        for step, timestep in enumerate(scheduler.timesteps):
+            for left in range(recurrence if scales[step] else 0, -1, -1):
+                memory = _memory(scheduler)
+                output = guided_output(latents, timestep, step) if scales[step] else denoiser(latents, timestep)
+                source = again if left else list(generators)
+                extra = pipeline.prepare_extra_step_kwargs(source, eta)
+                end = scheduler.step(output, timestep, latents, **extra, return_dict=False)[0]
+                if left:
+                    vars(scheduler).update(memory)
+                    noise = torch.stack([torch.randn(end.shape[1:], generator=one) for one in again]).to(end.device)
+                    end = noised_back(end, path[step + 1], path[step], noise)
+                latents = end
+        return decode(pipeline, latents)
 
 
 def reward_of(

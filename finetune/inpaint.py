@@ -16,6 +16,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import diffusers
 import torch
@@ -28,10 +29,12 @@ transformers.logging.set_verbosity_error()  # says on import what does not conce
 transformers.logging.disable_progress_bar()
 diffusers.logging.disable_progress_bar()
 
+from finetune.files import is_within  # noqa: E402
+from finetune.fingerprints import weights_of  # noqa: E402
 from finetune.inpainter import INPAINTING, Inpainter  # noqa: E402
 from finetune.pictures_to_fix import NamedPictures, check_source, digest, read_picture  # noqa: E402
 from finetune.region import put_in, region  # noqa: E402
-from finetune.results import Results  # noqa: E402
+from finetune.results import SUMMARY, Results  # noqa: E402
 from finetune.reward_choice import RewardArguments  # noqa: E402
 from reward.arguments import main_guard, parse_arguments  # noqa: E402
 from reward.draw import caption, grid, heatmap_image, overlay, to_image  # noqa: E402
@@ -43,7 +46,7 @@ from rl.pipelines import check_pipeline_folder  # noqa: E402
 from rl.rollout import keyed_generator  # noqa: E402
 from rl.scoring import score  # noqa: E402
 
-PARTS = ("pictures", "masks", "sheets", "summary.json")
+PARTS = ("pictures", "masks", "sheets", SUMMARY)
 FIXED, NOTHING, TOO_LARGE, NO_BETTER = "fixed", "nothing found", "region too large", "no candidate better"
 """What became of a picture; it is kept as it was but for the first."""
 
@@ -297,27 +300,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Whatever can be wrong with the input is found out before the models are loaded.
     choice.check()
     check_pipeline_folder(run.pipeline, INPAINTING)
+    check_apart(run)
     settings = {name: value for name, value in (asdict(run) | asdict(choice)).items() if name not in _FREE}
+    settings |= weights_of(run.pipeline, asdict(choice))
     results = Results(run.output_dir, settings, PARTS, run.overwrite_output_dir)
     source = run.source()
     found = check_source(source)
     check_same(results, found)
     wanted = {uid for uid in found if uid not in results.rows}
-    if not wanted:
+    if not wanted and results.are_summed_up(summarise(results.rows.values())):
         console.print(f"nothing to do: {run.output_dir} holds all {len(found)} pictures")
         return
 
-    reward, others = choice.make(run.device)
-    first = next(iter(source.pictures(wanted)))
-    check_maps(judge(reward, read_picture(first)[None], first.prompt, run), run.thresholds)
-    draw = run.inpainter()
+    if wanted:  # else the summary alone is missing
+        reward, others = choice.make(run.device)
+        first = next(iter(source.pictures(wanted)))
+        check_maps(judge(reward, read_picture(first)[None], first.prompt, run), run.thresholds)
+        draw = run.inpainter()
     with results.begun():
         for item in tqdm(source.pictures(wanted), total=len(wanted), dynamic_ncols=True):
             picture = read_picture(item)
             mended = mend(picture, item.prompt, item.uid, run, reward, draw)
             _keep(results, item, picture, mended, run, others)
         summary = summarise(results.rows.values())
-        results.write({"summary.json": summary})
+        results.write({SUMMARY: summary})
     counts = ", ".join(f"{count} {status}" for status, count in summary["status"].items())
     gain = summary["after"]["reward"] - summary["before"]["reward"]
     console.print(f"{summary['n']} pictures: {counts}; reward {gain:+.4f}", soft_wrap=True)
@@ -342,6 +348,24 @@ def _keep(
     files = {"picture": f"pictures/{item.uid}.png", "mask": f"masks/{item.uid}.png", "sheet": f"sheets/{item.uid}.png"}
     images = (to_image(mended.picture / 255), heatmap_image(mended.share), sheet(picture, item.prompt, mended))
     results.add(item.uid, {**row, "files": files}, dict(zip(files.values(), images, strict=True)))
+
+
+def check_apart(run: InpaintArguments) -> None:
+    """Complain about pictures and results in one place: results would be mended in their turn, or pictures deleted.
+
+    Raises:
+        ValueError: `output_dir` lies in the folder of the pictures, or pictures lie where results are written.
+    """
+    if run.pictures and is_within(run.output_dir, run.pictures):
+        raise ValueError(
+            f"output_dir {run.output_dir} lies in the folder of the pictures, {run.pictures}, whose pictures are "
+            "mended, those of the results too; give an --output_dir outside it"
+        )
+    for place in (run.pictures,) if run.pictures else run.images:
+        if any(is_within(place, Path(run.output_dir) / part) for part in PARTS):
+            raise ValueError(
+                f"{place} lies where the results are written, in output_dir {run.output_dir}; give another --output_dir"
+            )
 
 
 def check_same(results: Results, found: Mapping[str, str]) -> None:

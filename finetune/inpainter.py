@@ -88,7 +88,7 @@ class Inpainter:
         Args:
             picture: (3, H, W) float in [0, 1], any size.
             share: (H, W), above 0 in the region.
-            generators: N, one a candidate.
+            generators: N, one a candidate, of which all its noise comes.
 
         Returns:
             (N, 3, H, W) float32 in [0, 1] on the CPU. Outside the region it is like the picture, not the same.
@@ -106,7 +106,7 @@ class Inpainter:
             output = pipeline(
                 [prompt] * len(sources),
                 negative_prompt=[self.negative_prompt] * len(sources) if self.negative_prompt else None,
-                image=image,
+                image=image.expand(len(sources), -1, -1, -1),  # each is encoded by a draw of its own noise
                 mask_image=mask[None, None],
                 height=height,
                 width=width,

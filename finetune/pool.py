@@ -3,8 +3,9 @@
 Nothing is decoded here; a picture is read when it is asked for.
 """
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -18,6 +19,8 @@ from reward.sources import PICTURE_SUFFIXES, table_rows
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 PROMPT_COLUMNS = ("text", "prompt", "caption")
+_SPLITS = ("train", "validation", "valid", "val", "dev", "test")
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
 _NAMED = 5
 
 Found = TypeVar("Found")
@@ -96,10 +99,10 @@ def open_pool(place: str | Path, prompt_column: str | None = None, split: str = 
     Args:
         place: a folder of pictures with a table, what `Dataset.save_to_disk` wrote, or a folder of parquet files.
         prompt_column: where the prompts are; None: the first of `PROMPT_COLUMNS` that there is.
-        split: which one, where a saved data set has several.
+        split: which one of a saved data set or of parquet files; see `load_rows`.
 
     Raises:
-        ValueError: it is none of these, lacks a column, or pictures lack prompts (five are named).
+        ValueError: it is none of these, lacks a column, has no such split, or pictures lack prompts (five are named).
     """
     place = Path(place)
     if not place.is_dir():
@@ -182,7 +185,7 @@ def _open_folder(place: Path, table: Path, prompt_column: str | None) -> FolderP
 
 
 def _open_rows(place: Path, prompt_column: str | None, split: str) -> RowPool:
-    rows = _load_rows(place, split)
+    rows, files = load_rows(place, split)
     images = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
     if not images:
         raise ValueError(f"{place} has no column of pictures; its columns are {', '.join(rows.column_names)}")
@@ -191,22 +194,45 @@ def _open_rows(place: Path, prompt_column: str | None, split: str) -> RowPool:
     table = rows.remove_columns(images)
     names = [f"{index:08d}" for index in range(len(rows))]
     _refuse_without_prompts([f"row {index}" for index in range(len(rows))], table[column][:], place, column)
-    files = sorted(path for path in place.rglob("*") if path.suffix in (".arrow", ".parquet"))
     stamp = ",".join(f"{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
     entries = [Entry(name, row[column], stamp, _without(row, column)) for name, row in zip(names, table, strict=True)]
     return RowPool(place, entries, rows, images[0])
 
 
-def _load_rows(place: Path, split: str) -> datasets.Dataset:
-    if list(place.rglob("*.parquet")):
-        files = sorted(map(str, place.rglob("*.parquet")))
-        return datasets.load_dataset("parquet", data_files=files, split="train")
+def load_rows(place: Path, split: str) -> tuple[datasets.Dataset, list[Path]]:
+    """The rows of one split of a folder of parquet files, or of what was saved to disk, and the files that hold them.
+
+    Parquet files are named for their splits as on the hub: `train-00000-of-00002.parquet`, `test.parquet`, or in a
+    folder `test`. Those whose names say nothing are `train`. What `Dataset.save_to_disk` wrote has one split, whatever
+    it is called.
+
+    Raises:
+        ValueError: there is no such split; those that there are are listed.
+    """
+    if found := sorted(place.rglob("*.parquet")):
+        splits = defaultdict(list)
+        for file in found:
+            splits[_split_of(file)].append(file)
+        _check_split(place, split, splits)
+        files = splits[split]
+        return datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train"), files
     loaded = datasets.load_from_disk(str(place))
     if isinstance(loaded, datasets.Dataset):
-        return loaded
-    if split not in loaded:
-        raise ValueError(f"{place} has no split {split!r}; it has {', '.join(loaded)}")
-    return loaded[split]
+        return loaded, sorted(place.rglob("*.arrow"))
+    _check_split(place, split, loaded)
+    return loaded[split], sorted((place / split).rglob("*.arrow"))
+
+
+def _split_of(file: Path) -> str:
+    """`validation_unique` of `validation_unique-00000-of-00001-0a1b.parquet`."""
+    if shard := _SHARD.match(file.name):
+        return shard[1]
+    return next((name for name in (file.stem, file.parent.name) if name in _SPLITS), "train")
+
+
+def _check_split(place: Path, split: str, found: Iterable[str]) -> None:
+    if split not in found:
+        raise ValueError(f"{place} has no split {split!r}; it has {', '.join(found)}")
 
 
 def _prompt_column(found: Sequence[str], asked: str | None, where: Path) -> str:

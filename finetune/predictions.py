@@ -7,8 +7,8 @@ the predictor's fingerprint: another predictor's feedback does not replace this 
 Shapes: N pictures of the pool, D features of the predictor's vision encoder, S = `MAP_SIDE`.
 """
 
-import hashlib
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ import pyarrow.parquet
 import torch
 
 from finetune.files import write_whole
+from finetune.fingerprints import fingerprint
 from finetune.pool import Entry, Pool, read_pictures
 from reward.data import resize_maps
 from reward.feedback import HEATMAPS, SCORES
@@ -64,13 +65,12 @@ class Store:
     Args:
         pool: the pictures.
         model: folder of the predictor.
-        folder: where feedback is kept; None: beside the pictures, in a folder of their name with `_feedback` behind it.
+        folder: where feedback is kept; see `feedback_place`.
     """
 
     def __init__(self, pool: Pool, model: str | Path, folder: str | Path | None = None):
         self.pool = pool
-        place = Path(folder) if folder else pool.place.with_name(pool.place.name + "_feedback")
-        self.folder = place / fingerprint(model)
+        self.folder = feedback_place(pool.place, folder) / fingerprint(model)
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
         """The parts that are not there, or of pictures that have changed; of every `world_size` the one of `rank`."""
@@ -144,14 +144,13 @@ class Store:
         return known == [{"name": one.name, "prompt": one.prompt, "stamp": one.stamp} for one in entries]
 
 
-def fingerprint(model: str | Path) -> str:
-    """Twelve digits that differ where the files of a checkpoint do."""
-    digest = hashlib.sha256()
-    for file in sorted(path for path in Path(model).iterdir() if path.suffix in (".json", ".safetensors", ".model")):
-        digest.update(file.name.encode())
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()[:12]
+def feedback_place(pictures: str | Path, folder: str | Path | None = None) -> Path:
+    """Where the feedback of pictures is kept: in `folder`; None: beside them, in a folder of their name with
+    `_feedback` behind it."""
+    if folder:
+        return Path(folder)
+    place = Path(os.path.abspath(pictures))  # `.` has no name of its own
+    return place.with_name(place.name + "_feedback")
 
 
 def _predict(

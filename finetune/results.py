@@ -14,10 +14,11 @@ from typing import Any
 
 from PIL import Image
 
+from finetune.fingerprints import with_weights
 from rl.checkpoints import BESIDE, RUN_CONFIG, check_writable, differing_keys, written_beside
 from rl.folder_lock import FolderInUseError, check_free, taken
 
-RESULTS = "results.jsonl"
+RESULTS, SUMMARY = "results.jsonl", "summary.json"
 
 
 class Results:
@@ -47,7 +48,7 @@ class Results:
         if overwrite or not self.folder.is_dir():
             return
         if (self.folder / RUN_CONFIG).is_file():
-            before = json.loads((self.folder / RUN_CONFIG).read_text(encoding="utf-8"))
+            before = with_weights(json.loads((self.folder / RUN_CONFIG).read_text(encoding="utf-8")), self._settings)
             if changed := differing_keys(before, self._settings):
                 raise ValueError(
                     f"output_dir {folder} holds results of other settings ({'; '.join(changed)}); "
@@ -96,6 +97,11 @@ class Results:
             lines.write(json.dumps(self.rows[uid]) + "\n")
             lines.flush()
             os.fsync(lines.fileno())
+
+    def are_summed_up(self, summary: Mapping[str, Any]) -> bool:
+        """Whether `summary` is what was written as `SUMMARY`: not if the run that added the last picture was killed."""
+        file = self.folder / SUMMARY
+        return file.is_file() and json.loads(file.read_text(encoding="utf-8")) == summary
 
     def write(self, files: Mapping[str, Mapping | Image.Image]) -> None:
         """Write files of the whole run, name -> an image, or a mapping that becomes JSON."""

@@ -250,6 +250,14 @@ def leaves(rule: Rule) -> Iterable[Rule]:
         yield rule
 
 
+def asks_for_words(rule: Rule) -> bool:
+    """Whether a rule depends on which words the predictor takes for misaligned."""
+    return any(
+        isinstance(leaf, FewMisaligned) or "misaligned_words" in getattr(getattr(leaf, "value", None), "weights", ())
+        for leaf in leaves(rule)
+    )
+
+
 def _reach(rule: Rule, predictions: Predictions, asked: np.ndarray) -> str:
     parts = []
     for leaf in leaves(rule):

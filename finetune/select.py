@@ -14,7 +14,7 @@ report. Another run with other rules predicts nothing again. Several processes s
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,18 +28,21 @@ transformers.logging.set_verbosity_error()  # says on import what does not conce
 transformers.logging.disable_progress_bar()
 diffusers.logging.disable_progress_bar()
 
-from finetune.files import replaced_whole  # noqa: E402
+from finetune.files import is_within, replaced_parts  # noqa: E402
 from finetune.generate import TABLE, Generation, GenerationArguments  # noqa: E402
 from finetune.pool import Pool, open_pool, suffix_of  # noqa: E402
-from finetune.predictions import Predictions, Store  # noqa: E402
+from finetune.predictions import Predictions, Store, feedback_place  # noqa: E402
 from finetune.rule_reading import read_rules  # noqa: E402
-from finetune.rules import Step, select  # noqa: E402
-from finetune.selection_report import REPORT, print_steps, write_report  # noqa: E402
+from finetune.rules import Rule, Step, asks_for_words, select  # noqa: E402
+from finetune.selection_report import HISTOGRAMS, KEPT, REJECTED, REPORT, print_steps, write_report  # noqa: E402
 from reward.arguments import main_guard, parse_arguments, read_prompt_file  # noqa: E402
+from reward.model import RahfConfig  # noqa: E402
 from reward.predict import RichFeedbackPredictor, check_model_folder  # noqa: E402
 from rl.policy_checks import warn_of_ignored  # noqa: E402
 
 DATA = "data"
+PARTS = (REPORT, DATA, HISTOGRAMS, KEPT, REJECTED)
+"""All that a selection writes to `output_dir`; where there is a report, the others are its own."""
 
 
 @dataclass
@@ -61,12 +64,12 @@ class SelectArguments:
     )
     output_dir: str = field(metadata={"help": "Folder for what is chosen, and the report."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace an earlier selection in `output_dir`."}
+        default=False, metadata={"help": "Replace an earlier selection in `output_dir`; what else is there stays."}
     )
     prompt_column: str | None = field(
         default=None, metadata={"help": "Column of the prompts; default: text, prompt or caption."}
     )
-    split: str = field(default="train", metadata={"help": "Which split of a saved data set that has several."})
+    split: str = field(default="train", metadata={"help": "Which split of a saved data set or of parquet files."})
     feedback_dir: str | None = field(
         default=None,
         metadata={"help": "Where predictions are kept; default: beside `pictures`, in `<pictures>_feedback`."},
@@ -90,12 +93,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     rules = read_rules(arguments.rules)
     check_output_dir(arguments)
     check_model_folder(arguments.model)
+    check_words(rules, arguments.model)
     drawing, columns = None, {"prompt_column": arguments.prompt_column, "split": arguments.split}
     if generation.policy is not None:
         warn_of_ignored(arguments, columns, "the pictures are drawn, and their table says so")
         columns = {}
-        drawing = Generation(arguments.pictures, generation, read_prompt_file(generation.prompts))
         generation.check()
+        drawing = Generation(arguments.pictures, generation, read_prompt_file(generation.prompts))
     else:
         open_pool(arguments.pictures, **columns)
 
@@ -147,13 +151,34 @@ def predict_missing(store: Store, arguments: SelectArguments, state: PartialStat
     state.wait_for_everyone()
 
 
-def check_output_dir(arguments: SelectArguments) -> None:
-    """Complain about an `output_dir` that holds anything but an earlier selection that may be replaced.
+def check_words(rules: Mapping[str, Rule], model: str) -> None:
+    """Complain about rules on misaligned words where the predictor says nothing of words: all would be kept.
 
     Raises:
-        ValueError: it does, or it is a file.
+        ValueError: names the first such rule.
     """
-    folder = Path(arguments.output_dir)
+    asking = [name for name, rule in rules.items() if asks_for_words(rule)]
+    if asking and RahfConfig.from_pretrained(model).words == "none":
+        raise ValueError(
+            f"rules: `{asking[0]}` asks for misaligned words, but the predictor {model} was trained without them "
+            "(`words: none`); leave the rule out, or give a `model` that was trained with words"
+        )
+
+
+def check_output_dir(arguments: SelectArguments) -> None:
+    """Complain about an `output_dir` that the selection must not be written to.
+
+    Raises:
+        ValueError: it holds other files than an earlier selection, or one that may not be replaced; it is a file; it
+            lies in the pictures' folder; or they or their predictions lie in it.
+    """
+    folder, pictures = Path(arguments.output_dir), Path(arguments.pictures)
+    feedback = feedback_place(pictures, arguments.feedback_dir)
+    if is_within(pictures, folder) or is_within(folder, pictures) or is_within(feedback, folder):
+        raise ValueError(
+            f"output_dir {folder} lies in or around the pictures {pictures} or their predictions {feedback}; give an "
+            "--output_dir apart from them"
+        )
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()):
@@ -166,8 +191,8 @@ def check_output_dir(arguments: SelectArguments) -> None:
 
 
 def write_selection(arguments: SelectArguments, pool: Pool, predictions: Predictions, steps: Sequence[Step]) -> None:
-    """Write the chosen pictures as an image folder, and the report, in place of what was in `output_dir`."""
-    with replaced_whole(Path(arguments.output_dir)) as folder:
+    """Write the chosen pictures as an image folder, and the report, in place of an earlier selection."""
+    with replaced_parts(Path(arguments.output_dir), PARTS) as folder:
         lines = []
         for place in steps[-1].kept:
             entry, data = pool.entries[place], pool.read(place)

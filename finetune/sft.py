@@ -71,7 +71,7 @@ class SftArguments(EvaluationArguments, PolicyArguments):
     prompt_column: str | None = field(
         default=None, metadata={"help": "Column of the prompts; default: text, prompt or caption."}
     )
-    split: str = field(default="train", metadata={"help": "Which split of a saved data set that has several."})
+    split: str = field(default="train", metadata={"help": "Which split of a saved data set or of parquet files."})
     reward: str | None = field(
         default=None,
         metadata={

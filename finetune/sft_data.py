@@ -95,7 +95,7 @@ def read_weights(pool: Pool, weight_by: Mapping[str, float], temperature: float 
     if not weight_by:
         return torch.ones(len(pool.entries))
     for column in weight_by:
-        known = [name for name, value in pool.entries[0].columns.items() if isinstance(value, int | float)]
+        known = [name for name, value in pool.entries[0].columns.items() if _is_number(value)]
         if column not in known:
             raise ValueError(f"weight_by: {unknown_name(f'column of numbers in {pool.place}', column, known)}")
     try:
@@ -112,6 +112,15 @@ def read_weights(pool: Pool, weight_by: Mapping[str, float], temperature: float 
         "least 0 and not all 0; set weight_temperature",
     )
     return (weights / weights.mean()).float()
+
+
+def _is_number(cell: Any) -> bool:
+    """Also as a CSV has it, whose cells are all texts."""
+    try:
+        float(cell)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 class Visit(NamedTuple):
@@ -190,7 +199,8 @@ class TrainingPictures(Dataset):
             for first in range(0, len(share), batch_size):
                 chunk = share[first : first + batch_size]
                 latents = policy.encode_images(torch.stack([self.pixels(place) for place in chunk]))
-                mine += zip(chunk, latents.cpu().unbind(), strict=True)
+                # A view would be kept, and sent to the others, with the whole batch.
+                mine += [(place, one.clone()) for place, one in zip(chunk, latents.cpu(), strict=True)]
                 on_picture(len(chunk))
         self.latents = dict(gather_object(mine))
 

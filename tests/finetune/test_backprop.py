@@ -135,11 +135,24 @@ def test_gradient_of_the_guards_distance_is_that_of_finite_differences(policy):
     for name in ("noise_distance", "kl"):
 
         def value(name=name):
-            return getattr(sampler.draw(prompts, noise, Reach(0, 2), measure=True), name)
+            return getattr(sampler.draw(prompts, noise, Reach(0, 2), measure=True, guard=True), name)
 
         found = torch.autograd.grad(value(), weights_of(policy), allow_unused=True)
         slope = sum((g * d).sum() for g, d in zip(found, direction, strict=True))
         assert float(slope) == pytest.approx(finite_difference(policy, value, direction), rel=1e-5)
+
+
+def test_a_distance_that_guards_nothing_is_the_same_number_without_gradients(policy):
+    schedule, noise, prompts = schedule_of(policy), noise_of(policy), PROMPTS[:COUNT]
+    sampler, fresh = Sampler(policy, policy.network, schedule), fresh_of(policy, 2)
+    for reach in (Reach(0, 2), Reach(2, 2, draws=2)):
+        guarded = sampler.draw(prompts, noise, reach, fresh, measure=True, guard=True)
+        measured = sampler.draw(prompts, noise, reach, fresh, measure=True)
+        for name in ("noise_distance", "kl"):
+            assert torch.equal(getattr(measured, name), getattr(guarded, name))
+            assert getattr(guarded, name).requires_grad
+            assert not getattr(measured, name).requires_grad
+        assert torch.equal(measured.latents, guarded.latents)
 
 
 def test_one_last_step_is_one_draw_of_the_last_step(policy):
@@ -257,9 +270,10 @@ def peak_bytes(policy, steps, recompute):
     sampler = Sampler(policy, policy.network, schedule, recompute=recompute)
     policy.encode(PROMPTS[:1])
     with Peak() as peak:
-        drawn = sampler.draw(PROMPTS[:1] * 8, noise, Reach(10 - steps, 9))
+        drawn = sampler.draw(PROMPTS[:1] * 8, noise, Reach(10 - steps, 9), measure=True)
         found = gradient(policy, drawn)
     assert all(part.abs().sum() > 0 for part in found)
+    assert float(drawn.noise_distance) > 0
     return peak.most
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
+from finetune.backprop import Sampler
 from finetune.draft_config import DraftConfig
 from finetune.draft_trainer import DraftTrainer
 from reward.feedback import Reward
@@ -85,6 +86,20 @@ VARIANTS = {
     "alignprop": {"backprop_range": [1, 2]},
     "refl": {"refl_steps": 2},
 }
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_gradients_of_the_distance_are_kept_only_where_it_guards(make_trainer, monkeypatch, beta):
+    draw, seen = Sampler.draw, []
+
+    def spied(*arguments):
+        drawn = draw(*arguments)
+        seen.append(None if drawn.noise_distance is None else drawn.noise_distance.requires_grad)
+        return drawn
+
+    monkeypatch.setattr(Sampler, "draw", spied)
+    trained(make_trainer(beta=beta, num_train_epochs=1))
+    assert seen == ([True, True] if beta else [False, None])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from finetune import guide
 from reward.arguments import ArgumentsError
 from reward.feedback import Reward
+from rl.checkpoints import RUN_CONFIG
 from rl.folder_lock import FolderInUseError, taken
 from rl.rollout import keyed_generator
 from tests.rl.conftest import make_pipeline
@@ -77,6 +80,12 @@ def test_the_command_draws_pairs_and_goes_on_where_it_was_stopped(folder, tmp_pa
     capsys.readouterr()
     guide.main(argv)
     assert "nothing to do" in capsys.readouterr().out
+    for name in ("summary.json", "sheet.png"):  # killed between the last picture and these
+        (out / name).unlink()
+        guide.main(argv)
+        assert json.loads((out / "summary.json").read_text())["n"] == 3
+        assert (out / "sheet.png").is_file()
+    assert lines(out) == again
     with taken(out), pytest.raises(FolderInUseError, match="in use by another run"):
         guide.main(argv)
     with pytest.raises(ValueError, match=r"holds results of other settings \(scale: 0.2 -> 0.1\)"):
@@ -143,8 +152,45 @@ def test_an_unsupported_family_and_an_unknown_setting_are_refused(folder, tmp_pa
         guide.main(command(folder, tmp_path / "out", "--guided_step", "1:2"))
 
 
-def test_activation_checkpointing_changes_nothing(folder, tmp_path):
+def test_activation_checkpointing_changes_nothing_but_what_is_computed_twice(folder, tmp_path, monkeypatch):
+    prepare, calls = guide.prepare, []
+
+    def counted(run):
+        pipeline = prepare(run)
+        for block in (pipeline.unet.down_blocks[0].resnets[0], pipeline.vae.decoder.mid_block):
+            block.register_forward_pre_hook(lambda block, inputs: calls.append(type(block).__name__))
+        return pipeline
+
+    monkeypatch.setattr(guide, "prepare", counted)
+    counts = {}
     for name in ("plain", "saved"):
         guide.main(command(folder, tmp_path / name, "--activation_checkpointing", str(name == "saved")))
+        counts[name] = Counter(calls)
+        calls.clear()
+    guided = 3 * 2  # steps, batches
+    assert counts["saved"] - counts["plain"] == {"ResnetBlock2D": guided, "UNetMidBlock2D": guided}
     plain, saved = (torch.tensor(pixels(tmp_path / name / "with" / "00000.png")) for name in ("plain", "saved"))
     assert (plain - saved).abs().max() <= 1
+
+
+def test_a_scheduler_without_eta_says_so(folder, tmp_path, caplog):
+    argv = command(folder, tmp_path, "--eta", "1", "--scheduler", "dpmpp", "--prompts", "a red circle")
+    guide.main(argv)
+    assert "eta=1.0 is ignored: DPMSolverMultistepScheduler has no such setting" in caplog.text
+    caplog.clear()
+    guide.prepare(guide.GuideArguments(folder, ["a"], str(tmp_path), eta=1.0))
+    assert "is ignored" not in caplog.text
+
+
+def test_results_of_a_pipeline_that_was_trained_anew_are_not_gone_on_with(folder, tmp_path):
+    pipeline = shutil.copytree(folder, tmp_path / "pipeline")
+    argv = command(str(pipeline), tmp_path / "out", "--prompts", "a red circle")
+    guide.main(argv)
+    file = pipeline / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: weight + 0.1 for name, weight in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=rf"holds results of other settings \(weights of {pipeline}: "):
+        guide.main(argv)
+    config = json.loads((tmp_path / "out" / RUN_CONFIG).read_text())
+    before = {name: value for name, value in config.items() if "weights of" not in name}  # as before they were noted
+    (tmp_path / "out" / RUN_CONFIG).write_text(json.dumps(before))
+    guide.main(argv)

@@ -158,6 +158,9 @@ def test_every_family_draws_by_its_noise_alone(folders, family, guidance_scale):
     share[3:9, 5:20] = 1
     sources = [[keyed_generator(0, one) for one in order] for order in ((0, 1, 2), (0, 1), (5, 6))]
     three, two, others = (draw(picture, share, "a red circle", source) for source in sources)
+    for draw.batch_size in (1, 3):
+        again = draw(picture, share, "a red circle", [keyed_generator(0, one) for one in range(3)])
+        assert torch.allclose(again, three, atol=1e-5)
     assert three.shape == (3, 3, 20, 37)
     assert 0 <= three.min() <= three.max() <= 1
     assert torch.allclose(three[:2], two, atol=1e-5)
@@ -168,6 +171,9 @@ def test_every_family_draws_by_its_noise_alone(folders, family, guidance_scale):
 def test_latents_outside_the_mask_are_the_pictures_own(folders):
     """With a text-to-image network the blended latent decodes, far from the mask, to what the picture's own does."""
     draw = Inpainter.load(folders["sd"], dtype=torch.float32, device="cpu", steps=3)
+    with torch.no_grad():  # encodings without spread, as those of real pipelines
+        draw.pipeline.vae.quant_conv.weight[4:] = 0
+        draw.pipeline.vae.quant_conv.bias[4:] = -30
     picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
     share = torch.zeros(64, 64)
     share[:8, :8] = 1
@@ -310,6 +316,43 @@ def test_the_command_mends_a_folder_and_goes_on_where_it_was_stopped(folders, al
         inpaint.main([*argv, "--seed", "1"])
     inpaint.main([*argv, "--seed", "1", "--overwrite_output_dir", "true"])
     assert lines(out)["spot"]["rounds"] != rows["spot"]["rounds"]
+
+
+def test_a_summary_that_is_missing_or_of_fewer_pictures_is_written(folders, album, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    inpaint.main(command(folders, album, out))
+    whole, rows = (out / "summary.json").read_text(), lines(out)
+    monkeypatch.setattr(InpaintArguments, "inpainter", lambda run: pytest.fail("a model was loaded"))
+    (out / "summary.json").unlink()  # killed between the last picture and the summary
+    inpaint.main(command(folders, album, out))
+    assert (out / "summary.json").read_text() == whole
+    (out / "summary.json").write_text(whole.replace('"n": 3', '"n": 2'))  # the same, after pictures were added
+    inpaint.main(command(folders, album, out))
+    assert (out / "summary.json").read_text() == whole
+    assert lines(out) == rows
+
+
+def test_results_that_would_be_mended_or_delete_the_pictures_are_refused(folders, album, tmp_path, monkeypatch):
+    monkeypatch.setattr(InpaintArguments, "inpainter", lambda run: pytest.fail("a model was loaded"))
+    for out in (album, album / "fixed", tmp_path / "album" / ".." / "album" / "fixed"):
+        with pytest.raises(ValueError, match=r"lies in the folder of the pictures.*give an --output_dir outside it"):
+            inpaint.main(command(folders, album, out, "--overwrite_output_dir", "true"))
+    shutil.copytree(album, tmp_path / "out" / "pictures")
+    single = ["--images", str(tmp_path / "out" / "pictures" / "spot.png"), "--prompts", "a red circle"]
+    for source in (["--pictures", str(tmp_path / "out" / "pictures")], single):
+        with pytest.raises(ValueError, match="lies where the results are written"):
+            inpaint.main(command(folders, album, tmp_path / "out", "--overwrite_output_dir", "true", source=source))
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == len(list(album.iterdir())) == 4
+
+
+def test_results_of_a_pipeline_that_was_trained_anew_are_not_gone_on_with(folders, album, tmp_path):
+    pipeline = shutil.copytree(folders["sd"], tmp_path / "pipeline")
+    argv = command({"sd": str(pipeline)}, album, tmp_path / "out")
+    inpaint.main(argv)
+    with (pipeline / "unet" / "diffusion_pytorch_model.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match=rf"holds results of other settings \(weights of {pipeline}: "):
+        inpaint.main(argv)
 
 
 def test_single_pictures_are_mended_as_in_a_folder(folders, album, tmp_path):

@@ -32,6 +32,46 @@ def test_a_folder_and_the_same_as_a_data_set_hold_the_same_pictures(write_pictur
         open_pool(tmp_path / "dict")
 
 
+def parquet(file, prompt, count=2):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = [{"image": Image.new("RGB", (8, 8)), "text": prompt}] * count
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(file))
+
+
+def test_splits_of_parquet_files_are_told_by_their_names(tmp_path):
+    data = tmp_path / "hub" / "data"
+    for split in ("train", "validation_unique"):
+        for shard in range(2):
+            parquet(data / f"{split}-{shard:05d}-of-00002-0a1b.parquet", f"{split} {shard}")
+    parquet(tmp_path / "hub" / "default" / "test" / "0000.parquet", "by its folder")
+    parquet(tmp_path / "hub" / "dev.parquet", "by its stem")
+    for split, expected in (
+        ("train", ["train 0"] * 2 + ["train 1"] * 2),
+        ("validation_unique", ["validation_unique 0"] * 2 + ["validation_unique 1"] * 2),
+        ("test", ["by its folder"] * 2),
+        ("dev", ["by its stem"] * 2),
+    ):
+        assert [entry.prompt for entry in open_pool(tmp_path / "hub", split=split).entries] == expected
+    with pytest.raises(ValueError, match="hub has no split 'validation'; it has train, validation_unique, test, dev"):
+        open_pool(tmp_path / "hub", split="validation")
+
+    parquet(tmp_path / "plain" / "0.parquet", "one")
+    parquet(tmp_path / "plain" / "1.parquet", "two")
+    assert [entry.prompt for entry in open_pool(tmp_path / "plain").entries] == ["one", "one", "two", "two"]
+    with pytest.raises(ValueError, match="plain has no split 'test'; it has train"):
+        open_pool(tmp_path / "plain", split="test")
+
+
+def test_stamps_of_one_split_are_not_anothers(tmp_path):
+    """Rows are named by their numbers, so with one prompt only the stamps tell their pictures apart."""
+    parquet(tmp_path / "train.parquet", "a red circle")
+    parquet(tmp_path / "test.parquet", "a red circle")
+    train, test = (open_pool(tmp_path, split=split).entries[0] for split in ("train", "test"))
+    assert (train.name, train.prompt) == (test.name, test.prompt)
+    assert train.stamp != test.stamp
+
+
 def test_a_stamp_changes_with_its_picture(write_pictures, tmp_path):
     folder = write_pictures(tmp_path / "pictures")
     before = [entry.stamp for entry in open_pool(folder).entries]

@@ -1,15 +1,19 @@
 """The real command, on a tiny pipeline and a tiny predictor."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import datasets
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from finetune import files, generate, predictions, select
 from finetune.pool import read_pictures
 from reward.arguments import main_guard
+from reward.model import RahfModel
 from reward.predict import RichFeedbackPredictor
 from tests.rl.conftest import full_disk
 
@@ -235,17 +239,103 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path):
     assert files_of(tmp_path) == {"a": b"before"}
 
 
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
-    def write(content, fail=False):
-        with files.replaced_whole(tmp_path / "folder") as folder:
-            (folder / content).write_text(content)
+def test_parts_are_replaced_all_or_none_and_what_else_is_there_stays(tmp_path, monkeypatch):
+    folder, parts = tmp_path / "folder", ("report", "data", "chart")
+
+    def write(content, *names, fail=False):
+        with files.replaced_parts(folder, parts) as new:
+            for name in names:
+                (new / name).write_text(content)
             if fail:
                 raise KeyboardInterrupt
 
-    write("one")
+    write("one", "report", "data", "chart")
+    (folder / "mine").write_text("mine")
+    before = files_of(folder)
     with pytest.raises(KeyboardInterrupt):
-        write("two", fail=True)
-    assert files_of(tmp_path / "folder") == {"one": b"one"}
-    write("three")
-    assert files_of(tmp_path / "folder") == {"three": b"three"}
+        write("two", "report", "data", fail=True)
+    assert files_of(folder) == before
+    replace = os.replace
+    for failing in range(5):  # three parts go, two come
+        left = [failing]
+
+        def fails_once(source, target, left=left):
+            left[0] -= 1
+            if left[0] == -1:
+                raise OSError("no room")
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "replace", fails_once)
+            with pytest.raises(OSError, match="no room"):
+                write("two", "report", "data")
+        assert files_of(folder) == before
+    write("two", "report", "data")
+    assert files_of(folder) == {"report": b"two", "data": b"two", "mine": b"mine"}
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_pictures_and_selection_in_one_another_are_refused_and_nothing_is_lost(given, drawn, tmp_path, capsys):
+    around = tmp_path / "pictures"
+    for settings in (
+        drawn | {"pictures": tmp_path / "chosen" / "pool"},
+        drawn | {"pictures": tmp_path / "chosen"},
+        drawn | {"feedback_dir": tmp_path / "chosen" / "feedback"},
+        given | {"output_dir": tmp_path / "pictures_feedback"},
+        given | {"output_dir": around / "chosen"},
+        given | {"output_dir": around / ".." / "pictures", "overwrite_output_dir": True},
+    ):
+        assert command(*flags(**settings)) == 2
+        assert "lies in or around the pictures" in capsys.readouterr().err
+    assert len(files_of(around)) == 7
+    assert not any((tmp_path / name).exists() for name in ("chosen", "pool", "pictures_feedback"))
+
+
+def test_overwriting_a_selection_leaves_what_else_is_in_its_folder(given):
+    assert command(*flags(**given)) == 0
+    lora = given["output_dir"] / "sft_run" / "lora.safetensors"
+    lora.parent.mkdir()
+    lora.write_text("hours of training")
+    given |= {"rules": {"all": {"random": 6}}, "overwrite_output_dir": True}
+    assert command(*flags(**given)) == 0
+    assert lora.read_text() == "hours of training"
+    names = {path.name for path in given["output_dir"].iterdir()}
+    assert names == {"data", "selection.json", "kept.png", "sft_run"}  # none is rejected now
+    assert len(list((given["output_dir"] / "data").glob("*.png"))) == 6
+
+
+def test_pictures_of_the_folder_that_one_is_in(given, monkeypatch):
+    monkeypatch.chdir(given["pictures"])
+    assert command(*flags(**given | {"pictures": "."})) == 0
+    assert predictions.Store(select.open_pool(given["pictures"]), given["model"]).missing() == []
+
+
+def test_rules_on_words_need_a_predictor_of_words(given, make_config, capsys):
+    RahfModel(make_config(words="none")).save_pretrained(given["model"])
+    for rule in (
+        {"misaligned": 0},
+        {"any": [{"random": 3}, {"misaligned": 2}]},
+        {"quantile": {"overall": 1, "misaligned_words": -1}, "at_least": 0.5},
+    ):
+        assert command(*flags(**given | {"rules": {"all": {"random": 6}, "words": rule}})) == 2
+        assert "rules: `words` asks for misaligned words, but the predictor" in capsys.readouterr().err
+    assert command(*flags(**given)) == 0
+
+
+def test_pictures_of_a_policy_that_was_trained_anew_are_not_taken_for_its_own(drawn, tmp_path, capsys):
+    policy = shutil.copytree(drawn["policy"], tmp_path / "policy")
+    drawn |= {"policy": policy, "overwrite_output_dir": True}
+    assert command(*flags(**drawn)) == 0
+    train_anew(policy / "unet" / "diffusion_pytorch_model.safetensors")
+    assert command(*flags(**drawn)) == 2
+    assert f"holds a pool drawn with other settings (weights of {policy}: " in capsys.readouterr().err
+    noted = drawn["pictures"] / "pool.json"
+    settings = {name: value for name, value in json.loads(noted.read_text()).items() if "weights" not in name}
+    noted.write_text(json.dumps(settings))  # as before weights were noted
+    assert command(*flags(**drawn)) == 0
+
+
+def train_anew(file):
+    weights = load_file(file)
+    name = next(iter(weights))
+    save_file(weights | {name: weights[name] + 1}, file)

@@ -79,6 +79,16 @@ def test_weights_have_mean_one(write_pictures, tmp_path):
         read_weights(pool, {"plausibility": 1.0}, None)
 
 
+def test_weights_of_a_csv_are_numbers_too(write_pictures, tmp_path):
+    folder = write_pictures(tmp_path / "p", 2)
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text("file_name,text,overall,name\n0.png,a red circle,0.2,a\n1.png,b,0.6,b\n")
+    pool = open_pool(folder)
+    assert read_weights(pool, {"overall": 1.0}, None).tolist() == pytest.approx([0.5, 1.5])
+    with pytest.raises(ValueError, match=r"no column of numbers in .* `name`"):
+        read_weights(pool, {"name": 1.0}, None)
+
+
 def test_kept_latents_are_those_of_the_pictures_and_are_decoded_to_them(write_pictures, tmp_path, policy, caplog):
     pool = open_pool(write_pictures(tmp_path / "p", 3, sizes=((16, 16), (12, 24))))
     pictures = TrainingPictures(pool, [(16, 16), (12, 20)], torch.ones(3))
@@ -89,6 +99,8 @@ def test_kept_latents_are_those_of_the_pictures_and_are_decoded_to_them(write_pi
     pictures.encode(policy, 2, 0, 1, done.append)
     assert sorted(done) == [1, 2]
     example = pictures[Visit(5, 1, 0)]
+    for latent in pictures.latents.values():  # and not as a view of its batch, which would be sent whole
+        assert latent.untyped_storage().nbytes() == latent.numel() * latent.element_size()
     assert (example["visit"].epoch, example["prompt"], example["latents"].shape) == (5, "a blue square", (4, 6, 10))
     posterior = policy.pipeline.vae.encode(2 * before[None] - 1).latent_dist
     torch.testing.assert_close(example["latents"], posterior.mean[0] * policy.pipeline.vae.config.scaling_factor)

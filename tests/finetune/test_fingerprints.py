@@ -1,0 +1,43 @@
+import shutil
+
+import torch
+from safetensors.torch import save_file
+
+from finetune.fingerprints import fingerprint, weights_of, with_weights
+from rl.adapter import LORA_WEIGHTS
+
+
+def test_models_are_found_wherever_settings_name_them(pipeline_folder, model_folder, tmp_path):
+    lora = tmp_path / "run"
+    lora.mkdir()
+    save_file({"a": torch.zeros(2)}, lora / LORA_WEIGHTS)
+    settings = {"kwargs": {"model": str(model_folder), "weights": {"overall": 1.0}}, "name": "package.module:Name"}
+    found = weights_of(pipeline_folder, [str(lora), str(lora / LORA_WEIGHTS)], settings, "owner/name", None, 3, ".")
+    assert list(found) == [
+        f"weights of {place}" for place in (pipeline_folder, lora, lora / LORA_WEIGHTS, model_folder)
+    ]
+    assert found[f"weights of {model_folder}"] == fingerprint(model_folder)
+    (lora / "trainer_state.json").write_text("{}")  # a run writes more than the weights
+    assert weights_of(str(lora)) == {f"weights of {lora}": found[f"weights of {lora}"]}
+    save_file({"a": torch.ones(2)}, lora / LORA_WEIGHTS)
+    assert weights_of(str(lora)) != {f"weights of {lora}": found[f"weights of {lora}"]}
+
+
+def test_every_part_of_a_pipeline_counts(pipeline_folder, tmp_path):
+    copy = shutil.copytree(pipeline_folder, tmp_path / "copy")
+    seen = {fingerprint(pipeline_folder), fingerprint(copy)}
+    assert len(seen) == 1
+    for file in ("scheduler/scheduler_config.json", "unet/config.json", "vae/diffusion_pytorch_model.safetensors"):
+        with (copy / file).open("ab") as opened:
+            opened.write(b" ")
+        seen.add(fingerprint(copy))
+    assert len(seen) == 4
+    (copy / "samples").mkdir()
+    (copy / "samples" / "notes.json").write_text("{}")
+    assert fingerprint(copy) in seen
+
+
+def test_settings_that_say_nothing_of_weights_are_taken_for_those_of_now():
+    now = {"seed": 0, "weights of a": "1"}
+    assert with_weights({"seed": 1}, now) == {"seed": 1, "weights of a": "1"}
+    assert with_weights({"seed": 1, "weights of a": "2"}, now) == {"seed": 1, "weights of a": "2"}
