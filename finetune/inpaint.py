@@ -182,10 +182,14 @@ class InpaintArguments:
             ValueError: see `Inpainter.load`.
         """
         names = ("strength", "eta", "guidance_scale", "negative_prompt", "resolution", "batch_size")
-        return Inpainter.load(
+        found = Inpainter.load(
             self.pipeline, dtype=getattr(torch, self.model_dtype), device=self.device, steps=self.num_inference_steps,
             **{name: getattr(self, name) for name in names},
         )  # fmt: skip
+        if "eta" not in found.pipeline.prepare_extra_step_kwargs(None, self.eta):
+            scheduler = type(found.pipeline.scheduler).__name__
+            warn_of_ignored(self, ("eta",), f"{scheduler} has no such setting; DDIM does")
+        return found
 
 
 _FREE = ("output_dir", "overwrite_output_dir", "batch_size", "device", "pictures", "images", "prompts", "prompts_table")

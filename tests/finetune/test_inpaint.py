@@ -7,7 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionXLInpaintPipeline,
+)
 from PIL import Image
 
 from finetune import inpaint
@@ -218,6 +223,19 @@ def album(tmp_path):
     rows = [json.dumps({"file_name": f"{name}.png", "prompt": "a red circle"}) for name in pictures]
     (folder / "metadata.jsonl").write_text("\n".join(rows))
     return folder
+
+
+def test_a_scheduler_without_eta_says_so(folders, tmp_path, caplog):
+    how = {"output_dir": str(tmp_path), "images": ["a.png"], "prompts": ["a"], "eta": 1.0}
+    InpaintArguments(pipeline=folders["sd"], **how).inpainter()
+    assert "is ignored" not in caplog.text
+    shutil.copytree(folders["sd"], tmp_path / "euler")
+    EulerDiscreteScheduler(steps_offset=1).save_pretrained(tmp_path / "euler" / "scheduler")
+    index = tmp_path / "euler" / "model_index.json"
+    named = json.loads(index.read_text()) | {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}
+    index.write_text(json.dumps(named))
+    InpaintArguments(pipeline=str(tmp_path / "euler"), **how).inpainter()
+    assert "eta=1.0 is ignored: EulerDiscreteScheduler has no such setting" in caplog.text
 
 
 def command(folders, album, out, *more, source=None):
