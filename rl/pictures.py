@@ -39,8 +39,9 @@ def legend(names: Collection[str], width: int) -> list[list[Image.Image]]:
 
 
 def shown_maps(reward: Reward) -> Mapping[str, torch.Tensor]:
-    """What a sheet shows of a reward: its heatmaps, all of them, or, if it has none, its penalty maps."""
-    return reward.heatmaps or reward.penalties
+    """What a sheet shows of a reward: its heatmaps, and its penalty maps of other names, as one of several rewards may
+    have penalties alone."""
+    return {**reward.heatmaps, **{name: maps for name, maps in reward.penalties.items() if name not in reward.heatmaps}}
 
 
 def full_strength(rewards: Sequence[Reward]) -> dict[str, float]:
@@ -48,7 +49,7 @@ def full_strength(rewards: Sequence[Reward]) -> dict[str, float]:
     scale: dict[str, float] = {}
     for reward in rewards:
         for name, maps in shown_maps(reward).items():
-            scale[name] = 1.0 if reward.heatmaps else max(scale.get(name, 0.0), float(maps.max()))
+            scale[name] = 1.0 if name in reward.heatmaps else max(scale.get(name, 0.0), float(maps.max()))
     return scale
 
 

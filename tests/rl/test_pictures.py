@@ -49,6 +49,13 @@ def test_heatmaps_are_shown_as_they_are_whether_or_not_they_cost_anything(drawn)
     assert [round(float(one.max()), 3) for one in maps] == [0.2, 0.4, 0.2, 0.4]
 
 
+def test_penalties_without_a_heatmap_are_shown_beside_the_heatmaps_of_others(drawn):
+    """Of several rewards, one may have heatmaps and another penalties alone."""
+    _, maps = drawn
+    pictures.sample_sheet(samples(None, peak=3.0, heatmaps={"rich.misalignment": torch.full((2, 4, 4), 0.4)}))
+    assert [round(float(one.max()), 3) for one in maps] == [0.4, 0.5, 0.4, 1.0]
+
+
 def test_maps_before_and_after_are_drawn_to_one_scale(drawn):
     _, maps = drawn
     before, after = samples(None, peak=2.0), samples(None, peak=1.0)
