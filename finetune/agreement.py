@@ -3,10 +3,11 @@
     python -m finetune.agreement --config configs/agreement_tinyworld.yaml [--any_setting value]
 
 Pictures with prompts are taken from a folder or a `datasets` data set, or drawn first, as `finetune.select` does. Each
-reward judges them as they are, after a JPEG of quality 95, moved by one pixel, and with planted defects. A table and a
-JSON say: how the rewards' orders of the pictures agree, within prompts and across; how often each prefers what people
-prefer, where the pictures come with their numbers (or as pairs of which one was chosen, `choices`), or what another
-reward prefers; how much noise there is in each; how often it sees a defect; what a picture costs.
+reward judges them as they are, once more in another order, after a JPEG of quality 95, moved by one pixel, and with
+planted defects. A table and a JSON say: how the rewards' orders of the pictures agree, within prompts and across; how
+often each prefers what people prefer, where the pictures come with their numbers (or as pairs of which one was chosen,
+`choices`), or what another reward prefers; how much noise there is in each; how often it sees a defect; what a picture
+costs.
 
 A reward that disagrees with people on the pictures that the policy draws now will not lead it to where they agree; two
 that agree fully say the same twice; one whose noise is as large as its differences teaches noise.
@@ -50,7 +51,7 @@ from finetune.planted_defects import DEFECTS  # noqa: E402
 from finetune.pool import Pool, open_pool  # noqa: E402
 from finetune.predictions import read_pictures  # noqa: E402
 from finetune.select import draw_missing  # noqa: E402
-from finetune.small_changes import CHANGES  # noqa: E402
+from finetune.small_changes import ASKED_AGAIN, CHANGES  # noqa: E402
 from reward.arguments import main_guard, parse_arguments, read_prompt_file  # noqa: E402
 from reward.by_name import check_reward_name, make_reward, read_named_rewards  # noqa: E402
 from reward.feedback import Reward, RewardFn  # noqa: E402
@@ -148,7 +149,7 @@ class Opinions:
     Attributes:
         prompts: N.
         values: rater -> (N,) float64: rewards' objectives, then labels.
-        changed: name of a change (`CHANGES`) -> reward -> (N,), of the changed pictures.
+        changed: `ASKED_AGAIN` or name of a change (`CHANGES`) -> reward -> (N,), of the same or the changed pictures.
         defective: name of a defect (`DEFECTS`) -> reward -> (N,), of the pictures with it.
         milliseconds: reward -> of one picture, the median over batches.
         chosen: reward -> (C,), by how much it prefers, of C pairs, the picture that people chose; `captions` of them.
@@ -289,7 +290,7 @@ def ask(
     """
     prompts = [entry.prompt for entry in pool.entries[:count]]
     values = {name: np.full(count, np.nan) for name in rewards}
-    changed = {change: {name: np.full(count, np.nan) for name in rewards} for change in CHANGES}
+    changed = {change: {name: np.full(count, np.nan) for name in rewards} for change in (ASKED_AGAIN, *CHANGES)}
     defective = {defect: {name: np.full(count, np.nan) for name in rewards} for defect in DEFECTS}
     seconds = defaultdict(list)
     for places, images in _batches(pool, count, batch_size):
@@ -298,6 +299,9 @@ def ask(
             began = _now(device)
             values[name][places] = _objective(reward, images, asked)
             seconds[name].append((_now(device) - began) / len(places))
+        for name, reward in rewards.items():
+            again = _objective(reward, images.flip(0), asked[::-1])
+            changed[ASKED_AGAIN][name][places] = again[::-1]
         for change, apply in CHANGES.items():
             other = apply(images)
             for name, reward in rewards.items():

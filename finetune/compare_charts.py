@@ -58,16 +58,18 @@ def curves_chart(curves: Sequence[Curve], x_label: str, y_label: str, alt: str) 
         figure = Figure(figsize=(5.4, 3.5), layout="constrained")
         axes: Axes = figure.subplots()
         axes.axhline(0, color=_INK, linewidth=0.8, alpha=0.5)
+        lines = []
         for curve in curves:
             colour = COLOURS[curve.place % len(COLOURS)]
             style, mark = _STYLES[curve.place // len(COLOURS) % len(_STYLES)], _MARKS[curve.place % len(_MARKS)]
-            axes.plot(curve.x, curve.mean, style, marker=mark, markersize=4, color=colour, label=curve.name)
+            lines += axes.plot(curve.x, curve.mean, style, marker=mark, markersize=4, color=colour)
             if np.isfinite(curve.low).all():
                 axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.set_xlim(left=0)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        # Not by the lines' labels: of those, what begins with an underscore is left out.
+        figure.legend(lines, [curve.name for curve in curves], loc="outside lower center", ncols=2)
         return _svg(figure, alt)
 
 

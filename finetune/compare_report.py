@@ -150,9 +150,10 @@ def build(
 def _standings(comparison: Comparison, results: Sequence[Trained]) -> list[Standing]:
     smallest = comparison.arguments.smallest_difference
     names = [one.name for one in comparison.evaluators]
+    tests = sum(bool(one.seeds) for one in results)
     gains = [
         {
-            name: difference(one.gain(name), smallest if name == comparison.decide_by else None)
+            name: difference(one.gain(name), smallest if name == comparison.decide_by else None, tests)
             for name in names
             if one.seeds
         }

@@ -198,8 +198,8 @@ def needed_in_words(less: Difference) -> str:
     """What would show the difference."""
     if less.more_seeds is None:
         return (
-            f"{MOST_SEEDS} seeds would not show one either with these {less.prompts} prompts: more prompts would, or "
-            "there is none that matters"
+            f"{MOST_SEEDS} seeds would not do with these {less.prompts} prompts: more prompts would, or there is none "
+            "that matters"
         )
     if less.more_seeds == 0:
         return "these seeds would mostly show one of this size; a few more would settle it"
@@ -235,7 +235,9 @@ def decide(standings: Sequence[Standing], pairs: Sequence[Pair], by: str | None)
         )
     best = sound[0]
     if not (best.gains[by].value > 0 and best.corrected[by] < ALPHA):
-        return Verdict(f"None of these: no gain in {by} is shown.", [_gain(best, by), *about], [])
+        gain = best.gains[by]
+        missing = [f"Luck may give as much; {needed_in_words(gain)}."] if gain.value > 0 else []
+        return Verdict(f"None of these: no gain in {by} is shown.", [_gain(best, by), *missing, *about], [])
     beside, sentences = [], [_gain(best, by)]
     for other in sound[1:]:
         pair = next((pair for pair in pairs if {pair.one, pair.other} == {best.name, other.name}), None)

@@ -25,4 +25,6 @@ def _through_jpeg(image: torch.Tensor, quality: int) -> torch.Tensor:
     return to_tensor(Image.open(buffer)).float() / 255
 
 
+ASKED_AGAIN = "asked again"
+"""No change at all: of a reward that samples, or whose answer depends on what else is in the batch."""
 CHANGES = {"jpeg 95": as_jpeg, "1 pixel": shifted}

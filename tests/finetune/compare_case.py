@@ -171,7 +171,7 @@ def write_agreement(comparison: Comparison) -> None:
     found = {
         "raters": names, "pictures": 24, "prompts": 6, "within": table, "across": table,
         "accuracy": {names[0]: dict.fromkeys(names[1:], figure)},
-        "noise": {"jpeg 95": dict.fromkeys(names, 0.1), "1 pixel": dict.fromkeys(names, 0.2)},
+        "noise": {change: dict.fromkeys(names, 0.1) for change in ("asked again", "jpeg 95", "1 pixel")},
         "defects": {"smear": dict.fromkeys(names, figure), "wrong prompt": dict.fromkeys(names, figure)},
         "milliseconds": dict.fromkeys(names, 3.0), "chosen": {}, "settings": {"rewards": entries},
     }  # fmt: skip

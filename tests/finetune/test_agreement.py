@@ -27,6 +27,15 @@ class Brightness:
         return Reward(total=self.weight * bright, terms={"red": images[:, 0].mean((1, 2)), "bright": bright})
 
 
+class Moody:
+    """Whose answer is the picture's place in the batch: noise alone."""
+
+    differentiable = False
+
+    def __call__(self, images, prompts):
+        return Reward(total=torch.arange(len(prompts)).float())
+
+
 class Broken:
     differentiable = False
 
@@ -50,6 +59,7 @@ def flags(write_pictures, tmp_path):
                     "bright": BRIGHT,
                     "dark": {"reward": BRIGHT, "kwargs": {"weight": -2.0}},
                     "jpeg": "reward.others:JpegIncompressibility",
+                    "moody": "tests.finetune.test_agreement:Moody",
                 }
             ),
             "--labels": "people",
@@ -66,7 +76,7 @@ def test_the_figures_are_those_of_the_pictures(flags, tmp_path, capsys):
     main(flags())
     found = json.loads((tmp_path / "agreement.json").read_text())
     assert (found["pictures"], found["prompts"]) == (9, 3)
-    assert found["raters"] == ["bright", "dark", "jpeg", "people"]
+    assert found["raters"] == ["bright", "dark", "jpeg", "moody", "people"]
     assert found["within"]["bright"]["dark"]["value"] == pytest.approx(-1)
     assert found["across"]["dark"]["bright"]["value"] == pytest.approx(-1)
     assert found["accuracy"].keys() == {"people"}
@@ -77,6 +87,8 @@ def test_the_figures_are_those_of_the_pictures(flags, tmp_path, capsys):
     assert found["spread"]["dark"] == pytest.approx(2 * found["spread"]["bright"])
     assert found["noise"]["1 pixel"]["dark"] == pytest.approx(found["noise"]["1 pixel"]["bright"])
     assert found["noise"]["jpeg 95"]["bright"] > 0
+    assert found["noise"]["asked again"].items() >= {"bright": 0, "dark": 0, "jpeg": 0}.items()
+    assert found["noise"]["asked again"]["moody"] > 1
     assert all(milliseconds > 0 for milliseconds in found["milliseconds"].values())
     assert found["defects"].keys() == {"smear", "blotch", "turned colours", "wrong prompt"}
     seen = found["defects"]["blotch"]
@@ -94,7 +106,7 @@ def test_the_values_are_the_rewards_own(flags, tmp_path):
     pictures = read_pictures(open_pool(tmp_path / "pictures"), range(5))
     assert found["values"]["bright"] == pytest.approx([float(p.float().mean()) / 255 for p in pictures])
     assert found["accuracy"].keys() == {"jpeg"}
-    assert found["accuracy"]["jpeg"].keys() == {"bright", "dark"}
+    assert found["accuracy"]["jpeg"].keys() == {"bright", "dark", "moody"}
 
 
 def test_a_term_in_place_of_the_objective(flags, tmp_path):

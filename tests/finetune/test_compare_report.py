@@ -7,7 +7,9 @@ import subprocess
 from html import unescape
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from finetune.compare import main
 from finetune.compare_facts import TrainingFacts
@@ -195,8 +197,8 @@ def test_checkpoints_may_be_deleted_and_facts_are_kept(reported):
         main(command)
 
 
-def test_names_with_dollars_are_shown_as_they_are(reported, tmp_path, pipeline_folder):
-    name = r"a $5\frac or $6"
+@pytest.mark.parametrize("name", [r"a $5\frac or $6", "_private"])
+def test_names_are_shown_as_they_are(name, reported, tmp_path, pipeline_folder):
     entrants = {name: {"config": write_config(tmp_path, pipeline_folder)}}
     page = (reported(gains={name: GAINS["red"]}, entrants=entrants, overlay={}) / "report.html").read_text()
     assert page.count(f">{name}</text>") >= 4  # a tick and three legends
@@ -249,12 +251,26 @@ const answer = {
   broken: [...document.images].filter((image) => !image.complete || image.naturalWidth === 0).length,
   drawn: [...document.querySelectorAll("svg")].map((svg) => svg.getBoundingClientRect().height),
   ink: getComputedStyle(document.body).color, paper: getComputedStyle(document.body).backgroundColor,
+  height: document.documentElement.scrollHeight,
+  boxes: PARTS.map((id) => {
+    const box = document.getElementById(id)?.getBoundingClientRect();
+    return box && [box.left, box.top, box.right, box.bottom];
+  }),
   parts: PARTS.filter((id) => { const it = document.getElementById(id); return it && it.offsetHeight > 20; }),
 };
 document.body.innerHTML = "<pre id='answer'></pre>";
 document.getElementById("answer").textContent = JSON.stringify(answer);
 </script>
 """
+
+
+def chromium(folder, *words):
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={folder / 'profile'}",
+        "--hide-scrollbars", "--enable-logging=stderr", "--virtual-time-budget=10000", *words,
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def in_browser(page, folder, width, *flags):
@@ -267,14 +283,7 @@ def in_browser(page, folder, width, *flags):
         "<script>"
         "f.onload = () => { answer.textContent = f.contentDocument.getElementById('answer').textContent; };</script>"
     )
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={folder / 'profile'}",
-        "--allow-file-access-from-files", "--enable-logging=stderr", "--virtual-time-budget=10000",
-        *flags, "--dump-dom",
-        (folder / "frame.html").as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = chromium(folder, "--allow-file-access-from-files", *flags, "--dump-dom", (folder / "frame.html").as_uri())
     found = re.search(r'<pre id="answer">(.+?)</pre>', done.stdout, re.DOTALL)
     assert found, done.stdout[-500:] + done.stderr[-1500:]
     assert "CONSOLE" not in done.stderr, done.stderr
@@ -302,3 +311,22 @@ def test_in_a_real_browser(reported, tmp_path):
     assert dark["width"] <= 1200
     assert (phone["paper"], phone["ink"]) == ("rgb(250, 250, 248)", "rgb(29, 33, 41)")
     assert (dark["paper"], dark["ink"]) == ("rgb(20, 23, 28)", "rgb(230, 233, 239)")
+    assert_every_part_is_painted(page, tmp_path, dark, (20, 23, 28), "--blink-settings=preferredColorScheme=0")
+
+
+def assert_every_part_is_painted(page, folder, found, paper, *flags):
+    """A screenshot of the whole page holds, where each part should be, ink and not paper alone; charts and pictures in
+    colour."""
+    size = f"--window-size={found['screen']},{found['height']}"
+    done = chromium(folder, *flags, size, f"--screenshot={folder / 'shot.png'}", page.as_uri())
+    assert (folder / "shot.png").exists(), done.stderr[-1500:]
+    shot = np.asarray(Image.open(folder / "shot.png").convert("RGB")).astype(int)
+    assert shot.shape[1] == found["screen"]
+    for part, box in zip(PARTS, found["boxes"], strict=True):
+        left, top, right, bottom = (round(edge) for edge in box)
+        region = shot[top:bottom, left:right]
+        inked = np.abs(region - paper).max(axis=-1) > 100
+        assert inked.mean() > 0.004, part
+        if part in ("curves", "pictures"):
+            coloured = np.ptp(region, axis=-1) > 60
+            assert coloured.mean() > 0.002, part

@@ -93,7 +93,15 @@ def test_an_upper_bound_is_compared_with_and_never_chosen():
 
 
 def test_no_gain_shown_and_nobody_left():
-    assert decide([standing("nil", 0.0)], [], "judge").headline == "None of these: no gain in judge is shown."
+    small = difference(np.array([[0.03, 0.01], [-0.03, -0.01], [0.04, 0.0]]))
+    small = standing("small", 0.0, gains={"judge": small}, corrected={"judge": small.p})
+    verdict = decide([small], [], "judge")
+    assert verdict.headline == "None of these: no gain in judge is shown."
+    assert (
+        verdict.sentences[1] == f"Luck may give as much; {small.gains['judge'].more_seeds} more seeds would be needed."
+    )
+    below = decide([standing("nil", -0.1)], [], "judge")
+    assert len(below.sentences) == 1  # no number of seeds makes a loss a gain
     failed = standing("it", 0.2, unfinished="seed 1: training failed", failed=True,
                       flags=[Flag("failed", "seed 1: training failed")])  # fmt: skip
     verdict = decide([failed], [], "judge")
