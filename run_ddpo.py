@@ -62,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     eval_prompts = read_prompt_file(run.eval_prompts) if run.eval_prompts else []
     run.check_stop_on(args.stop_on)
     run.check_eval_strategy(args.eval_strategy.value)
-    if (schedule := read_schedule(run.policy, args)) is not None:
-        args.plan(args.steps_per_rollout(schedule))
+    args.plan(args.steps_per_rollout(read_schedule(run.policy, args)))
     check_adapter_files(args.part(AdapterSettings))
     settings = run_settings(run, args, {"prompts": run.prompts, "eval_prompts": run.eval_prompts})
     beginning = begin(args, settings, console)

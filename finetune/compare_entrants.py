@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from diffusers import DDIMScheduler
 
 from finetune.command_line import as_flags
 from finetune.compare_rewards import BASE, Spec, as_text
@@ -184,12 +183,9 @@ def _fixed(arguments: "CompareArguments") -> dict[str, Any]:
 
 
 def _arithmetic(run: RewardedRunArguments, args: RewardedPolicyConfig) -> tuple[int, int]:
-    """Pictures and updates of a rollout; of a pipeline on the hub, as if its noise schedule were the usual one."""
+    """Pictures and updates of a rollout."""
     schedule = read_schedule(run.policy, args)
-    if isinstance(args, DraftConfig):
-        plan = args.plan()
-    else:
-        plan = args.plan(args.steps_per_rollout(schedule or args.make_schedule(DDIMScheduler())[1]))
+    plan = args.plan() if isinstance(args, DraftConfig) else args.plan(args.steps_per_rollout(schedule))
     return plan.pictures, plan.updates
 
 

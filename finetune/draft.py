@@ -69,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.check_stop_on(args.stop_on)
     run.check_eval_strategy(args.eval_strategy.value)
     check_differentiable(run.named_rewards())
-    if (schedule := read_schedule(run.policy, args)) is not None:
-        args.check_schedule(schedule)
+    args.check_schedule(read_schedule(run.policy, args))
     check_adapter_files(args.part(AdapterSettings))
     settings = run_settings(run, args, {"prompts": run.prompts, "eval_prompts": run.eval_prompts})
     beginning = begin(args, settings, console)

@@ -93,9 +93,7 @@ class GenerationArguments:
         Raises:
             ValueError: it is none that can be used (the message names those that can), or settings do not fit it.
         """
-        scheduler = load_scheduler(self.policy)
-        if scheduler is not None:
-            self.schedule(scheduler)
+        self.schedule(load_scheduler(self.policy))
         check_adapter_files(AdapterSettings(base_adapters=self.base_adapters))
 
     def load(self) -> StableDiffusionPolicy:

@@ -189,9 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_path(run: GuideArguments, own) -> None:
-    """Complain about a scheduler (None: not known yet) that cannot be guided, or not in these steps."""
-    if own is None:
-        return
+    """Complain about a scheduler that cannot be guided, or not in these steps."""
     scheduler = make_scheduler(own, run.scheduler)
     if run.num_inference_steps > scheduler.config.num_train_timesteps:
         raise ValueError(

@@ -35,14 +35,13 @@ from rl.sde import Schedule
 # ---- Before the models are loaded ----
 
 
-def read_schedule(policy: str, args: PolicyConfig) -> Schedule | None:
-    """The sampling steps of a pipeline's folder, from its scheduler alone; None if `policy` is a name on the hub.
+def read_schedule(policy: str, args: PolicyConfig) -> Schedule:
+    """The sampling steps of a pipeline, from its scheduler alone.
 
     Raises:
         ValueError: there is no such pipeline, or it is of a family that is not supported, or `args` do not fit it.
     """
-    scheduler = load_scheduler(policy)
-    return None if scheduler is None else args.make_schedule(scheduler)[1]
+    return args.make_schedule(load_scheduler(policy))[1]
 
 
 def run_settings(arguments: object, args: PolicyConfig, files: Mapping[str, str | None]) -> dict[str, Any]:

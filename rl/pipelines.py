@@ -12,6 +12,8 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 
 @dataclass(frozen=True)
@@ -169,11 +171,7 @@ def load_pipeline(
             `check_pipeline_folder`.
     """
     check_pipeline_folder(path, families)
-    try:
-        index = DiffusionPipeline.load_config(path)
-    except OSError as error:
-        raise ValueError(f"cannot load the pipeline {path}: {error}") from error
-    family = _family(index, path, families)
+    family = _family(_read_json(_pipeline_file(path, "model_index.json")), path, families)
     try:
         pipeline = family.pipeline.from_pretrained(
             path, dtype={"default": dtype, "unet": unet_dtype or dtype}, **family.left_out
@@ -187,18 +185,21 @@ def load_pipeline(
 
 
 def load_scheduler(path: str):
-    """The scheduler of a pipeline folder, without loading the models; None if `path` is a name on the hub.
+    """The scheduler of a pipeline folder, or of the hub's name of one, without its models: of what is on the hub, two
+    files of a few KB are fetched.
 
     Raises:
-        ValueError: see `check_pipeline_folder`; or the scheduler is none of diffusers'.
+        ValueError: see `check_pipeline_folder`, also of a name on the hub, as far as its `model_index.json` tells; the
+            scheduler is none of diffusers'; or the hub does not give its files.
     """
     check_pipeline_folder(path)
-    if not Path(path).exists():
-        return None
-    name = _read_json(Path(path) / "model_index.json")["scheduler"][1]
+    index = _read_json(_pipeline_file(path, "model_index.json"))
+    _family(index, path, FAMILIES)
+    name = str((index.get("scheduler") or [None])[-1])
     if not hasattr(diffusers, name):
         raise ValueError(f"the pipeline {path} has the scheduler {name}, which diffusers does not know")
-    return getattr(diffusers, name).from_pretrained(path, subfolder="scheduler")
+    config = _read_json(_pipeline_file(path, "scheduler/scheduler_config.json"))
+    return getattr(diffusers, name).from_config(config)
 
 
 def family_of(pipeline: DiffusionPipeline) -> Family:
@@ -239,6 +240,20 @@ def _family(index: Mapping[str, Any], path: str, families: Mapping[str, Family])
         known = ", ".join(f"{known} ({family.name})" for known, family in families.items())
         raise ValueError(f"{path} is a {name}; what works here is {known}")
     return families[name]
+
+
+def _pipeline_file(path: str, file: str) -> Path:
+    """A small file of a pipeline folder; of a name on the hub, from the hub's cache or, if that is stale, the hub."""
+    if Path(path).exists():
+        return Path(path) / file
+    try:
+        return Path(hf_hub_download(path, file))
+    except (OSError, EntryNotFoundError, HFValidationError) as error:
+        why = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(
+            f"cannot read {file} of the pipeline {path}: there is no such folder here, no such file in the hub's cache "
+            f"{constants.HF_HUB_CACHE}, and the hub does not give it: {why}"
+        ) from error
 
 
 def _config_name(part: str) -> str:

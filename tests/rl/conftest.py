@@ -2,9 +2,11 @@
 
 import json
 import resource
+import shutil
 from contextlib import contextmanager
 from dataclasses import asdict
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import (
@@ -91,6 +93,18 @@ def make_xl_pipeline(folder, **settings):
     )  # fmt: skip
     pipeline.save_pretrained(folder / "pipeline")
     return str(folder / "pipeline")
+
+
+def put_in_hub_cache(monkeypatch, cache, name, folder, files):
+    """Some `files` of a pipeline folder as the hub's cache has what was fetched; the hub itself is out of reach."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    commit, place = "0" * 40, cache / f"models--{name.replace('/', '--')}"
+    for file in files:
+        (place / "snapshots" / commit / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(f"{folder}/{file}", place / "snapshots" / commit / file)
+    (place / "refs").mkdir(parents=True)
+    (place / "refs/main").write_text(commit)
 
 
 @contextmanager

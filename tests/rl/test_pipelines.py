@@ -9,11 +9,11 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 import rl.policy
-from rl.pipelines import load_pipeline
+from rl.pipelines import load_pipeline, load_scheduler
 from rl.policy import PictureSize, StableDiffusionPolicy
 from rl.rollout import keyed_noise, sample
 from rl.sde import ddim_scheduler, make_schedule
-from tests.rl.conftest import PROMPTS
+from tests.rl.conftest import PROMPTS, put_in_hub_cache
 
 FAMILIES = ["pipeline_folder", "sd2_folder", "xl_folder", "xl_folder_with_empty_prompt"]
 
@@ -131,6 +131,26 @@ def test_other_families_are_named_with_those_that_work(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     with pytest.raises(ValueError, match=r"is a FluxPipeline; .*StableDiffusionPipeline .*2\.x.*StableDiffusionXL"):
         load(str(tmp_path))
+
+
+def test_scheduler_on_the_hub_is_read_without_the_models(pipeline_folder, tmp_path, monkeypatch):
+    files = ("model_index.json", "scheduler/scheduler_config.json")
+    put_in_hub_cache(monkeypatch, tmp_path / "hub", "some/pipeline", pipeline_folder, files)
+    here, there = load_scheduler(pipeline_folder), load_scheduler("some/pipeline")
+    assert type(here) is type(there)
+    assert here.config == there.config
+
+    message = rf"cannot read model_index.json of the pipeline some/other: .*{tmp_path / 'hub'}.*HF_HUB_OFFLINE"
+    for load_any in (load_scheduler, load):
+        with pytest.raises(ValueError, match=message):
+            load_any("some/other")
+
+
+def test_family_on_the_hub_is_known_from_its_index(tmp_path, monkeypatch):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    put_in_hub_cache(monkeypatch, tmp_path / "hub", "some/flux", tmp_path, ["model_index.json"])
+    with pytest.raises(ValueError, match="some/flux is a FluxPipeline"):
+        load_scheduler("some/flux")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from reward.feedback import HEATMAPS, SCORES
 from reward.predict import RichFeedbackPredictor
 from rl.folder_lock import taken
 from tests.reward.test_http import serving
-from tests.rl.conftest import PROMPTS
+from tests.rl.conftest import PROMPTS, put_in_hub_cache
 from tests.rl.toy_rewards import Plain
 
 ROOT = Path(__file__).parents[2]
@@ -151,6 +151,38 @@ def test_mistakes_end_in_one_line_and_exit_code_2(config, capsys, flags, names):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert all(name in lines[0] for name in names), lines[0]
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    """Rewards and policies that are asked for too early."""
+    loaded = []
+    monkeypatch.setattr(run_ddpo.RunArguments, "make_rewards", lambda run: loaded.append("rewards") or {})
+    monkeypatch.setattr(run_ddpo, "load_policy", lambda path, args: loaded.append(path))
+    yield
+    assert loaded == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "scheduler", "message"),
+    [
+        (["--gradient_accumulation_steps", "3"], {}, "does not divide the 4 micro-batches"),
+        (["--train_steps", "99"], {}, "names step 99; the 3 steps are 0 to 2"),
+        ([], {"thresholding": True}, "dynamic thresholding"),
+        (["--policy", "some/other"], {}, "cannot read model_index.json of the pipeline some/other"),
+    ],
+)
+def test_schedule_on_the_hub_is_looked_at_before_anything_is_loaded(
+    config, pipeline_folder, tmp_path, monkeypatch, capsys, nothing_is_loaded, flags, scheduler, message
+):
+    files = ("model_index.json", "scheduler/scheduler_config.json")
+    for file in files:
+        (tmp_path / "pipeline" / file).parent.mkdir(parents=True, exist_ok=True)
+        said = json.loads((Path(pipeline_folder) / file).read_text()) | (scheduler if "config" in file else {})
+        (tmp_path / "pipeline" / file).write_text(json.dumps(said))
+    put_in_hub_cache(monkeypatch, tmp_path / "hub", "some/pipeline", tmp_path / "pipeline", files)
+    assert command("--config", config, "--policy", "some/pipeline", *flags) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_one_command_starts_goes_on_and_finds_that_nothing_is_left(config, tmp_path, capsys):
