@@ -23,6 +23,7 @@ import binascii
 import http.client
 import io
 import json
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,7 +50,7 @@ class HttpReward:
 
     Args:
         url: `http://host:port/path` or `https://...`.
-        timeout: seconds without a sign of life after which a try is given up, above 0.
+        timeout: seconds that one try may take, from the question to the answer's last byte, above 0.
         tries: how often a question is asked before the run is stopped, at least 1. What is tried again: no connection,
             no answer in time, a broken connection, a status of 408, 429 or 5xx. A wrong answer is not.
         backoff: seconds before the second try; before each later one twice as many.
@@ -109,14 +110,51 @@ class HttpReward:
     def _post(self, body: bytes) -> tuple[int, bytes]:
         parts = urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        deadline = time.monotonic() + self.timeout
         connection = kind(parts.hostname, parts.port, timeout=self.timeout)
+        connection.response_class = lambda sock, **how: http.client.HTTPResponse(_UntilDeadline(sock, deadline), **how)
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         try:
+            connection.connect()
+            connection.sock.settimeout(_seconds_to(deadline))
             connection.request("POST", path, body, {"Content-Type": "application/json", "Accept": "application/json"})
             response = connection.getresponse()
             return response.status, response.read()
         finally:
             connection.close()
+
+
+class _UntilDeadline(io.RawIOBase):
+    """What a socket receives, as `http.client` reads it. A timeout of the socket alone counts from byte to byte."""
+
+    def __init__(self, sock: socket.socket, deadline: float):
+        self._sock, self._raw, self._deadline = sock, sock.makefile("rb", buffering=0), deadline
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int | None:
+        self._sock.settimeout(_seconds_to(self._deadline))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _seconds_to(deadline: float) -> float:
+    """Seconds that are left, above 0.
+
+    Raises:
+        TimeoutError: none are.
+    """
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
 
 
 # ---- The format: what is asked ----
@@ -271,5 +309,5 @@ def _quote(body: bytes) -> str:
 
 def _in_words(error: Exception, timeout: float) -> str:
     if isinstance(error, TimeoutError):
-        return f"no sign of life within {timeout:g} s"
+        return f"no whole answer within {timeout:g} s"
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,10 +1,11 @@
 """Real servers on free ports of this machine."""
 
+import contextlib
 import json
 import re
+import socketserver
 import threading
 import time
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -37,7 +38,7 @@ class Everything:
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def running(server):
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -53,7 +54,7 @@ def serving(reward):
     return running(make_server(reward))
 
 
-@contextmanager
+@contextlib.contextmanager
 def answering(*answers):
     """A server that gives these answers, (status, bytes or seconds of silence), the last one again and again."""
     asked = []
@@ -149,7 +150,7 @@ def test_wrong_answers_are_refused_at_once(answer, message):
         ((500, b'{"error": "out of memory"}'), 3, "no answer in 3 tries: HTTP 500: out of memory;"),
         ((503, b"busy"), 3, "no answer in 3 tries: HTTP 503: 'busy';"),
         ((404, b""), 1, "no answer in 1 try: HTTP 404: '';"),
-        ((200, 0.3), 3, "no answer in 3 tries: no sign of life within 0.1 s;"),
+        ((200, 0.3), 3, "no answer in 3 tries: no whole answer within 0.1 s;"),
         ((200, 0.0), 3, "no answer in 3 tries: RemoteDisconnected"),
     ],
 )
@@ -158,6 +159,24 @@ def test_silence_is_tried_again_and_then_an_error(answer, tries, message):
         HttpReward(url, timeout=0.1, backoff=0)(IMAGES, PROMPTS)
     assert f"the reward at {url} " in str(caught.value)
     assert len(asked) == tries
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"])
+def test_an_answer_that_trickles_in_is_not_waited_for(head):
+    class Drip(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(65536)
+            self.request.sendall(head)
+            with contextlib.suppress(OSError):  # nobody listens any longer
+                for _ in range(100):
+                    self.request.sendall(b" ")
+                    time.sleep(0.05)
+
+    start = time.perf_counter()
+    with running(socketserver.TCPServer(("127.0.0.1", 0), Drip)) as url:
+        with pytest.raises(RewardError, match=r"no answer in 1 try: no whole answer within 0.2 s;"):
+            HttpReward(url, timeout=0.2, tries=1)(IMAGES, PROMPTS)
+        assert time.perf_counter() - start < 1
 
 
 def test_an_answer_at_the_last_try_is_one_and_waits_grow():
