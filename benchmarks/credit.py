@@ -14,9 +14,9 @@ How many images a kind takes to where `image` ends: its mean curve, made to rise
 
 Trainings are kept in `--work`, each a small file; what is there is not done again, and what is missing is left out of
 the table. The order is: the rounds of the tuning, then the reported seeds one by one, all kinds of each. `--kinds` may
-name two that are left out, because the gradients have answered: `paid, unit`, which leads away from the objective, and
-`paid`, which gains less than with its own place alone (`benchmarks/gradient_snr.py`). `--maps judge` takes the true
-judge's maps in place of the predictor's: an experiment about credit alone, which no real project can make.
+name two that are left out to save time: `paid, unit`, which leads away from the objective, and `paid`, whose gradients
+gained less than with its own place alone, if not beyond doubt (`benchmarks/gradient_snr.py`). `--maps judge` takes the
+true judge's maps in place of the predictor's: an experiment about credit alone, which no real project can make.
 """
 
 import time

@@ -10,8 +10,10 @@ Gradients of two chunks share their expectation and nothing else, so that withou
 - |E g|^2 is the mean of their inner products, the noise of one chunk the mean of |g|^2 less that. Printed is the root
   of their quotient, the signal-to-noise ratio of 64 pictures; it may come out negative where there is no signal;
 - the *gain*, what an update of length 1 along g adds to the objective to first order, is the mean inner product of g
-  with `image`'s gradient of other chunks at that step, which is the objective's own, over the root of the mean of
-  |g|^2. It is in units of 1e-3 reward; "less image's" is from the same chunks.
+  with the objective's own gradient from other chunks, over the root of the mean of |g|^2. The objective is the expected
+  reward of a picture, penalties included (what `image` compares), and its gradient at a step that of the sum of the
+  latent's log densities times the reward less its group's mean: not normalised, nor clipped. So gains are in the
+  reward's own units, thousandths of them; "less image's" is from the same chunks.
 
 Intervals: 95%, jackknife over chunks. All steps and kinds cost the same. Every picture has noise of its own, whatever
 `share_noise` says.
@@ -31,6 +33,7 @@ from report import Row, flags, publish
 
 from finetune.run import load_policy
 from reward.arguments import parse_arguments, read_prompt_file
+from rl.advantages import group_advantages
 from rl.attention import WordAttention
 from rl.ddpo import DDPOConfig
 from rl.experience import credit_map, gather_experience, rollout_noise, sample_and_score
@@ -42,6 +45,7 @@ from rl.timing import PhaseClock
 from run_ddpo import RunArguments
 
 PICTURES = 64
+OBJECTIVE = "objective"
 CREDITS = {
     "image": {},
     "scalar": {"credit": "scalar"},
@@ -64,7 +68,8 @@ def with_credit(args: DDPOConfig, **changes) -> DDPOConfig:
 
 
 def collect(options: Namespace, chunks: int) -> tuple[list[int], dict[str, np.ndarray]]:
-    """The steps, and for each kind of credit (chunks, steps, parameters) float32: gradients of the LoRA's weights."""
+    """The steps, and for each kind of credit and `OBJECTIVE` (chunks, steps, parameters) float32: minus the gradient of
+    the LoRA's weights."""
     with tempfile.TemporaryDirectory() as folder:
         run, args = parse_arguments(
             [RunArguments, DDPOConfig], ["--config", str(options.config), "--output_dir", folder]
@@ -77,8 +82,9 @@ def collect(options: Namespace, chunks: int) -> tuple[list[int], dict[str, np.nd
     ]
     prompts, groups = read_prompt_file(run.prompts), PICTURES // args.num_generations
     kinds = {name: with_credit(args, **CREDITS[name]) for name in options.credits}
+    names = [*kinds, OBJECTIVE]
     network, moves = policy.network.train(), None
-    found: dict[str, list[np.ndarray]] = {name: [] for name in kinds}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for chunk in range(chunks):
         drawn = draw_prompts(prompts, groups, chunk, options.seed)
         drawn = [prompt for prompt in drawn for _ in range(args.num_generations)]
@@ -92,15 +98,30 @@ def collect(options: Namespace, chunks: int) -> tuple[list[int], dict[str, np.nd
             maps = credit_map(policy, kind, said, images, drawn, attention.maps)
             compared = gather_experience([replace(batch, maps=maps)], drawn, kind, lambda tensor: tensor, rank=0)
             credits.append(compared.advantages[:, None, None] * compared.weights)
+        credits.append(objective_credit(said.objective, args.num_generations, batch.trajectory.final_latents))
         gradients = step_gradients(
             policy, batch.trajectory, drawn, torch.stack(credits), schedule, args, range(PICTURES)
         )
         if moves is None:
             moves = (gradients != 0).flatten(0, 1).any(dim=0)  # of a new LoRA, only B has a gradient
-        for name, of in zip(kinds, gradients, strict=True):
+        for name, of in zip(names, gradients, strict=True):
             found[name].append(of[:, moves].numpy())
         print(f"{chunk + 1} of {chunks} chunks", flush=True)
     return steps, {name: np.stack(gradients) for name, gradients in found.items()}
+
+
+def objective_credit(objective: torch.Tensor, group: int, latents: torch.Tensor) -> torch.Tensor:
+    """What `step_gradients` has to be given for the gradient of the expected reward itself: (N,) -> (N, h, w).
+
+    Its log-prob at a place is the mean over channels, and it takes the mean over places, so the sum is their number
+    times as much; and a mean that the picture itself is in takes 1 / G of its reward away.
+
+    Args:
+        objective: rewards, groups of `group` pictures next to each other.
+        latents: (N, C, h, w).
+    """
+    centred = group_advantages(objective, group, std_floor=0, scale="none") * group / (group - 1)
+    return (centred * latents[0].numel())[:, None, None].expand(-1, *latents.shape[2:])
 
 
 def signal_to_noise(gram: np.ndarray) -> float:
@@ -132,10 +153,11 @@ def jackknife(of: Callable[[np.ndarray], float], count: int) -> tuple[float, flo
 
 def table(steps: list[int], gradients: dict[str, np.ndarray]) -> list[Row]:
     """The rows, step by step."""
-    rows, count = [], len(next(iter(gradients.values())))
+    kinds = {name: of for name, of in gradients.items() if name != OBJECTIVE}
+    rows, count = [], len(gradients[OBJECTIVE])
     for k, step in enumerate(steps):
-        objective, gains = gradients["image"][:, k], {}
-        for name, of in gradients.items():
+        objective, gains = gradients[OBJECTIVE][:, k], {}
+        for name, of in kinds.items():
             own, across = of[:, k] @ of[:, k].T, of[:, k] @ objective.T
             ratio = jackknife(lambda who, own=own: signal_to_noise(own[np.ix_(who, who)]), count)
             rows.append(Row(f"step {step}, {name}: signal to noise", *ratio, n=count * PICTURES))

@@ -1,5 +1,6 @@
 """The arithmetic of a rollout's batches: pictures, rows, micro-batches, updates."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,24 @@ class RolloutPlan:
     train_steps: int
     micro_batches: int
     updates: int
+
+
+def passes(args: "DDPOConfig", train_steps: Sequence[int], steps: int) -> float:
+    """What a rollout of `steps` sampling steps and its update on `train_steps` cost: forward passes of the network, a
+    picture. A backward pass counts as two.
+
+    Where the pictures of a group share their noise, they are one until behind the first trained step (`rl.trunks`).
+    """
+    shared = args.share_noise != "none" and args.credit != "words"
+    rows_of_one = 1 / args.num_generations if shared else 1.0
+    drawn = (min(train_steps) + 1) * rows_of_one + steps - min(train_steps) - 1
+    trained = rows_of_one + len(train_steps) - 1
+    updated = trained * args.num_iterations * (4 if args.beta > 0 else 3)
+    if args.guidance_scale == 1:
+        return drawn + updated
+    if args.train_guidance:
+        return 2 * (drawn + updated)
+    return 2 * drawn + trained + updated  # the rollout asks once more for the log-probs without guidance
 
 
 def plan_rollout(args: "DDPOConfig", train_steps: int) -> RolloutPlan:

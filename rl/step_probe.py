@@ -2,15 +2,20 @@
 
 Shapes: C chunks of pictures, S steps with noise, P trained weights, d numbers of a sketch.
 
-A chunk is some pictures whose prompts no other chunk shares. Gradients of two chunks a, b share their expectation and
-nothing else, so for steps j, k the mean over a != b of <g_j^a, g_k^b> estimates <E g_j, E g_k> without bias: the signal
-M (S, S). The mean over a of <g_j^a, g_k^a>, less M, is the noise N (S, S) of one chunk. An update along g = the sum of
-the gradients of the steps in W, from n chunks and scaled to length 1, raises the objective to first order by
+A chunk is some pictures, whole groups, their prompts drawn from the list as `rl.rollout.draw_prompts` does. Gradients
+of two chunks a, b share their expectation and nothing else, so for steps j, k the mean over a != b of <g_j^a, g_k^b>
+estimates <E g_j, E g_k>: the signal M (S, S). (Without bias where the prompts of two chunks are drawn independently, as
+those of two times round the list are; within one time round they differ, which takes away the prompts' own variance
+over their number.) The mean over a of <g_j^a, g_k^a>, less M, is the noise N (S, S) of one chunk. An update along g =
+the sum of the gradients of the steps in W, from n chunks and scaled to length 1, raises what the gradients are of, to
+first order and in its units, by
 
     gain(W) = <E g, sum of E g_k over all steps> / sqrt(E |g|^2) = 1_W' M 1 / sqrt(1_W' (M + N / n) 1_W)
 
-which is what `auto` makes as large as it can, W having a given number of steps. All steps cost the same, so that is
-also the most gain per second.
+`auto` makes gain(W) / cost(W) as large as it can, W having a given number of steps and a rollout's time, `cost`, being
+counted in passes of the network (`rl.rollout_plan.passes`): where groups share their noise, the sooner the first
+trained step the more is drawn picture by picture. Decoding and the reward take the same time whatever is trained, and
+are not counted. The noise is that of pictures that share nothing, also where training will share some of it.
 
 The signal is small: inner products are taken between gradients whose every weight was scaled by the fourth root of its
 mean square (half of what Adam does to it), which on the small world makes the error a third smaller; and errors still
@@ -19,7 +24,7 @@ differences (empirical Bayes); then steps of less noise win until the signals ha
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -122,15 +127,25 @@ def gain(members: Sequence[int], signal: torch.Tensor, noise: torch.Tensor, chun
     return float(inside @ signal.sum(dim=1) / square.clamp(min=1e-30).sqrt())
 
 
-def best_steps(count: int, signal: torch.Tensor, noise: torch.Tensor, chunks: float) -> tuple[int, ...]:
-    """The `count` steps of the largest `gain`, in rising order."""
+def best_steps(
+    count: int,
+    signal: torch.Tensor,
+    noise: torch.Tensor,
+    chunks: float,
+    cost: Callable[[Sequence[int]], float] = lambda members: 1.0,
+) -> tuple[int, ...]:
+    """The `count` steps of the largest `gain` for their `cost`, in rising order."""
     steps = range(len(signal))
+
+    def worth(members: Sequence[int]) -> float:
+        return gain(members, signal, noise, chunks) / cost(members)
+
     if math.comb(len(steps), count) <= MOST_SETS:
-        return max(combinations(steps, count), key=lambda members: gain(members, signal, noise, chunks))
+        return max(combinations(steps, count), key=worth)
     chosen: tuple[int, ...] = ()
     for _ in range(count):
         rest = [step for step in steps if step not in chosen]
-        chosen += (max(rest, key=lambda step: gain((*chosen, step), signal, noise, chunks)),)
+        chosen += (max(rest, key=lambda step: worth((*chosen, step))),)
     return tuple(sorted(chosen))
 
 
@@ -143,10 +158,19 @@ class StepProbe:
         chunks: n, chunks of an update.
         weights: P.
         seed: of the sketches.
+        cost: of a rollout that trains some of `steps`, in any unit.
     """
 
-    def __init__(self, steps: Sequence[int], count: int, chunks: float, weights: int, seed: int):
-        self.steps, self.count, self.chunks = tuple(steps), count, chunks
+    def __init__(
+        self,
+        steps: Sequence[int],
+        count: int,
+        chunks: float,
+        weights: int,
+        seed: int,
+        cost: Callable[[Sequence[int]], float] = lambda steps: 1.0,
+    ):
+        self.steps, self.count, self.chunks, self.cost = tuple(steps), count, chunks, cost
         self.signs = random_signs(weights, seed)
         self.scale: torch.Tensor | None = None
         self._rollouts: list[torch.Tensor] = []
@@ -160,8 +184,11 @@ class StepProbe:
         """Take in one rollout's chunks (C, S, d), of all ranks; the steps to train now, and what they rest on."""
         self._rollouts = [*self._rollouts, sketches.float().cpu()][-MEMORY:]
         found = estimate(torch.cat(self._rollouts))
-        members = best_steps(self.count, found.shrunk(), found.noise, self.chunks)
+        members = best_steps(self.count, found.shrunk(), found.noise, self.chunks, self._cost)
         return tuple(self.steps[member] for member in members), found
+
+    def _cost(self, members: Sequence[int]) -> float:
+        return self.cost([self.steps[member] for member in members])
 
     def state(self) -> dict[str, torch.Tensor]:
         """As safetensors take it; empty before the first rollout."""

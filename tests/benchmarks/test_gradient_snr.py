@@ -1,6 +1,10 @@
 import numpy as np
 import pytest
-from gradient_snr import gain, jackknife, signal_to_noise, table
+import torch
+from gradient_snr import OBJECTIVE, gain, jackknife, objective_credit, signal_to_noise, table
+
+from rl.advantages import group_advantages
+from rl.sde import log_prob_map
 
 
 def test_the_ratio_is_that_of_the_gradients_drawn():
@@ -34,7 +38,37 @@ def test_gain_is_by_hand():
 def test_a_kind_of_credit_without_noise_gains_more():
     rng = np.random.default_rng(2)
     signal, noise = np.ones((1, 1, 50)), rng.normal(size=(24, 1, 50))
-    rows = {row.name: row for row in table([4], {"image": signal + 3 * noise, "calm": signal + 0.1 * noise})}
+    objective = signal + noise
+    kinds = {"image": signal + 3 * noise, "calm": signal + 0.1 * noise, OBJECTIVE: objective}
+    rows = {row.name: row for row in table([4], kinds)}
+    assert not any(OBJECTIVE in name for name in rows)
     assert rows["step 4, calm: signal to noise"].value > 5 * rows["step 4, image: signal to noise"].value
     assert rows["step 4, calm: gain less image's"].low > 0
     assert "step 4, image: gain less image's" not in rows
+
+
+def test_gains_are_in_the_rewards_own_units():
+    """One Gaussian step x ~ N(m, std^2), reward k <a, x> with |a| = 1: a step of length 1 along -E g adds k |cos|."""
+    shape, std, slope = (2, 4, 4), torch.tensor(0.5), 0.2
+    generator = torch.Generator().manual_seed(0)
+    towards = torch.randn(shape, generator=generator)
+    towards = towards / towards.norm()
+    chunks = {"image": [], OBJECTIVE: []}
+    for _ in range(300):
+        latents = std * torch.randn(64, *shape, generator=generator)
+        reward = slope * (towards * latents).sum(dim=(1, 2, 3))
+        advantages = group_advantages(reward, 8, std_floor=1e-3)[:, None, None].expand(-1, 4, 4)
+        for name, credit in (("image", advantages), (OBJECTIVE, objective_credit(reward, 8, latents))):
+            mean = torch.zeros(shape, requires_grad=True)
+            loss = -(credit * log_prob_map(latents, mean.expand_as(latents), std)).mean()
+            chunks[name].append(torch.autograd.grad(loss, mean)[0].flatten().numpy())
+    gradients = {name: np.stack(of) for name, of in chunks.items()}
+    # The mean of the objective's gradient is the true one, -k a.
+    own = gradients[OBJECTIVE].mean(axis=0) @ (-slope * towards.flatten().numpy())
+    assert own == pytest.approx(slope**2, rel=0.05)
+    (row,) = [
+        row for row in table([1], {name: of[:, None] for name, of in gradients.items()}) if row.name.endswith("gain")
+    ]
+    length = np.sqrt((gradients["image"] ** 2).sum(axis=1).mean())
+    true = -(gradients["image"] @ (slope * towards.flatten().numpy())).mean() / length
+    assert row.value == pytest.approx(1e3 * true, rel=0.05)

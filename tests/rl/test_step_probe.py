@@ -63,6 +63,20 @@ def test_best_steps_balance_signal_and_noise():
     assert best_steps(4, signal, noise, chunks=1) == (0, 1, 2, 3)
 
 
+def test_a_step_of_twice_the_gain_is_not_worth_thrice_the_time():
+    signal, noise = torch.eye(3) * torch.tensor([4.0, 2.0, 1.0]), torch.eye(3) * 16.0
+    assert best_steps(1, signal, noise, chunks=1) == (0,)
+    assert best_steps(1, signal, noise, chunks=1, cost=lambda members: 3.0 if 0 in members else 1.0) == (1,)
+
+
+@pytest.mark.parametrize(("first", "chosen"), [(1.0, (5,)), (3.0, (6,))])
+def test_the_probe_asks_for_the_cost_of_the_steps_themselves(first, chosen):
+    probe = StepProbe((5, 6, 7), count=1, chunks=1, weights=64, seed=0, cost=lambda steps: first if 5 in steps else 1.0)
+    gradients = chunks(directions([1.0, 0.7, 0.5]), [0.1, 0.1, 0.1], 12)
+    probe.scale = metric(gradients[0])
+    assert probe.learn(torch.stack([probe.sketch(one) for one in gradients]))[0] == chosen
+
+
 def test_many_steps_are_chosen_one_after_another(monkeypatch):
     monkeypatch.setattr("rl.step_probe.MOST_SETS", 0)
     signal, noise = (

@@ -5,6 +5,7 @@ import torch
 
 from rl.experience import rollout_noise
 from rl.rollout import sample, shared_places
+from rl.rollout_plan import passes
 from rl.sde import ddim_scheduler, make_schedule
 from rl.trunks import Trunks
 from tests.rl.conftest import PROMPTS
@@ -84,3 +85,36 @@ def test_where_pictures_differ_or_each_is_looked_at_none_is_left_out(make_traine
     trainer = make_trainer(**GROUP | changes)
     assert trainer._trunks(0, range(4)) is None
     assert make_trainer(**GROUP)._trunks(0, range(4)).first.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train_steps": ["2", "3"], "num_inference_steps": 6},
+        {"share_noise": "none"},
+        {"credit": "words"},
+        {"guidance_scale": 3.0},
+        {"guidance_scale": 3.0, "train_guidance": False},
+        {"num_iterations": 2, "beta": 0.1},
+    ],
+    ids=["early", "late", "nothing shared", "words", "guided", "guided, not trained", "twice, with KL"],
+)
+def test_the_cost_of_a_rollout_is_what_the_network_is_asked(make_trainer, changes):
+    trainer = make_trainer(num_train_epochs=1, **GROUP | changes)
+    asked, drawn, collect = [], [], trainer.collect  # asked: (whether with a gradient, how many pictures)
+    trainer.policy.pipeline.unet.conv_in.register_forward_pre_hook(
+        lambda _, arguments: asked.append((torch.is_grad_enabled(), len(arguments[0])))
+    )
+
+    def collected(number):
+        experience = collect(number)
+        drawn.extend(rows for _, rows in asked)
+        asked.clear()
+        return experience
+
+    trainer.collect = collected
+    trainer.train()
+    updated = sum(rows * (3 if graded else 1) for graded, rows in asked if graded or trainer.args.beta > 0)
+    found = passes(trainer.args, trainer.train_steps, trainer.args.num_inference_steps)
+    assert found == pytest.approx((sum(drawn) + updated) / 8)
