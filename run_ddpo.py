@@ -19,6 +19,7 @@ transformers.logging.set_verbosity_error()  # says on import what does not conce
 transformers.logging.disable_progress_bar()
 diffusers.logging.disable_progress_bar()
 
+from finetune.reward_choice import given_by  # noqa: E402
 from finetune.run import (  # noqa: E402
     begin,
     best_checkpoint,
@@ -38,6 +39,7 @@ from rl.adapter import AdapterSettings, check_adapter_files  # noqa: E402
 from rl.ddpo import DDPOConfig, DDPOTrainer  # noqa: E402
 from rl.dry_run import measure, print_costs  # noqa: E402
 from rl.evaluate import TRAINING_REWARD  # noqa: E402
+from rl.experience import check_credit_is_told  # noqa: E402
 from rl.model_card import DDPO  # noqa: E402
 
 
@@ -63,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.check_stop_on(args.stop_on)
     run.check_eval_strategy(args.eval_strategy.value)
     args.plan(args.steps_per_rollout(read_schedule(run.policy, args)))
+    if (given := given_by(run.named_rewards())) is not None:
+        check_credit_is_told(args, given)
     check_adapter_files(args.part(AdapterSettings))
     settings = run_settings(run, args, {"prompts": run.prompts, "eval_prompts": run.eval_prompts})
     beginning = begin(args, settings, console)

@@ -1,6 +1,6 @@
 """Which reward a command works with, as its settings name it: one, or a weighted sum of several."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from finetune import run_arguments
@@ -58,6 +58,25 @@ class RewardArguments(run_arguments.RewardArguments):
             if hasattr(one, "to"):
                 one.to(device)
         return reward, others
+
+
+def given_by(rewards: Sequence[NamedReward]) -> set[str] | None:
+    """Which of `Reward`'s `penalties` and `word_penalties` a reward, or the weighted sum of several, has; none is made.
+
+    A reward's class says so if it has a class method `gives`, which is called with the arguments of the reward.
+
+    Returns:
+        None if one of them does not say.
+
+    Raises:
+        ValueError: see `reward.by_name.check_reward_name`; or what a `gives` refuses.
+    """
+    for entry in rewards:
+        check_reward_name(entry.reward, entry.kwargs)
+    asked = [(getattr(find_attribute(entry.reward), "gives", None), entry) for entry in rewards]
+    if any(gives is None for gives, _ in asked):
+        return None
+    return set().union(*(gives(**entry.kwargs) for gives, entry in asked if entry.weight))
 
 
 def _refuse(name: str) -> None:

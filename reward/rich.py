@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,6 +53,19 @@ class RichReward:
         self.predictor = (
             model if isinstance(model, RichFeedbackPredictor) else RichFeedbackPredictor.from_pretrained(model)
         )
+
+    @classmethod
+    def gives(
+        cls, *, penalty_weights: Mapping[str, float] | None = None, word_weight: float = 0.0, **others: Any
+    ) -> set[str]:
+        """Which of `penalties` and `word_penalties` a reward with these arguments has: what is known without its model.
+
+        Raises:
+            ValueError: a penalty of what is no heatmap.
+        """
+        weights = _checked("penalty_weights", penalty_weights or {}, HEATMAPS)
+        given = {"penalties": any(weights.values()), "word_penalties": bool(word_weight)}
+        return {name for name, there in given.items() if there}
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:

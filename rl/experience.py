@@ -3,7 +3,7 @@
 Shapes: N pictures on this rank, K trained steps, C latent channels, h x w the latent grid.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -181,7 +181,7 @@ def credit_map(
         ValueError: the reward does not say what the kind of credit needs.
     """
     grid = policy.latent_shape[1:]
-    check_credit_is_told(args, reward)
+    check_credit_is_told(args, _given_in(reward))
     if args.credit == "words":
         positions = word_positions(policy.pipeline.tokenizer, prompts)
         return to_latent_grid(word_map(attention, positions, reward.word_penalties), grid).to(images.device)
@@ -192,18 +192,21 @@ def credit_map(
     return penalty_map(reward.penalties, grid).to(images.device)
 
 
-def check_credit_is_told(args: DDPOConfig, reward: Reward) -> None:
+def check_credit_is_told(args: DDPOConfig, given: Collection[str]) -> None:
     """Complain if the reward does not say what the kind of credit goes by.
+
+    Args:
+        given: which of `penalties` and `word_penalties` the reward has.
 
     Raises:
         ValueError: it has no penalties of words, or no maps.
     """
-    if args.credit == "words" and reward.word_penalties is None:
+    if args.credit == "words" and "word_penalties" not in given:
         raise ValueError(
             "credit words needs a reward that says what each word costs (word_penalties); this one does not: "
             "give it a word_weight, or choose another credit"
         )
-    if _goes_by_maps(args) and not reward.penalties:
+    if _goes_by_maps(args) and "penalties" not in given:
         instead = ", or set focus_on to content" if args.credit == "focus" else ""
         raise ValueError(
             f"credit {args.credit}{' on maps' if args.credit == 'focus' else ''} needs a reward with penalty maps; "
@@ -221,7 +224,12 @@ def check_reward_fits_credit(policy: StableDiffusionPolicy, reward_fn: RewardFn,
     if args.credit == "words" or _goes_by_maps(args):
         sides = [side * policy.pipeline.vae_scale_factor for side in policy.latent_shape[1:]]
         grey = torch.full((1, 3, *sides), 0.5, device=policy.device)
-        check_credit_is_told(args, score(reward_fn, grey, [prompt]))
+        check_credit_is_told(args, _given_in(score(reward_fn, grey, [prompt])))
+
+
+def _given_in(reward: Reward) -> set[str]:
+    given = {"penalties": bool(reward.penalties), "word_penalties": reward.word_penalties is not None}
+    return {name for name, there in given.items() if there}
 
 
 def _goes_by_maps(args: DDPOConfig) -> bool:

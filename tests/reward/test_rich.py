@@ -44,6 +44,16 @@ def test_the_default_is_the_overall_score(model_folder, predictor, images):
     assert reward.word_penalties is None
 
 
+@pytest.mark.parametrize("word_weight", [0.0, 1.0])
+@pytest.mark.parametrize("penalty_weights", [None, {"implausibility": 0.0}, {"misalignment": 0.5}])
+def test_what_it_gives_is_known_before_its_model(predictor, images, penalty_weights, word_weight):
+    settings = {"penalty_weights": penalty_weights, "word_weight": word_weight}
+    reward = RichReward(predictor, **settings)(images, PROMPTS)
+    given = RichReward.gives(model="nowhere", **settings)
+    assert ("penalties" in given) == bool(reward.penalties)
+    assert ("word_penalties" in given) == (reward.word_penalties is not None)
+
+
 def test_it_is_differentiable(predictor, images):
     reward_fn = RichReward(predictor, penalty_weights={"implausibility": 1.0}, word_weight=1.0)
     assert reward_fn.differentiable

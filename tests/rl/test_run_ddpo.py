@@ -185,6 +185,26 @@ def test_schedule_on_the_hub_is_looked_at_before_anything_is_loaded(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("credit", "rewards", "message"),
+    [
+        ("focus", {"scores": {}}, "credit focus on maps needs a reward with penalty maps"),
+        ("words", {"scores": {}, "maps": {"penalty_weights": {"implausibility": 1.0}}}, "give it a word_weight"),
+        ("image", {"scores": {"penalty_weights": {"beauty": 1.0}}}, "penalty_weights has no beauty"),
+    ],
+)
+def test_rewards_that_cannot_give_what_credit_goes_by_are_not_loaded(
+    config, capsys, nothing_is_loaded, credit, rewards, message
+):
+    rewards = {
+        name: {"reward": "reward.rich:RichReward", "kwargs": {"model": "nowhere", **kwargs}}
+        for name, kwargs in rewards.items()
+    }
+    flags = ["--credit", credit, "--reward", "", "--reward_kwargs", "{}", "--rewards", json.dumps(rewards)]
+    assert command("--config", config, *flags) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_one_command_starts_goes_on_and_finds_that_nothing_is_left(config, tmp_path, capsys):
     folder, line = tmp_path / "run", ("--config", config, "--num_train_epochs", "1", "--resume_from_checkpoint", "auto")
     assert command(*line) == 0
