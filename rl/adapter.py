@@ -58,8 +58,9 @@ class AdapterSettings:
             require(len(getattr(self, name)) > 0, f"{name} is empty; name at least one layer")
         require(
             self.lora_dropout == 0,
-            f"lora_dropout is {self.lora_dropout}; what is dropped in the update was not in the rollout, so the ratio "
-            "of the first pass would not be 1; leave it at 0, and hold the policy back by beta or a smaller lora_rank",
+            f"lora_dropout is {self.lora_dropout}; it is not supported: in DDPO an update would not drop what the "
+            "rollout dropped, so the ratio of the first pass would not be 1; leave it at 0, and hold the LoRA back by "
+            "weight_decay, a smaller lora_rank or, where there is a KL term, beta",
         )
         name = str(self.init_lora_weights).lower()
         require(
