@@ -6,11 +6,13 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from rich.console import Console
@@ -18,7 +20,7 @@ from rich.console import Console
 import run_ddpo
 from finetune.run import judge
 from reward.arguments import main_guard
-from reward.feedback import HEATMAPS, SCORES
+from reward.feedback import HEATMAPS, SCORES, check_reward
 from reward.predict import RichFeedbackPredictor
 from rl.folder_lock import taken
 from tests.reward.test_http import serving
@@ -408,6 +410,34 @@ def test_readmes_commands_for_several_gpus_divide(monkeypatch):
         assert args.plan(steps).updates == 2
     accumulation = re.search(r"--gradient_accumulation_steps \d+", " ".join(commands[0][1]))[0]
     assert accumulation in (ROOT / "configs/accelerate/multi_gpu.yaml").read_text()
+
+
+def test_readmes_run_of_ddpo_pytorch_is_theirs(monkeypatch):
+    """Whatever the preset says: their defaults, of `config/base.py` and of TRL's `DDPOConfig` and pipeline."""
+    monkeypatch.setattr(run_ddpo.DDPOConfig, "world_size", 8)
+    (flags,) = (flags for launcher, flags in readmes_runs() if "--num_processes" in launcher)
+    _, args = settings_of(ROOT / flags[flags.index("--config") + 1], *(flag.strip("'") for flag in flags[2:]))
+    theirs = {
+        "weight_decay": 1e-4, "warmup_steps": 0, "lora_rank": 4, "lora_alpha": 4, "init_lora_weights": "gaussian",
+        "lora_target_modules": ["to_q", "to_k", "to_v", "to_out.0"], "fp16": True, "bf16": False,
+        "model_dtype": "float16", "learning_rate": 3e-4, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8,
+        "max_grad_norm": 1, "advantage_clip": 5, "advantage_std_floor": 1e-6, "epsilon": 1e-4, "eta": 1,
+        "guidance_scale": 5, "train_guidance": True, "num_iterations": 1, "advantage_baseline": "prompt",
+        "prompt_buffer_size": 32, "prompt_min_count": 16, "importance_sampling_level": "image", "beta": 0,
+        "timestep_fraction": 1, "train_steps": ["all"], "per_device_rollout_batch_size": 8,
+    }  # fmt: skip
+    assert {name: getattr(args, name) for name in theirs} == theirs
+
+
+def test_readmes_reward_of_theirs_is_one_of_ours(monkeypatch):
+    theirs = SimpleNamespace(aesthetic_score=lambda: lambda images, prompts, metadata: ([5.0] * len(prompts), {}))
+    monkeypatch.setitem(sys.modules, "ddpo_pytorch", SimpleNamespace(rewards=theirs))
+    monkeypatch.setitem(sys.modules, "ddpo_pytorch.rewards", theirs)
+    code = re.search(r"( +# my_rewards\.py.*?\n)\n\S", (ROOT / "README.md").read_text(), flags=re.DOTALL)[1]
+    exec(textwrap.dedent(code), scope := {})
+    images = torch.zeros(2, 3, 4, 4)
+    check_reward(reward := scope["adapted"](images, PROMPTS[:2]), PROMPTS[:2])
+    assert reward.total.tolist() == [5.0, 5.0]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("ddpo_*.yaml")), ids=lambda path: path.name)
