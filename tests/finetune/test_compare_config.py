@@ -190,6 +190,15 @@ def test_an_entrant_ends_where_its_budget_does(tmp_path, pipeline_folder):
         comparison_of(tmp_path, pipeline_folder, entrants={"red": {"config": own}})
 
 
+def test_a_configs_held_out_reward_is_taken_away_with_its_other_ones(tmp_path, pipeline_folder):
+    own = _config(tmp_path, pipeline_folder, eval_rewards={"plain": PLAIN}, watch_reward="plain")
+    found = comparison_of(tmp_path, pipeline_folder, entrants={"red": {"config": own}}).entrants[0]
+    assert found.changes == {"eval_rewards": {}, "watch_reward": ""}
+    kept = {"config": own, "changes": {"eval_rewards": {"plain": PLAIN}}}
+    found = comparison_of(tmp_path, pipeline_folder, entrants={"red": kept}).entrants[0]
+    assert "watch_reward" not in found.changes
+
+
 @pytest.mark.parametrize("changes", [5, "abc", ["learning_rate"]])
 def test_changes_that_are_no_settings_name_their_entrant(tmp_path, pipeline_folder, changes):
     entry = {"config": write_config(tmp_path, pipeline_folder), "changes": changes}
