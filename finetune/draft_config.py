@@ -11,6 +11,7 @@ from rl.policy_checks import warn_of_ignored
 from rl.policy_config import RewardedPolicyConfig
 from rl.rollout_plan import near
 from rl.sde import Schedule
+from rl.watch import check_measured
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,11 @@ class DraftConfig(RewardedPolicyConfig):
     def total_updates(self) -> int:
         return self.max_steps if self.max_steps > 0 else int(self.num_train_epochs)
 
+    @property
+    def never_measured(self) -> dict[str, str]:
+        alike = "pictures that are rewarded alike have a gradient as good as any other"
+        return super().never_measured | {"dead_groups": alike}
+
     def reach(self, update: int) -> Reach:
         """What the gradient of one update goes through."""
         return choose_reach(self, self.num_inference_steps, update)
@@ -167,12 +173,20 @@ class DraftConfig(RewardedPolicyConfig):
         )
         return UpdatePlan(pictures, per_rank, pictures // self.num_generations, self.gradient_accumulation_steps)
 
+    def never_measured_on(self, schedule: Schedule) -> dict[str, str]:
+        """As `never_measured`, of the steps of a pipeline."""
+        reaches = {self.reach(update) for update in range(min(self.total_updates, 1000))}  # all that there are
+        if any((schedule.stds[reach.first : reach.last + 1] > 0).any() for reach in reaches):
+            return self.never_measured
+        return self.never_measured | {"kl": "no step with gradients has noise, so there is no divergence"}
+
     def check_schedule(self, schedule: Schedule) -> None:
         """Complain where the steps of a pipeline do not allow what is asked for.
 
         Raises:
             ValueError: a KL divergence of steps none of which has noise.
         """
+        check_measured(self.stop_on, self.never_measured_on(schedule))
         if self.beta <= 0 or self.distance != "kl":
             return
         for update in range(self.total_updates):

@@ -24,7 +24,7 @@ from rl.policy import StableDiffusionPolicy
 from rl.policy_trainer import PolicyTrainer
 from rl.rollout import check_pictures, draw_prompts, keyed_noise
 from rl.scoring import features
-from rl.watch import StopWhenGamed, Watch, measure_pictures, measure_rollout
+from rl.watch import StopWhenGamed, Watch, measure_pictures, measure_rollout, never_told
 
 
 class UpdateLoader:
@@ -98,7 +98,8 @@ class DraftTrainer(PolicyTrainer):
             raise ValueError("beta and region_weight need the base model; load the policy with keep_reference")
         sampler = _, schedule = args.make_schedule(policy.scheduler)
         args.check_schedule(schedule)
-        watch = Watch(args.watch_limits, args.stop_on, speaks=args.should_save)
+        off = args.never_measured_on(schedule) | never_told(reward_fn, held_out)
+        watch = Watch(args.watch_limits, args.stop_on, speaks=args.should_save, off=off)
         super().__init__(policy, args, sampler, args.plan(), watch, callbacks, eval_on)
         check_reward_fn(reward_fn, policy, self.prompts[0], maps_for=args.region_weight)
         if args.activation_checkpointing:
@@ -242,8 +243,8 @@ class DraftTrainer(PolicyTrainer):
         if "kl" in found:
             measured["kl"] = float(found["kl"].mean())
         self._observe(measured)
-        if "held_out" in measured and self._saved_step == self.state.global_step:
-            self.watch.note_checkpoint(self.state.global_step, measured["held_out"])
+        if self.is_saved:
+            self.watch.note_checkpoint(self.state.global_step, measured.get("held_out"))
 
     @property
     def samples(self) -> Samples | None:

@@ -20,11 +20,13 @@ from tqdm.auto import tqdm
 from finetune.run_arguments import EvaluationArguments
 from reward.feedback import RewardFn
 from rl.adapter import AdapterSettings
+from rl.callbacks import show_at_end
 from rl.checkpoints import Start, claim_output_dir, explained, mark_finished, plan_start
 from rl.folder_lock import check_free, joined, open_to_ranks, taken
 from rl.interrupt import RunInterrupted
 from rl.memory import MemorySettings, OffloadedReward
 from rl.model_card import Method, write_model_card
+from rl.pictures import before_after_sheet
 from rl.pipelines import load_scheduler
 from rl.policy import PictureSize, StableDiffusionPolicy
 from rl.policy_config import PolicyConfig
@@ -158,11 +160,15 @@ def claimed(trainer: PolicyTrainer, settings: Mapping[str, Any], start: Start) -
 
 
 def train(trainer: PolicyTrainer, checkpoint: Path | None, console: Console) -> None:
-    """Train, from a checkpoint if there is one, and save what was trained; on all ranks.
+    """Say which monitors are off, and why; train, from a checkpoint if there is one, and save what was trained; on all
+    ranks.
 
     Raises:
         RunInterrupted: see `ResumableTrainer.train`; it is said on the console.
     """
+    if trainer.watch.off:
+        off = "; ".join(f"{name} ({why})" for name, why in trainer.watch.off.items())
+        console.print(f"monitors that are off: {off}", soft_wrap=True, markup=False)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RunInterrupted as interruption:
@@ -207,6 +213,7 @@ def leave(
         figures = before, after
         with explained(f"the report to {args.output_dir}", args.output_dir):
             paths |= write_report(args.output_dir, *figures, samples=(old_samples, new_samples), facts=facts)
+        show_at_end(trainer, "before_after", before_after_sheet(old_samples, new_samples))
         print_table(console, *figures)
     with explained(f"the model card to {args.output_dir}", args.output_dir):
         paths |= write_model_card(args.output_dir, settings, trainer.state.log_history, figures, method)
@@ -224,15 +231,22 @@ def leave(
 
 
 def watch_facts(trainer: PolicyTrainer) -> dict[str, Any]:
-    """What summary.json says of the monitors: those over their limits, those that ended the run, best checkpoint."""
+    """What summary.json says of the monitors: those over their limits, those that ended the run, the checkpoint that is
+    kept, and the one whose weights are left in place of the last update's (None: the last update's are)."""
     stopped_by = trainer.watch.stopping if trainer.state.global_step < trainer.state.max_steps else []
     best = trainer.watch.best and {"path": str(trainer.best_checkpoint), **trainer.watch.best}
-    return {"over": trainer.watch.over, "stopped_by": stopped_by, "best_checkpoint": best}
+    left = trainer.left and str(trainer.left)
+    return {"over": trainer.watch.over, "stopped_by": stopped_by, "best_checkpoint": best, "left": left}
 
 
 def best_checkpoint(trainer: PolicyTrainer, watch_reward: str | None) -> dict[str, str]:
-    """What the best checkpoint is -> its path, for the console; nothing if no held-out reward is watched."""
+    """What the checkpoint that is kept is -> its path, for the console; nothing if there is none. Without a held-out
+    reward it is named where a monitor is over its limit: else it is as good as the last update."""
     best = trainer.watch.best
-    if not best:
+    if best and "held_out" in best:
+        what = f"best checkpoint by {watch_reward}, {best['held_out']:.4f} in its rollout"
+    elif best and trainer.watch.over:
+        what = "last checkpoint without a monitor over its limit"
+    else:
         return {}
-    return {f"best checkpoint by {watch_reward}, {best['held_out']:.4f} in its rollout": str(trainer.best_checkpoint)}
+    return {what: str(trainer.best_checkpoint)}

@@ -1,9 +1,11 @@
 """What happens beside a run's updates: a progress bar with the reward, curves and pictures, averaged weights."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from PIL import Image
 from transformers import ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
@@ -83,17 +85,37 @@ class SampleGrids(TrainerCallback):
         self.trainer = trainer
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        writers = [
-            callback.tb_writer
-            for callback in self.trainer.callback_handler.callbacks
-            if isinstance(callback, TensorBoardCallback)
-        ]
-        if not writers or writers[0] is None or "loss" not in logs:  # a line at the end is of no update
-            return
-        for name, sheet in self.trainer.sheets().items():
-            with explained(f"logs to {writers[0].log_dir}", args.output_dir):
-                writers[0].add_image(name, to_array(sheet), state.global_step, dataformats="HWC")
-                writers[0].flush()  # on the disk before the checkpoint that follows
+        if state.is_world_process_zero and "loss" in logs:  # a line at the end is of no update
+            show(self.trainer, self.trainer.sheets())
+
+
+def show(trainer: "PolicyTrainer", sheets: Mapping[str, Image.Image]) -> None:
+    """Put pictures of the update that was made last into TensorBoard, if the run keeps one: name -> picture."""
+    if (curves := run_curves(trainer)) is not None and curves.tb_writer is not None:
+        with explained(f"logs to {curves.logging_dir}", trainer.args.output_dir):
+            for name, sheet in sheets.items():
+                curves.tb_writer.add_image(name, to_array(sheet), trainer.state.global_step, dataformats="HWC")
+                curves.tb_writer.flush()  # on the disk before the checkpoint that follows
+
+
+def show_at_end(trainer: "PolicyTrainer", name: str, sheet: Image.Image) -> None:
+    """As `show`, when training is over and what it wrote to is closed; for one rank.
+
+    It stands one behind the last update, and disowns what stood there: a run that is killed later, or that goes on with
+    more updates, has it once, as it has each update.
+    """
+    curves, step = run_curves(trainer), trainer.state.global_step + 1
+    if curves is None or curves.logging_dir is None:
+        return
+    with explained(f"logs to {curves.logging_dir}", trainer.args.output_dir):
+        _wait_until_newest(Path(curves.logging_dir))
+        with curves._SummaryWriter(curves.logging_dir, purge_step=step) as writer:
+            writer.add_image(name, to_array(sheet), step, dataformats="HWC")
+
+
+def run_curves(trainer: "PolicyTrainer") -> RunCurves | None:
+    found = [one for one in trainer.callback_handler.callbacks if isinstance(one, RunCurves)]
+    return found[0] if found else None
 
 
 class EvaluationsBeforeCheckpoints(TrainerCallback):

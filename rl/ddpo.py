@@ -7,6 +7,7 @@ advantages and credit by place. Shapes: B rows of a micro-batch, C latent channe
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,13 +31,13 @@ from rl.losses import ppo_loss
 from rl.policy import StableDiffusionPolicy
 from rl.policy_trainer import PolicyTrainer
 from rl.rollout import draw_prompts, keyed_generator, shared_places
-from rl.rollout_plan import RolloutPlan
+from rl.rollout_plan import RolloutPlan, passes
 from rl.run_state import RunState
 from rl.sde import Schedule, draw_steps, kl_map, log_prob_map, step_mean, step_weights
 from rl.step_gradients import chunk_gradients
 from rl.step_probe import StepProbe, metric
 from rl.trunks import Trunks
-from rl.watch import StopWhenGamed, Watch
+from rl.watch import StopWhenGamed, Watch, never_measured, never_told
 
 __all__ = ["DDPOConfig", "DDPOTrainer", "RolloutPlan"]
 
@@ -105,12 +106,14 @@ class DDPOTrainer(PolicyTrainer):
         self.probe: StepProbe | None = None
         self.total_rollouts = args.max_steps // plan.updates if args.max_steps > 0 else int(args.num_train_epochs)
         self.experience: Experience | None = None
-        self._kl_observed = False
+        self._kls: list[torch.Tensor] | None = None  # of a rollout's first pictures, a trained step; None: not awaited
         self._noted = True
+        self._drawn_from: int | None = None  # the checkpoint that drew the rollout in use, by its updates
         self._begun: tuple[int, RunState] | None = None  # the rollout in use, and what was remembered before it
         if args.beta > 0 and not policy.has_reference:
             raise ValueError(f"beta is {args.beta}, but the policy keeps no base model; load it with keep_reference")
-        watch = Watch(args.watch_limits, args.stop_on, speaks=args.should_save)
+        off = never_measured(args.num_generations, policy.has_reference) | never_told(reward_fn, held_out)
+        watch = Watch(args.watch_limits, args.stop_on, speaks=args.should_save, off=off)
         self.rollout_schedule = schedule
         super().__init__(policy, args, sampler, plan, watch, callbacks, eval_on)
         self.add_callback(StopWhenGamed(self.watch))
@@ -118,7 +121,8 @@ class DDPOTrainer(PolicyTrainer):
         if args.probed_steps is not None:
             weights = sum(weight.numel() for weight in self.trained_weights())
             chunks = self.plan.pictures / args.chunk_size * args.num_iterations / self.plan.updates
-            self.probe = StepProbe(self.train_steps, args.probed_steps, chunks, weights, args.seed)
+            cost = partial(passes, args, steps=len(schedule))
+            self.probe = StepProbe(self.train_steps, args.probed_steps, chunks, weights, args.seed, cost)
 
     @property
     def samples(self) -> Samples | None:
@@ -138,7 +142,7 @@ class DDPOTrainer(PolicyTrainer):
         self._noted = False
         trainable = self._trainable(number)
         loss_weights = step_weights(self.args.timestep_weighting, self.rollout_schedule, trainable)
-        parting = min(experience.trajectory.steps.tolist())
+        parting, steps = min(experience.trajectory.steps.tolist()), len(experience.trajectory.steps)
         for iteration in range(self.args.num_iterations):
             for position, (k, pictures) in enumerate(experience.micro_batches(self.args.per_device_train_batch_size)):
                 self._stop_if_asked()
@@ -154,7 +158,7 @@ class DDPOTrainer(PolicyTrainer):
                     "prompts": experience.prompts[pictures],
                     "trunks": self._trunks(number, self._mine[pictures]) if step == parting else None,
                     "measure_kl": self.policy.has_reference
-                    and (self.args.beta > 0 or (iteration == 0 and position == 0)),
+                    and (self.args.beta > 0 or (iteration == 0 and position < steps)),  # the first pictures, all steps
                 }
 
     def collect(self, number: int) -> Experience:
@@ -286,9 +290,7 @@ class DDPOTrainer(PolicyTrainer):
         if inputs["measure_kl"]:
             kl = kl_map(mean, reference_mean, std).mean()
             metrics["kl"] = kl.detach()
-            if not self._kl_observed:  # the rollout's first: of the policy that drew it
-                self._kl_observed = True
-                self._observe({"kl": float(self.accelerator.gather(kl.detach().reshape(1)).mean())})
+            self._watch_kl(kl.detach())
             if args.beta > 0:
                 loss = loss + args.beta * kl
         for name, value in metrics.items():
@@ -307,16 +309,37 @@ class DDPOTrainer(PolicyTrainer):
 
     # ---- Logs ----
 
+    def _watch_kl(self, kl: torch.Tensor) -> None:
+        """Once a rollout, what its first pictures on each rank say: one micro-batch of every trained step.
+
+        Their mean is judged. By the chain rule it is the divergence of the whole of what is trained, a latent element
+        and step, whatever the steps; the largest would be that of the last step, whose noise is so small that little
+        which an eye sees is far from it. With fewer micro-batches an update than steps, later ones are of the policy as
+        an update of this rollout has left it.
+        """
+        if self._kls is None:
+            return
+        self._kls.append(kl)
+        if len(self._kls) == len(self.experience.trajectory.steps):
+            mean, self._kls = torch.stack(self._kls).mean(), None
+            self._observe({"kl": float(self.accelerator.gather(mean.reshape(1)).mean())})
+            self._note_checkpoint()
+
     def _note(self, experience: Experience) -> None:
         metrics = dict(experience.metrics)
         metrics["reward"] = metrics.pop("objective")
         if self.args.sde_window_interval is not None:
             metrics["sde_window"] = float(self.rollout_schedule.stds.nonzero()[0])
         self._log_later(metrics)
-        self._noted, self._kl_observed = True, False
+        self._noted, self._kls = True, []
         self._observe(experience.measures)
-        if "held_out" in experience.measures and self._saved_step == self.state.global_step:
-            self.watch.note_checkpoint(self.state.global_step, experience.measures["held_out"])
+        self._drawn_from = self.state.global_step if self.is_saved else None
+        if not self.policy.has_reference:  # else the last monitor, KL, is still to come
+            self._note_checkpoint()
+
+    def _note_checkpoint(self) -> None:
+        if self._drawn_from is not None:
+            self.watch.note_checkpoint(self._drawn_from, self.experience.measures.get("held_out"))
 
     # ---- What is kept ----
 

@@ -18,7 +18,7 @@ from rl.policy_checks import (
     warn_of_ignored_policy_settings,
 )
 from rl.sde import Schedule, ddim_scheduler, make_schedule
-from rl.watch import check_watch
+from rl.watch import check_measured, check_watch, never_measured
 
 Settings = TypeVar("Settings")
 
@@ -40,7 +40,10 @@ class PolicyConfig(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "Log every so many updates."})
     save_total_limit: int | None = field(
         default=2,
-        metadata={"help": "Keep so many checkpoints, the newest; besides, the one of the best held-out reward."},
+        metadata={
+            "help": "Keep so many checkpoints, the newest; besides, the one of the best held-out reward; where none is "
+            "watched, the last one that drew pictures no monitor objects to."
+        },
     )
     report_to: list[str] = field(
         default_factory=lambda: ["tensorboard"], metadata={"help": "Where to log to, as in transformers."}
@@ -249,7 +252,10 @@ class RewardedPolicyConfig(PolicyConfig):
     )
     stop_on: list[str] = field(
         default_factory=list,
-        metadata={"help": "Monitors that end the run when they cross their limits, or all; by default they only warn."},
+        metadata={
+            "help": "Monitors that end the run when they cross their limits, or all that are measured; by default they "
+            "only warn. What such a run leaves is the best checkpoint by watch_reward, else the last from before."
+        },
     )
 
     # Pictures
@@ -263,6 +269,12 @@ class RewardedPolicyConfig(PolicyConfig):
             self.stop_on = [self.stop_on]
         check_watch(self.watch_limits, self.stop_on)
         super().__post_init__()
+        check_measured(self.stop_on, self.never_measured)
         require(self.num_log_images >= 0, f"num_log_images is {self.num_log_images}; it must not be negative")
         if "tensorboard" not in self.report_to and self.num_log_images > 0:
             warn_of_ignored(self, ("num_log_images",), "report_to does not name tensorboard")
+
+    @property
+    def never_measured(self) -> dict[str, str]:
+        """The monitors that a run of these settings never measures, whatever its rewards -> why."""
+        return never_measured(self.num_generations, self.tune == "lora" or self.needs_reference)

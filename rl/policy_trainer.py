@@ -1,5 +1,6 @@
 """What every training of a diffusion policy shares, whatever its loss: guards, logs, files."""
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from rl.callbacks import (
     AverageWeights,
@@ -23,8 +25,9 @@ from rl.callbacks import (
     RunCurves,
     SampleGrids,
     StopWhenOutOfTime,
+    show,
 )
-from rl.checkpoints import SAMPLES, explained, newest_whole, written_beside
+from rl.checkpoints import SAMPLES, explained, is_complete, newest_whole, written_beside
 from rl.evaluate import TRAINING_REWARD, Evaluation, HeldOut, evaluate, look
 from rl.experience import Samples
 from rl.pictures import sample_sheet
@@ -35,6 +38,8 @@ from rl.rollout import DivergedError
 from rl.run_state import RunState
 from rl.sde import Schedule
 from rl.watch import Watch
+
+logger = logging.getLogger(__name__)
 
 Judged = tuple[Evaluation, Samples]
 """What an evaluation gives: figures, and a few pictures to look at."""
@@ -58,6 +63,7 @@ class PolicyTrainer(ResumableTrainer):
     Attributes:
         scheduler, schedule: what samples as the settings say, and its steps.
         average: the moving average of the weights, None if none is kept.
+        left: the checkpoint whose weights were taken up in the end, in place of the last update's; else None.
         clock, train_seconds: see `ResumableTrainer`.
     """
 
@@ -80,6 +86,7 @@ class PolicyTrainer(ResumableTrainer):
         self.policy, self.eval_on = policy, eval_on
         self.scheduler, self.schedule = sampler
         self.average: EMAModel | None = None
+        self.left: Path | None = None
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
         prompts = None if eval_on is None else list(eval_on.prompts)
         super().__init__(plan, watch, model=policy.network, args=args, eval_dataset=prompts, callbacks=callbacks)
@@ -139,15 +146,16 @@ class PolicyTrainer(ResumableTrainer):
         return figures, samples
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """What the Trainer calls in the midst of training: curves `eval/...`, and a sheet in the folder `samples`. The
-        weights judged are those that the run would leave behind here."""
+        """What the Trainer calls in the midst of training: curves `eval/...`, and a sheet in the folder `samples`, in
+        TensorBoard `evaluation`. The weights judged are those that the run would leave behind here."""
         with self.clock("evaluation"), self._weights_to_leave():
             figures, samples = self.judge(self.eval_on)
         if self.args.should_save:
             place = f"{SAMPLES}/rollout-{self.state.global_step // self.plan.updates:06}.png"
             with explained(place, self.args.output_dir), written_beside(Path(self.args.output_dir)) as beside:
                 (beside / SAMPLES).mkdir()
-                sample_sheet(samples).save(beside / place)
+                (sheet := sample_sheet(samples)).save(beside / place)
+            show(self, {"evaluation": sheet})
         curves = figures.curves()
         self.log(curves)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, curves)
@@ -275,14 +283,41 @@ class PolicyTrainer(ResumableTrainer):
 
     def _load_state(self, state: RunState) -> None:
         self.watch.load_state(state.facts["watch"])
+        self._load_average(state)
+
+    def _load_average(self, state: RunState) -> None:
         if self.average is not None:
             self.average.optimization_step = state.facts["average_updates"]
             for place, weight in enumerate(self.average.shadow_params):
                 weight.copy_(state.part("average")[str(place)])
 
     def _conclude(self) -> None:
+        if self.watch.stopping:
+            self._go_back()
         if self.average is not None:
             self.average.copy_to(self.trained_weights())
+
+    def _go_back(self) -> None:
+        """Take up the weights of the best checkpoint in place of those that a monitor of `stop_on` was crossed by."""
+        over = ", ".join(f"watch/{name}" for name in self.watch.stopping)
+        best, what = self.best_checkpoint, self.policy.trained.what
+        if best is None or not is_complete(best):
+            if self.args.should_save:
+                logger.warning(
+                    "%s across its limit, and no checkpoint from before: the %s left is that of the last update",
+                    over,
+                    what,
+                )
+            return
+        if self.is_deepspeed_enabled:
+            deepspeed_load_checkpoint(self.model_wrapped, str(best), load_module_strict=False)
+        else:
+            self._load_from_checkpoint(str(best))
+        self._load_average(RunState.read(best))
+        self.left = best
+        if self.args.should_save:
+            why = "the best by the held-out reward" if "held_out" in self.watch.best else "the last from before"
+            logger.warning("%s across its limit: the %s left is that of %s, %s", over, what, best.name, why)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if _internal_call and output_dir is None:  # `push_to_hub`, called when all is saved, by one rank alone

@@ -1,6 +1,7 @@
 """A Trainer whose runs stop at rollout boundaries, are saved there, and go on from there to the same bits."""
 
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -177,8 +178,7 @@ class ResumableTrainer(Trainer):
 
     @property
     def best_checkpoint(self) -> Path | None:
-        """The checkpoint with the best held-out reward, as far as rollouts were drawn from checkpoints; never rotated
-        away. None if no held-out reward is watched."""
+        """The one to keep, as far as rollouts were drawn from checkpoints (see `Watch.best`); never rotated away."""
         if self.watch.best is None:
             return None
         return Path(self.args.output_dir) / f"checkpoint-{self.watch.best['global_step']}"
@@ -236,4 +236,6 @@ class ResumableTrainer(Trainer):
                 discard_later_samples(marker["rollouts"], self.args.output_dir)
         place = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)  # how often to log and save: as this run says, not the last
+        if self.is_saved and self.watch.stopping:  # killed behind the rollout that ended it: nothing is left to train
+            return sys.maxsize, 0
         return place

@@ -2,7 +2,7 @@
 
 A rollout shows the policy as the updates before it left it, so its pictures tell for nothing whether a reward is still
 obeyed or already gamed. Each monitor is a curve `watch/<name>`; `watch_limits` changes its limit, `stop_on` ends the
-run at it. "Of the start" is of the first rollout.
+run at it, and leaves the weights of the best checkpoint. "Of the start" is of the first rollout.
 
     held_out      A reward that is not trained on fell while the trained one rose: the plainest sign. How far its mean
                   over the last `WINDOW` rollouts is from the start, in standard deviations of its first pictures. It
@@ -14,8 +14,9 @@ run at it. "Of the start" is of the first rollout.
     drawn         Edges, of the start. 0.6: a policy that learns to draw less passes it on its way to nothing; sound
                   runs stay within a quarter. Texture that fools a predictor passes 1 / 0.6.
     file_size     Bytes of a JPEG, of the start; sees noise and texture that edges miss. 0.6 and 1 / 0.6, as above.
-    kl            Divergence from the base, a latent element and trained step. 0.02: a step's mean has moved by a fifth
-                  of its noise (KL = d^2 / 2); sound runs stay two orders of magnitude below.
+    kl            Divergence from the base, a latent element and trained step: the mean over all trained steps, of one
+                  micro-batch a rollout. 0.02: a step's mean has moved by a fifth of its noise (KL = d^2 / 2). The small
+                  world's demo ends at 0.0007 on the two steps that it trains, at 0.002 over all of them.
     saturation    Share of scores within 1% of an end of their range. 0.5: the reward has no room left to tell the
                   better picture, and where a predictor is that sure it is often wrong.
     map_entropy   How evenly penalty maps are spread over places, of the start. 0.7: what is penalised has shrunk to
@@ -102,6 +103,49 @@ MONITORS = {
     ),
     "dead_groups": Monitor(0.5, above="for {value:.0%} of the prompts, all pictures are rewarded alike"),
 }
+
+
+FROM_REWARD = {
+    "saturation": "the reward does not tell the `ranges` of its terms",
+    "map_entropy": "the reward has no penalty maps",
+}
+"""What it means that a monitor of the reward's own was not measured, which only a rollout shows."""
+
+
+def never_measured(num_generations: int, has_base: bool) -> dict[str, str]:
+    """The monitors that such a run never measures -> why.
+
+    Args:
+        num_generations: pictures of a prompt.
+        has_base: the base model is there to be asked.
+    """
+    off = {}
+    if num_generations < 2:
+        why = "num_generations is 1, and it compares pictures of one prompt"
+        off |= {"diversity": why, "dead_groups": why}
+    if not has_base:
+        off["kl"] = "tune is full and keeps no copy of the base unless beta is above 0"
+    return off
+
+
+def never_told(reward_fn: RewardFn, held_out: RewardFn | None) -> dict[str, str]:
+    """The monitors that these rewards never give anything to measure -> why."""
+    off = {} if held_out is not None else {"held_out": "there is no held-out reward; name one, watch_reward"}
+    return off if getattr(reward_fn, "ranges", None) else off | {"saturation": FROM_REWARD["saturation"]}
+
+
+def check_measured(stop_on: Sequence[str], off: Mapping[str, str]) -> None:
+    """Complain if the run is to stop on a monitor that is never measured. `all` means all that are.
+
+    Args:
+        off: such monitors -> why.
+
+    Raises:
+        ValueError: `stop_on` names one.
+    """
+    for name in stop_on:
+        if name in off:
+            raise ValueError(f"stop_on names {name}, which this run never measures: {off[name]}; drop {name} there")
 
 
 def check_watch(limits: Mapping[str, Any], stop_on: Sequence[str]) -> None:
@@ -196,21 +240,40 @@ class Watch:
         limits: monitor -> its limit in place of the default, None for none.
         stop_on: monitors to stop on, or `all`.
         speaks: whether it warns on the console.
+        off: monitors that are never measured -> why.
+
+    Raises:
+        ValueError: `stop_on` names one of `off`.
 
     Attributes:
         over: the monitors that are across their limits, in the order of `MONITORS`.
-        best: of the checkpoints that rollouts were drawn from, the one with the best held-out reward: `global_step` and
-            `held_out`, its mean in that rollout. None before the first.
+        best: of the checkpoints that rollouts were drawn from, the one to keep: that with the best held-out reward,
+            `global_step` and `held_out`, its mean in that rollout; where none is watched, the last one of which no
+            monitor of `stop_on` (of all, where it names none) was over its limit, `global_step`. None before the first.
     """
 
-    def __init__(self, limits: Mapping[str, float | None], stop_on: Sequence[str] = (), speaks: bool = True):
+    def __init__(
+        self,
+        limits: Mapping[str, float | None],
+        stop_on: Sequence[str] = (),
+        speaks: bool = True,
+        off: Mapping[str, str] | None = None,
+    ):
+        self.off = dict(off or {})
+        check_measured(stop_on, self.off)
         self.limits = {name: limits.get(name, monitor.limit) for name, monitor in MONITORS.items()}
+        self._named = set(stop_on) - {"all"}
+        self._looked = False
         self.stop_on = set(MONITORS) if "all" in stop_on else set(stop_on)
         self.speaks = speaks
-        self.over: list[str] = []
         self.best: dict[str, float] | None = None
         self._start: dict[str, float] = {}
         self._recent: list[dict[str, float]] = []
+        self._judged: dict[str, float] = {}  # monitor -> what was held against its limit last
+
+    @property
+    def over(self) -> list[str]:
+        return [name for name in MONITORS if name in self._judged and self._says(name, self._judged[name])]
 
     @property
     def stopping(self) -> list[str]:
@@ -223,7 +286,13 @@ class Watch:
 
         Returns:
             monitor -> value of its curve, for those that were measured.
+
+        Raises:
+            ValueError: the run is to stop on a monitor that its first rollout does not measure.
         """
+        if not self._looked:
+            self._looked = True
+            self._check_first(measured)
         for name, value in measured.items():
             self._start.setdefault(name, value)
         curves = {}
@@ -238,6 +307,15 @@ class Watch:
                 curves[name] = value
         return curves
 
+    def _check_first(self, measured: Mapping[str, float]) -> None:
+        for name, why in FROM_REWARD.items():
+            if name in measured or name in self.off or name not in self.stop_on:
+                continue
+            if name in self._named:
+                raise ValueError(f"stop_on names {name}, which the first rollout does not measure: {why}; drop it")
+            if self.speaks:
+                logger.warning("stop_on all does not stop on %s: %s", name, why)
+
     def _held_out(self, measured: Mapping[str, float]) -> tuple[float, float]:
         """The curve, and the value that is judged: what is left of the fall beyond what may be noise."""
         newest = {name: measured[name] for name in ("reward", "held_out", "held_out_error")}
@@ -251,27 +329,37 @@ class Watch:
         return shift, min(shift + ERRORS * error, 0.0) if mean["reward"] > self._start["reward"] else 0.0
 
     def _judge(self, name: str, value: float) -> None:
-        limit = self.limits[name]
-        says = "" if limit is None else MONITORS[name].crossed(value, limit)
+        says = self._says(name, value)
         if says and name not in self.over and self.speaks:
-            logger.warning("%s (watch/%s is %.3g, its limit %.3g)", says, name, value, limit)
-        over = set(self.over) - {name} | ({name} if says else set())
-        self.over = [one for one in MONITORS if one in over]
+            logger.warning("%s (watch/%s is %.3g, its limit %.3g)", says, name, value, self.limits[name])
+        self._judged[name] = value
 
-    def note_checkpoint(self, global_step: int, held_out: float) -> None:
-        """The rollout that was observed last was drawn from the checkpoint behind `global_step` updates."""
-        if self.best is None or held_out > self.best["held_out"]:
+    def _says(self, name: str, value: float) -> str:
+        limit = self.limits[name]
+        return "" if limit is None else MONITORS[name].crossed(value, limit)
+
+    def note_checkpoint(self, global_step: int, held_out: float | None = None) -> None:
+        """The rollout that was observed last was drawn from the checkpoint behind `global_step` updates.
+
+        Args:
+            held_out: mean of the held-out reward in it, if there is one.
+        """
+        if held_out is None:
+            if not (self.stopping if self.stop_on else self.over):
+                self.best = {"global_step": global_step}
+        elif self.best is None or held_out > self.best.get("held_out", -math.inf):
             self.best = {"global_step": global_step, "held_out": held_out}
 
     def state(self) -> dict[str, Any]:
         """Everything that it knows, as JSON can hold it (a float comes back to the bit)."""
-        return {"start": self._start, "recent": self._recent, "over": self.over, "best": self.best}
+        known = {"start": self._start, "recent": self._recent, "judged": self._judged, "best": self.best}
+        return {**known, "over": self.over}  # for readers; it follows from the others and the limits
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave; from nothing, as a checkpoint of an older version has it, anew."""
         self._start = dict(state.get("start", {}))
         self._recent = list(state.get("recent", []))
-        self.over, self.best = list(state.get("over", [])), state.get("best")
+        self._judged, self.best = dict(state.get("judged", {})), state.get("best")
 
 
 class StopWhenGamed(TrainerCallback):

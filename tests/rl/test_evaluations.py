@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rl.callbacks import show_at_end
 from rl.evaluate import TRAINING_REWARD, HeldOut
 from rl.interrupt import RunInterrupted
 from tests.rl.conftest import PROMPTS
@@ -23,6 +24,13 @@ def curve(trainer, name):
     folder = str(Path(trainer.args.output_dir, "runs"))
     events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
     return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def images(trainer, name):
+    """TensorBoard's own view of pictures: [(step, PNG)]."""
+    folder = str(Path(trainer.args.output_dir, "runs"))
+    events = EventAccumulator(folder, size_guidance={"images": 0}).Reload()
+    return [(event.step, event.encoded_image_string) for event in events.Images(name)]
 
 
 def lines(trainer):
@@ -68,7 +76,29 @@ def test_a_run_that_goes_on_has_each_evaluation_once(make_trainer, tmp_path, str
     assert curve(rest, "eval/reward") == curve(whole, "eval/reward")
     assert lines(rest) == lines(whole)
     assert sheets(rest) == sheets(whole)
+    assert [step for step, _ in images(whole, "evaluation")] == [1, 2, 3, 4]
+    assert images(rest, "evaluation") == images(whole, "evaluation")
     assert_same(lora(tmp_path / "whole/checkpoint-4"), lora(tmp_path / "run/checkpoint-4"))
+
+
+def test_what_is_shown_at_the_end_stands_there_once_and_not_in_the_midst(make_trainer):
+    """A run of 2 updates that was killed behind it and ends again, and then goes on for a third."""
+    sheet = Image.new("RGB", (8, 8), "red")
+    settings = {"report_to": ["tensorboard"], "num_log_images": 0}
+    for updates in (2, 2, 3):
+        trainer = make_trainer(num_train_epochs=updates, **settings)
+        trainer.train(resume_from_checkpoint="auto")
+        for _ in range(2):
+            show_at_end(trainer, "before_after", sheet)
+        assert [step for step, _ in images(trainer, "before_after")] == [updates + 1]
+        assert [step for step, _ in curve(trainer, "train/loss")] == list(range(1, updates + 1))
+
+
+def test_without_tensorboard_nothing_is_shown_at_the_end(make_trainer, tmp_path):
+    trainer = make_trainer(num_train_epochs=1, save_strategy="no")
+    trainer.train()
+    show_at_end(trainer, "before_after", Image.new("RGB", (8, 8)))
+    assert not (tmp_path / "run/runs").exists()
 
 
 def test_a_checkpoint_holds_the_evaluation_of_its_update(make_trainer, tmp_path):
