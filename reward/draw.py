@@ -16,17 +16,24 @@ from PIL import Image, ImageDraw, ImageFont
 from reward.feedback import HEATMAPS, SCORES, RichFeedback
 
 _COLOURS = {"implausibility": "inferno", "misalignment": "viridis"}
+_SLIMMEST = 8
 _STRUCK = (200, 30, 30)
 _INK = (30, 30, 30)
 
 
 def to_image(image: torch.Tensor, height: int | None = None) -> Image.Image:
-    """A picture (3, H, W) in [0, 1] (clipped to it) as an RGB image, enlarged or shrunk to `height` if given."""
+    """A picture (3, H, W) in [0, 1] (clipped to it) as an RGB image, enlarged or shrunk to `height` if given.
+
+    So scaled, one that is more than `_SLIMMEST` times as wide as high, or as high as wide, is drawn as if it were not:
+    a strip of one pixel would have no width, or fill the memory.
+    """
     array = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     drawn = Image.fromarray(array)
     if height is None or height == drawn.height:
         return drawn
-    return drawn.resize((round(drawn.width * height / drawn.height), height), Image.Resampling.BICUBIC)
+    width = round(drawn.width * height / drawn.height)
+    width = min(max(width, -(-height // _SLIMMEST)), height * _SLIMMEST)
+    return drawn.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def to_array(image: Image.Image) -> np.ndarray:

@@ -21,6 +21,11 @@ def test_pictures_keep_their_values_and_are_clipped():
     assert np.array(draw.heatmap_image(torch.tensor([[0.0, 1.0], [0.5, 2.0]]))).tolist() == [[0, 255], [128, 255]]
 
 
+def test_strips_are_drawn_at_most_eight_times_as_long_as_wide():
+    for size, drawn in (((1000, 1), (5, 40)), ((1, 3000), (320, 40)), ((10, 80), (320, 40)), ((30, 90), (120, 40))):
+        assert draw.overlay(torch.rand(3, *size), torch.rand(4, 4), height=40).size == drawn
+
+
 def red(image):
     array = draw.to_array(image).astype(int)
     return ((array[..., 0] - array[..., 1]) > 100).sum()
