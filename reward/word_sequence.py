@@ -10,6 +10,7 @@ vocabulary, L' = L + T.
 """
 
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 import torch.nn.functional as F
@@ -122,14 +123,16 @@ class SequenceHead(nn.Module):
         All words are decided at once, given marks for the words before them, until these are the marks decided. Since
         a mark depends on those before it only, the n-th round has at least the first n right, and the fixed point is
         what deciding one word after another gives: at most T + 1 rounds, in practice as many as marks lean on others.
+        There it ends, too, where kernels' rounding would flip a mark for ever.
         """
         prompts = (input_ids, attention_mask, word_positions)
         marked = torch.zeros_like(word_positions, dtype=torch.bool)
         with torch.no_grad():
-            while True:
+            for turn in count(1):
                 logits = self.logits(embed, text, attention_mask, write_marks(*prompts, marked, mark), mark)
                 decided = (logits > 0) & (word_positions >= 0)
-                if self._settled(torch.equal(decided, marked), text.device):
+                mine = torch.equal(decided, marked) or turn > word_positions.shape[1]
+                if self._settled(mine, text.device):
                     break
                 marked = decided
         if torch.is_grad_enabled() and text.requires_grad:

@@ -100,6 +100,20 @@ def test_reading_is_greedy_decoding_word_by_word(writer):
     assert decisions == {True, False}
 
 
+def test_reading_ends_even_where_a_mark_flips_for_ever(writer, monkeypatch):
+    model, tokenizer = writer
+    text, calls = encode_prompts(tokenizer, [["red", "circle"]], 16), []
+
+    def flips(*_):
+        calls.append(len(calls))
+        return torch.full((1, 2), (-1.0) ** len(calls[:-1]))
+
+    monkeypatch.setattr(model.word_head, "logits", flips)
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 32, 32), **text)
+    assert len(calls) == 3
+
+
 def test_training_is_cross_entropy_under_teacher_forcing(writer):
     model, tokenizer = writer
     text = encode_prompts(tokenizer, [["red", "circle"], ["a"]], 16)
