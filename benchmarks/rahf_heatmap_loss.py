@@ -4,8 +4,8 @@
         [--json FILE]
 
 Data and starting checkpoint come from `python -m tinyworld.build --stages feedback pretraining`. The predictor of
-`configs/rahf_tinyworld.yaml` is trained for two epochs with each choice and seed, and judged on the dev split (a
-setting is chosen there, the test split stays unseen):
+`configs/rahf_tinyworld.yaml` is trained with each choice and seed, by default for 470 updates of 64 pictures (2.1
+epochs of the data's 14,000), and judged on the dev split (a setting is chosen there, the test split stays unseen):
 
 - marked pixels count once (the paper's loss), 3 and 10 times (`heatmap_positive_weight`);
 - for comparison the paper's loss with its whole term tripled, since counting marked pixels more also makes the term
@@ -95,7 +95,7 @@ def main() -> None:
     add_flags(parser, "outputs/rahf_heatmap_loss")
     parser.add_argument("--data", type=Path, default=Path("build/tinyworld/feedback"), help="the small world's ratings")
     parser.add_argument("--model", type=Path, default=Path("build/tinyworld/rahf_pretrained"), help="where all start")
-    parser.add_argument("--steps", type=int, help=f"updates of 64 pictures a run (default {STEPS}, two epochs)")
+    parser.add_argument("--steps", type=int, help=f"updates of 64 pictures a run (default {STEPS})")
     options = parser.parse_args()
     began, work = time.perf_counter(), work_folder(options)
     steps, seeds, data = options.steps or STEPS, options.seeds, options.data

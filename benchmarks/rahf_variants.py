@@ -4,7 +4,13 @@
         [--seeds N]
 
 Trains each as its config says (for `--epochs`, if given: all alike, warm-up and decay included), once a seed, from the
-pretrained encoders; evaluates with `reward.evaluate` on the test split against fresh raters. A value is the mean over
+pretrained encoders and what fits of the heads that were pretrained with them, those of words and of implausible places
+(`tinyworld/pretrain.py`). The default, `pooled` and `marked` keep both, `augmented` and `paper` that of words,
+`sequence` that of implausible places: its decoder is new, and learns at the backbone's rate. `finer` keeps all heads,
+of which all but those of aesthetics and overall were pretrained. So this says what to take with these checkpoints, not
+what is better in itself.
+
+It evaluates with `reward.evaluate` on the test split against fresh raters. A value is the mean over
 seeds, its interval Student's over seeds; "less the default's" is paired by seed. It needs what
 `python -m tinyworld.build --stages feedback pretraining` leaves in `build/tinyworld` (`--data`, `--pretrained`), and
 `finer` what `--stages feedback finer` does. Trainings that are there already (`--work`) are not repeated; one that was
@@ -93,6 +99,7 @@ def figures(folder: Path, raters: Path, held_out: Path, options) -> dict[tuple[s
     if not told.exists():
         places = {"--model": folder, "--data": options.data, "--raters": raters, "--out": folder}
         argv = [str(word) for place in places.items() for word in place]
+        argv += ["--batch_size", "64", "--device", "cpu"]  # as the published figures, to the last bit
         evaluate.main([*argv, "--split", "test", "--group_prompts", str(held_out), "--draws", "0"])
     found = {}
     for row in json.loads(told.read_text())["rows"]:

@@ -1,8 +1,9 @@
 """A finer predictor, pretrained on lessons: pictures whose flaws are known, since they were planted.
 
 It sees pictures at twice their size, so that its encoder's first stage has a feature for every second pixel where the
-smaller one's has one for every fourth; and every head learns beforehand what it is to say, from rendered pictures
-alone: no rater and no judge is asked. Scores that no rater gave are made of what was planted (`planted_scores`).
+smaller one's has one for every fourth; and all heads but those of aesthetics and overall, which nothing planted tells
+of, learn beforehand what they are to say, from rendered pictures alone: no rater and no judge is asked. Scores that no
+rater gave are made of what was planted (`planted_scores`).
 """
 
 from pathlib import Path
