@@ -67,6 +67,39 @@ OUTPUT_NAMES = (*(f"{name} score" for name in SCORES), *(f"{name} heatmap" for n
 """What `augmented_prompt` writes before the prompt, by output."""
 
 
+_CHOICES = {
+    "variant": ("multi_head", "augmented_prompt"),
+    "heatmap_head": ("paper", "light"),
+    "score_head": ("paper", "light"),
+    "words": ("tagging", "sequence", "none"),
+}
+_LEAST = {"max_text_length": 2, "image_pooling": 1}
+_SIDES = ("image_size", "heatmap_size")
+_OF_COLOURS = ("image_mean", "image_std")
+_CHECKED = (*_CHOICES, *_LEAST, *_SIDES, *_OF_COLOURS, "head_width")
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse values of `RahfConfig`'s fields that fit no model, whatever its encoders; None is not looked at.
+
+    Raises:
+        ValueError: names the field, its value, and what it may be.
+    """
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise ValueError(f"{name} must be one of {', '.join(_CHOICES[name])}, not {value!r}")
+        if name in _LEAST and value < _LEAST[name]:
+            raise ValueError(f"{name} must be at least {_LEAST[name]}, not {value}")
+        if name in _SIDES and min(_pair(value)) < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+        if name in _OF_COLOURS and (len(value) != 3 or (name == "image_std" and min(value) <= 0)):
+            raise ValueError(f"{name} takes a number for each of R, G, B, of image_std above 0, not {list(value)}")
+        if name == "head_width" and not 0 < value < float("inf"):
+            raise ValueError(f"head_width must be a number above 0, not {value}")
+
+
 class RahfConfig(PreTrainedConfig):
     """Everything needed to build a `RahfModel` and to prepare its inputs; nothing is downloaded.
 
@@ -129,36 +162,18 @@ class RahfConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        for name, valid in (
-            ("variant", ("multi_head", "augmented_prompt")),
-            ("heatmap_head", ("paper", "light")),
-            ("score_head", ("paper", "light")),
-            ("words", ("tagging", "sequence", "none")),
-        ):
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name} must be one of {', '.join(valid)}, not {getattr(self, name)!r}")
+        check_options({name: getattr(self, name) for name in _CHECKED})
         check_text_config(self.text_config)
-        if self.max_text_length < 2 or self.head_width <= 0:
-            raise ValueError(
-                f"max_text_length must be at least 2 and head_width above 0, not {self.max_text_length} and "
-                f"{self.head_width}"
-            )
         if self.word_separators != SEPARATORS:
             raise ValueError(f"the model's prompts were split at {self.word_separators!r}; here it is {SEPARATORS!r}")
         if tuple(self.label_range) != LABEL_RANGE:
             raise ValueError(f"the model's labels lay in {list(self.label_range)}; here it is {list(LABEL_RANGE)}")
-        for name in ("image_mean", "image_std"):
-            values = getattr(self, name)
-            if len(values) != 3 or (name == "image_std" and min(values) <= 0):
-                raise ValueError(f"{name} takes a number for each of R, G, B, of image_std above 0, not {list(values)}")
         if self.image_size is None:
             self.image_size = size_of(self.vision_config)
         if self.heatmap_size is None:
             self.heatmap_size = self.image_size
         check_size(self.vision_config, self.input_size)
-        if min(self.map_size) < 1:
-            raise ValueError(f"heatmap_size must be at least 1, not {self.heatmap_size}")
-        if self.image_pooling < 1 or any(side % self.image_pooling for side in self.grid):
+        if any(side % self.image_pooling for side in self.grid):
             raise ValueError(
                 f"image_pooling must divide both sides of the grid of {self.grid[0]} x {self.grid[1]} patches, not be "
                 f"{self.image_pooling}"

@@ -3,12 +3,16 @@
 Every mistake that can be seen in the settings alone is an error here, before data or models are read.
 """
 
+import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
 from reward.augmentation import SIDED_WORDS, Augmentation
+from reward.feedback import HEATMAPS, SCORES
+from reward.model import check_options
 
 LOSS_SETTINGS = ("score_loss_weight", "heatmap_loss_weight", "word_loss_weight", "heatmap_positive_weight")
 """Settings that go into the model's config, where the loss is computed."""
@@ -17,6 +21,18 @@ _MODEL_SETTINGS = (
     "variant", "heatmap_head", "score_head", "words", "head_width", "image_pooling", "max_text_length", "image_mean",
     "image_std",
 )  # fmt: skip
+
+_OF_HEATMAPS = ("mse", "mse_empty", "cc", "sim", "kld", "nss", "auc_judd")
+DEV_METRICS = (
+    "quality",
+    "loss",
+    *(f"{metric}_{name}" for name in SCORES for metric in ("plcc", "srcc")),
+    *(f"{metric}_{name}" for name in HEATMAPS for metric in _OF_HEATMAPS),
+    *(f"{metric}_words" for metric in ("precision", "recall", "f1")),
+)
+"""What the best checkpoint may be chosen by, with or without `eval_`: `reward.train.dev_metrics`, and the loss."""
+
+_LOWER_IS_BETTER = ("loss", "mse_", "kld_")  # how such names begin
 
 _GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 
@@ -78,8 +94,10 @@ class RahfArguments:
         if (self.model is not None) == backbones:
             raise ValueError("give either --model (a RAHF checkpoint), or both --vision_model and --text_model")
         for name in ("image_size", "heatmap_size"):
-            if len(getattr(self, name) or [1]) > 2:
-                raise ValueError(f"{name} is one side, or height and width, not {getattr(self, name)}")
+            if (sides := getattr(self, name)) is not None and len(sides) not in (1, 2):
+                raise ValueError(f"{name} is one side, or height and width, not {sides}")
+        _check_least(self, ("panels",), 0)
+        check_options(self.model_options)
         self.augmentation(seed=0)  # checks its settings
 
     @property
@@ -116,13 +134,17 @@ class RahfTrainingArguments(TrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "when a checkpoint is written"})
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept; the best is always kept"})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "end with the best checkpoint, not the last"})
-    metric_for_best_model: str | None = field(default="eval_quality", metadata={"help": "see reward.train.dev_metrics"})
+    metric_for_best_model: str | None = field(
+        default="eval_quality",
+        metadata={"help": "see reward.train.dev_metrics; mse, kld and loss count as better the lower they are"},
+    )
     report_to: None | str | list[str] = field(  # noqa: RUF036 the parser wants None first
         default="tensorboard", metadata={"help": "where figures are logged"}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "must be false: our collator reads them all"})
 
     def __post_init__(self):
+        self._check_best_metric()
         super().__post_init__()
         self.label_names = ["scores", "heatmaps", "word_labels"]
         if self.remove_unused_columns:
@@ -132,6 +154,29 @@ class RahfTrainingArguments(TrainingArguments):
         zero = self.hf_deepspeed_config if self.deepspeed else None
         if zero and zero.is_zero3() and not zero.is_true(_GATHER):
             raise ValueError(f"with ZeRO-3, {_GATHER} must be true in {self.deepspeed}, or no whole model can be saved")
-        for name in LOSS_SETTINGS:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
+        rates = ("learning_rate", "backbone_learning_rate", "weight_decay", "max_grad_norm")
+        _check_least(self, (*LOSS_SETTINGS, *rates), 0)
+        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        _check_least(self, sizes, 1)
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise ValueError(f"num_train_epochs must be above 0, not {self.num_train_epochs}; or give max_steps")
+
+    def _check_best_metric(self) -> None:
+        """Refuse what is no metric of dev; and say, where nobody did, which end of it is the better one."""
+        if self.metric_for_best_model is None:
+            return
+        name = self.metric_for_best_model.removeprefix("eval_")
+        if name not in DEV_METRICS:
+            (near,) = difflib.get_close_matches(name, DEV_METRICS, n=1, cutoff=0.0)
+            raise ValueError(
+                f"metric_for_best_model {self.metric_for_best_model!r} is no metric of dev; the nearest is eval_{near}"
+            )
+        if self.greater_is_better is None:
+            self.greater_is_better = not name.startswith(_LOWER_IS_BETTER)
+
+
+def _check_least(settings: object, names: Sequence[str], least: int) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(f"{name} must be a number from {least} on, not {value}")

@@ -165,7 +165,7 @@ def test_from_backbones_takes_their_weights(tmp_path, batch):
         ({"words": "colours"}, "words must be one of tagging, sequence, none, not 'colours'"),
         ({"variant": "one_head"}, "variant must be one of multi_head, augmented_prompt, not 'one_head'"),
         ({"image_pooling": 3}, "image_pooling must divide both sides of the grid of 4 x 4 patches, not be 3"),
-        ({"image_pooling": 0}, "image_pooling must divide both sides of the grid of 4 x 4 patches, not be 0"),
+        ({"image_pooling": 0}, "image_pooling must be at least 1, not 0"),
     ],
 )
 def test_unknown_settings_are_named(make_config, options, message):
