@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 import typing
@@ -113,10 +114,18 @@ def read_prompt_file(path: str | Path) -> list[str]:
     return prompts
 
 
-def main_guard(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None) -> NoReturn:
+def main_guard(
+    main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None, tidy: bool = False
+) -> NoReturn:
     """Run `main(argv)` as a command, then exit: 0 if all went well, 2 with one line on stderr if the user's input was
     wrong (a `ValueError` or `OSError` that our code raised on purpose), 130 on Ctrl-C. Anything else is a bug, ours or
-    a library's, and keeps its traceback."""
+    a library's, and keeps its traceback.
+
+    `tidy` is for commands that work in a temporary folder: SIGTERM, too, then ends them (143) by way of `finally`. Not
+    for trainings, whose ranks may wait for each other in a call that sees no Python, and must end there.
+    """
+    if tidy:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main(argv)
     except KeyboardInterrupt:

@@ -89,6 +89,26 @@ def check_pictures(files: Sequence[str | Path]) -> None:
         raise ValueError(first)
 
 
+def check_place(place: Path, what: str, folder: bool = True) -> None:
+    """Refuse a place for results that cannot be made there; nothing is made yet.
+
+    Args:
+        what: the setting's name in the message.
+        folder: whether a folder is to be made, or else a file; either may be there already.
+
+    Raises:
+        ValueError: a file is where a folder is to be, or the other way round.
+    """
+    there = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
+    if there.is_dir():
+        if there == place.absolute() and not folder:
+            raise ValueError(f"{what} {place} is a folder; name a file")
+    elif there != place.absolute():
+        raise ValueError(f"{what} {place} cannot be made: {there} is a file")
+    elif folder:
+        raise ValueError(f"{what} {place} is a file; name a folder")
+
+
 def model_type(folder: Path) -> str | None:
     """The `model_type` that a checkpoint's `config.json` states; None if there is no such file or it is none."""
     try:
@@ -99,7 +119,7 @@ def model_type(folder: Path) -> str | None:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse a checkpoint whose safetensors files are missing or cut off; the weights themselves are not read.
+    """Refuse a checkpoint whose safetensors files, or some of them, are missing or cut off; no weights are read.
 
     Raises:
         ValueError: names the file.
@@ -107,6 +127,17 @@ def check_weights(folder: Path) -> None:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no weights (model.safetensors); was the training stopped before it saved?")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        try:
+            parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is no list of a checkpoint's files; fetch or save it again") from error
+        if missing := [name for name in parts if not (folder / name).is_file()]:
+            raise ValueError(
+                f"{folder} lacks {', '.join(missing[:_NAMED])} ({len(missing)} of {len(parts)} files of weights are "
+                "missing); fetch or save it again"
+            )
     for file in files:
         try:
             with safe_open(file, framework="pt"):

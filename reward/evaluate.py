@@ -27,12 +27,12 @@ from rich.progress import Progress
 from reward import keywords
 from reward.arguments import main_guard, parse_arguments, read_prompt_file
 from reward.baselines import map_baselines, mean_maps
-from reward.checks import check_labels
+from reward.checks import check_labels, check_place
 from reward.data import FeedbackDataset, describe_unread, encode_prompts, resize, resize_maps, unread_words
 from reward.feedback import HEATMAPS, SCORES, RichFeedback
 from reward.fresh_raters import FreshRaters, load_fresh_raters
 from reward.metrics import map_metrics
-from reward.predict import RichFeedbackPredictor
+from reward.predict import RichFeedbackPredictor, check_finite, choose_device
 from reward.report_figure import MapExample, extremes, report_figure, save_png
 from reward.tables import (
     Row,
@@ -71,8 +71,12 @@ class EvaluateArguments:
     map_size: int | None = field(
         default=None, metadata={"help": "side of the compared maps; unset: the true maps' own"}
     )
-    batch_size: int = field(default=64, metadata={"help": "pictures the model sees at once"})
-    device: str = field(default="cpu", metadata={"help": "where the model runs, such as cuda"})
+    batch_size: int = field(
+        default=8, metadata={"help": "pictures the model sees at once; memory and speed depend on it, figures do not"}
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "where the model runs, such as cpu; unset: cuda where there is one"}
+    )
 
     def __post_init__(self):
         for name, least in (("draws", 0), ("map_size", 1), ("batch_size", 1)):
@@ -162,13 +166,7 @@ def predict_examples(predictor: RichFeedbackPredictor, examples: Sequence[Mappin
     prompts = [keywords.join(example["tokens"]) for example in examples]
     with torch.no_grad():
         feedback = predictor(images, prompts, batch_size=len(examples), heatmap_size=config.map_size)
-    finite = torch.stack([*feedback.scores.values(), *(maps.mean((1, 2)) for maps in feedback.heatmaps.values())])
-    for example, fine in zip(examples, finite.isfinite().all(0).tolist(), strict=True):
-        if not fine:
-            raise ValueError(
-                f"the model's feedback of picture {example['uid']} is NaN or infinite; its weights are damaged, or its "
-                "training has diverged: use an earlier checkpoint"
-            )
+    check_finite(feedback, [f"picture {example['uid']}" for example in examples])
     return feedback
 
 
@@ -266,6 +264,10 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 def main(argv: Sequence[str] | None = None) -> dict:
     """The command; prints the tables, writes the report's three files and returns what is in `report.json`."""
     (arguments,) = parse_arguments([EvaluateArguments], argv)
+    device = choose_device(arguments.device)
+    check_place(arguments.folder, "--out")
+    if arguments.json is not None:
+        check_place(Path(arguments.json), "--json", folder=False)
     data = load_data(arguments.data)
     if arguments.split not in data:
         raise ValueError(f"{arguments.data} has no split {arguments.split!r}; it has {', '.join(data)}")
@@ -274,12 +276,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
         raise ValueError(
             f"split {arguments.split!r} of {arguments.data} holds no picture; there is nothing to evaluate"
         )
-    if arguments.folder.exists() and not arguments.folder.is_dir():
-        raise ValueError(f"{arguments.folder} is a file; --out must name a folder")
     check_labels(split, f"{arguments.data}, {arguments.split}")
     members = groups(split, arguments)
     raters = load_fresh_raters(arguments.raters, data, arguments.split) if arguments.raters is not None else None
-    predictor = RichFeedbackPredictor.from_pretrained(arguments.model, arguments.device)
+    predictor = RichFeedbackPredictor.from_pretrained(arguments.model, device)
     learned_from = "train" if "train" in data else arguments.split
     size = predictor.model.config.map_size if arguments.map_size is None else (arguments.map_size,) * 2
     mean = mean_maps(data[learned_from], size)

@@ -10,6 +10,7 @@ Shapes: B pictures of H x W pixels, T the words of a prompt.
 """
 
 import json
+import os
 import shutil
 import tempfile
 import warnings
@@ -24,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from reward import draw, keywords
 from reward.arguments import main_guard, parse_arguments, read_prompt_file
-from reward.checks import check_pictures, check_weights, model_type
+from reward.checks import check_pictures, check_place, check_weights, model_type
 from reward.data import describe_unread, encode_prompts, preprocess, to_tensor, unread_words
 from reward.feedback import HEATMAPS, SCORES, RichFeedback, check_question
 from reward.model import RahfModel
@@ -60,6 +61,10 @@ class RichFeedbackPredictor:
             which = f"{missing[:3]} ({len(missing)} in all)"
             raise ValueError(f"{folder} lacks weights of the model, or has them in other sizes: {which}")
         return cls(model, tokenizer).to(device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save model and tokenizer, as `from_pretrained` loads them; no file in `folder` is ever half written."""
+        save_whole(self.model, self.tokenizer, Path(folder))
 
     def to(self, device: str | torch.device) -> "RichFeedbackPredictor":
         self.model.to(device)
@@ -172,14 +177,69 @@ def check_model_folder(folder: str | Path) -> None:
     check_weights(path)
 
 
+def save_whole(
+    model: RahfModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Save model and tokenizer so that no file in `folder` is ever half written; `config.json` comes last.
+
+    `weights`, where the model's own are sharded, replace them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as unfinished:
+        model.save_pretrained(unfinished, state_dict=weights)
+        tokenizer.save_pretrained(unfinished)
+        for path in sorted(Path(unfinished).iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, folder / path.name)
+
+
+def check_finite(feedback: RichFeedback, pictures: Sequence[str]) -> None:
+    """Refuse feedback that is NaN or infinite.
+
+    Args:
+        pictures: what each is called in the message.
+
+    Raises:
+        ValueError: names the first such picture.
+    """
+    found = torch.stack([*feedback.scores.values(), *(maps.mean((1, 2)) for maps in feedback.heatmaps.values())])
+    for index, fine in enumerate(found.isfinite().all(0).tolist()):
+        if not (fine and feedback.misaligned[index].isfinite().all()):
+            raise ValueError(
+                f"the model's feedback of {pictures[index]} is NaN or infinite; its weights are damaged, or its "
+                "training has diverged: use an earlier checkpoint"
+            )
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device that a command's `--device` names; None: cuda where there is one, else cpu.
+
+    Raises:
+        ValueError: torch knows no such device, or this machine has none.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device is {name!r}; write cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device is {name}, but torch sees {torch.cuda.device_count()} such devices; write cpu")
+    return device
+
+
 @dataclass
 class PredictArguments:
     model: str = field(metadata={"help": "folder of a RAHF checkpoint"})
     images: list[str] = field(metadata={"help": "image files"})
     prompts: list[str] = field(metadata={"help": "a prompt for each image, or one .txt file with a prompt a line"})
     out: str = field(metadata={"help": "folder to make; it must not exist, or be empty"})
-    batch_size: int = field(default=16, metadata={"help": "images judged at once, where they are of one size"})
-    device: str = field(default="cpu", metadata={"help": "where the model runs, such as cuda"})
+    batch_size: int = field(default=8, metadata={"help": "images judged at once, where they are of one size"})
+    device: str | None = field(
+        default=None, metadata={"help": "where the model runs, such as cpu; unset: cuda where there is one"}
+    )
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -188,7 +248,8 @@ class PredictArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments([PredictArguments], argv)
-    out = Path(arguments.out)
+    device, out = choose_device(arguments.device), Path(arguments.out)
+    check_place(out, "--out")
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; give a folder that does not exist yet")
     prompts = read_prompts(arguments.prompts)
@@ -196,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{len(arguments.images)} images were given with {len(prompts)} prompts; give one an image")
     check_model_folder(arguments.model)
     check_pictures(arguments.images)
-    predictor = RichFeedbackPredictor.from_pretrained(arguments.model, arguments.device)
+    predictor = RichFeedbackPredictor.from_pretrained(arguments.model, device)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as unfinished:
         folder = Path(unfinished) / "out"
@@ -208,6 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 feedback = _predict_each(predictor, images, [prompts[place] for place in places])
                 for place, image, said in zip(places, images, feedback, strict=True):
                     path = Path(arguments.images[place])
+                    check_finite(said, [str(path)])
                     files = _write_pictures(image, said, f"{place:04d}_{path.stem}", folder, predictor.word_threshold)
                     line = _as_line(said, predictor.word_threshold)
                     lines.write(json.dumps({"image": str(path), "prompt": prompts[place], **line, **files}) + "\n")
@@ -280,4 +342,4 @@ def _as_line(feedback: RichFeedback, threshold: float) -> dict:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    main_guard(main, tidy=True)

@@ -14,6 +14,7 @@ are, and each is read again when its picture turns up.
 """
 
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -41,6 +42,8 @@ from reward.pictures import as_map_file, as_rgb_file
 from reward.records import SPLITS, Record, RecordError, find_tfrecords, parse_record
 from reward.sources import Columns, Picture, Source, open_source
 from reward.tfrecords import read_frames
+
+logger = logging.getLogger(__name__)
 
 FEATURES = Features(
     {
@@ -325,8 +328,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             out.rmdir()
         folder.rename(out)
     print(report_text(reports))
+    for split in (split for split, report in reports.items() if not report.joined):
+        logger.warning("split %s is empty: none of its records could be joined; see the report for why", split)
     print(f"{out}: " + ", ".join(f"{report.joined} {split}" for split, report in reports.items()))
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    main_guard(main, tidy=True)

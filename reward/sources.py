@@ -140,7 +140,8 @@ def open_source(place: str | Path, columns: Columns | None = None, table: str | 
         table: CSV or JSONL of prompts for a folder of pictures; if None, the only such file in the folder.
 
     Raises:
-        ValueError: `place` is none of the three kinds or lacks a column; the message lists what was found.
+        ValueError: `place` is none of the three kinds or lacks a column; the message lists what was found. Or its
+            prompts are no text.
     """
     place, columns = Path(place), columns or Columns()
     if not place.exists():
@@ -156,6 +157,7 @@ def open_source(place: str | Path, columns: Columns | None = None, table: str | 
             source = PictureRows(place, files, columns)
         for file in files:
             _check_columns(file, found if file == files[0] else _column_names(file), needed)
+            _check_is_text(file, needed[-1])
         return source
     tables = sorted(path for path in place.glob("*") if path.suffix.lower() in _TABLE_SUFFIXES)
     if len(tables) != 1:
@@ -186,6 +188,18 @@ def _check_columns(file: Path, found: Sequence[str], needed: Sequence[str]) -> N
         )
 
 
+def _check_is_text(file: Path, column: str) -> None:
+    """Refuse a column of prompts, of all rows, that holds something else than text."""
+    kind = _schema(file).field(column).type
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    if not any(test(value) for test in tests):
+        raise ValueError(
+            f"{file}: the column {column!r} holds prompts and must be text, not {kind}; name the column of text by "
+            "--prompt_column, or write the file anew"
+        )
+
+
 def _data_files(place: Path) -> list[Path]:
     """Parquet files; or the arrow files of a data set that was saved to disk; or those of `datasets`' cache."""
     if place.is_file():
@@ -206,11 +220,15 @@ def _json_file(path: Path) -> dict:
 
 
 def _column_names(file: Path) -> list[str]:
+    return _schema(file).names
+
+
+def _schema(file: Path) -> pa.Schema:
     try:
         if file.suffix == ".parquet":
-            return pyarrow.parquet.read_schema(file).names
+            return pyarrow.parquet.read_schema(file)
         with pa.OSFile(str(file)) as opened, pa.ipc.open_stream(opened) as stream:
-            return stream.schema.names
+            return stream.schema
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{file} cannot be read ({error}); fetch it again") from error
 

@@ -10,16 +10,18 @@ a pretrained vision encoder and T5 (`--vision_model`, `--text_model`). The outpu
 
 import json
 import logging
-import os
-import tempfile
+import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import DatasetDict, load_from_disk
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     EvalPrediction,
     PreTrainedTokenizerBase,
@@ -30,7 +32,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from reward.arguments import main_guard, parse_arguments, whole_models
-from reward.checks import check_labels
+from reward.checks import check_labels, check_place
 from reward.data import (
     FeedbackCollator,
     FeedbackDataset,
@@ -43,7 +45,7 @@ from reward.losses import IGNORE
 from reward.metrics import heatmap_metrics, score_metrics, word_metrics
 from reward.model import RahfConfig, RahfModel, RahfOutput
 from reward.panels import ExamplePanels
-from reward.predict import check_model_folder
+from reward.predict import check_model_folder, save_whole
 from reward.train_config import LOSS_SETTINGS, RahfArguments, RahfTrainingArguments
 from reward.vision import is_staged
 from reward.vocabulary import adopt_tokenizer
@@ -52,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 _BACKBONE = ("vision.", "encoder.", "word_head.decoder.", "word_head.write.")
 COMPLETE = "complete"  # a file in a checkpoint whose other files are all there
+LOGS = "tensorboard"  # in the output folder
 
 
 class RahfTrainer(Trainer):
@@ -134,6 +137,23 @@ class _Epochs(TrainerCallback):
         self.data.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
 
+class _StartAnew(TrainerCallback):
+    """Deletes an earlier run's checkpoints and logs as the training begins, when its input has been looked at.
+
+    Left there, they would pass for this run's.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        ranks = PartialState()
+        ranks.wait_for_everyone()  # none has found its input wrong
+        if args.should_save:
+            for checkpoint in _checkpoints(args.output_dir):
+                (checkpoint / COMPLETE).unlink(missing_ok=True)  # first: half of one must not look whole
+                shutil.rmtree(checkpoint)
+            shutil.rmtree(Path(args.output_dir) / LOGS, ignore_errors=True)
+        ranks.wait_for_everyone()
+
+
 def dev_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Metrics of the dev split, by names such as `srcc_alignment`, `cc_implausibility`, `f1_words`; and `quality`.
 
@@ -205,11 +225,27 @@ def build_model(arguments: RahfArguments) -> tuple[RahfModel, PreTrainedTokenize
         if astray := sorted(key for key in new if "_head" not in (part := key.split(".")[0]) and part != "detail"):
             raise ValueError(f"{arguments.model} lacks weights of the encoders: {astray[:3]} ({len(astray)} in all)")
     else:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.text_model)
         options = {"heatmap_head": "paper", "score_head": "paper", **arguments.model_options}
-        model = RahfModel.from_backbones(arguments.vision_model, arguments.text_model, **options)
+        with _backbones_named(arguments, OSError, ValueError):
+            for backbone in (arguments.vision_model, arguments.text_model):
+                AutoConfig.from_pretrained(backbone)
+            tokenizer = AutoTokenizer.from_pretrained(arguments.text_model)
+        with _backbones_named(arguments, OSError):  # ValueErrors are our own here
+            model = RahfModel.from_backbones(arguments.vision_model, arguments.text_model, **options)
     adopt_tokenizer(model, tokenizer)
     return model, tokenizer
+
+
+@contextmanager
+def _backbones_named(arguments: RahfArguments, *errors: type[Exception]) -> Iterator[None]:
+    """What transformers says of a backbone that it cannot load, in our words."""
+    try:
+        yield
+    except errors as error:
+        raise ValueError(
+            f"--vision_model {arguments.vision_model} or --text_model {arguments.text_model} cannot be loaded: give "
+            f"folders of pretrained models, or their names on the hub ({error})"
+        ) from error
 
 
 def warn_of_unread_words(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
@@ -225,35 +261,19 @@ def load_data(folder: str | Path) -> DatasetDict:
     """The splits that `reward.richhf` wrote.
 
     Raises:
-        ValueError: the folder is not there, or holds something else.
+        ValueError: the folder is not there, or holds something else, or a split that was saved without a row.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"there is no data folder {folder}; `python -m reward.richhf --out {folder} ...` makes it")
     try:
         data = load_from_disk(str(folder))
+    except IndexError as error:  # `datasets` saves a split without a row, and does not load it
+        raise ValueError(f"{folder} has a split without a picture; build the data anew") from error
     except FileNotFoundError as error:
         raise ValueError(f"{folder} holds no data set; `python -m reward.richhf --out FOLDER ...` makes one") from error
     if not isinstance(data, DatasetDict):
         raise ValueError(f"{folder} holds a single data set; splits train, dev and test are needed")
     return data
-
-
-def save_whole(
-    model: RahfModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    weights: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Save model and tokenizer so that no file in `folder` is ever half written; `config.json` comes last.
-
-    `weights`, where the model's own are sharded, replace them.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as unfinished:
-        model.save_pretrained(unfinished, state_dict=weights)
-        tokenizer.save_pretrained(unfinished)
-        for path in sorted(Path(unfinished).iterdir(), key=lambda path: path.name == "config.json"):
-            os.replace(path, folder / path.name)
 
 
 def _checkpoint_to_resume(args: RahfTrainingArguments) -> str | None:
@@ -265,7 +285,7 @@ def _checkpoint_to_resume(args: RahfTrainingArguments) -> str | None:
         if not (Path(wanted) / COMPLETE).is_file():
             raise ValueError(f"{wanted} is not a whole checkpoint; `--resume_from_checkpoint last` finds the last one")
         return wanted
-    whole = [path.parent for path in Path(args.output_dir).glob(f"checkpoint-*/{COMPLETE}")]
+    whole = [path for path in _checkpoints(args.output_dir) if (path / COMPLETE).is_file()]
     if not whole:
         raise ValueError(
             f"{args.output_dir} has no whole checkpoint to resume from; leave --resume_from_checkpoint out"
@@ -273,8 +293,26 @@ def _checkpoint_to_resume(args: RahfTrainingArguments) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
 
 
-def _check_output_dir(args: RahfTrainingArguments) -> None:
+def _checkpoints(folder: str | Path) -> list[Path]:
+    """Folders `checkpoint-<step>` in the output folder, whole or not."""
+    return [path for path in Path(folder).glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
+
+
+def _check_output_dir(args: RahfTrainingArguments, starts: Sequence[str | None]) -> None:
+    """Refuse an output folder that is a file, one that is in use, or one that would be cleared of what it starts from.
+
+    Args:
+        starts: the checkpoint to resume and the model to start from, where there are such.
+    """
     folder = Path(args.output_dir)
+    check_place(folder, "output_dir")
+    cleared = {path.resolve() for path in _checkpoints(folder)} if args.overwrite_output_dir else set()
+    for start in starts:
+        if start is not None and Path(start).resolve() in cleared:
+            raise ValueError(
+                f"--overwrite_output_dir would delete {start}, which the training is to start from; leave it out, or "
+                "give another --output_dir"
+            )
     if args.resume_from_checkpoint or args.overwrite_output_dir or not folder.is_dir():
         return
     if any(folder.iterdir()):
@@ -287,16 +325,20 @@ def _check_output_dir(args: RahfTrainingArguments) -> None:
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """The command; returns the dev metrics of the model that it saved."""
     arguments, args = parse_arguments([RahfArguments, RahfTrainingArguments], argv)
-    _check_output_dir(args)
     checkpoint = _checkpoint_to_resume(args)
+    _check_output_dir(args, (checkpoint, arguments.model))
     data = load_data(arguments.data)
     if missing := {"train", "dev"} - set(data):
         raise ValueError(f"{arguments.data} lacks the splits {sorted(missing)}; it has {sorted(data)}")
     for split in ("train", "dev"):
+        if not len(data[split]):
+            raise ValueError(f"split {split!r} of {arguments.data} holds no picture; a training needs some")
         check_labels(data[split], f"{arguments.data}, {split}")
     set_seed(args.seed)  # the new heads' weights depend on it
     with whole_models(args):
         model, tokenizer = build_model(arguments)
+    if model.word_head is None and (args.metric_for_best_model or "").endswith("_words"):
+        raise ValueError(f"metric_for_best_model is {args.metric_for_best_model}, but the model judges no words")
     trainer = RahfTrainer(
         model,
         args,
@@ -310,8 +352,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     warn_of_unread_words(data, tokenizer, model.config.max_text_length)
     boards = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TensorBoardCallback)]
     for board in boards:
-        board.logging_dir = str(Path(args.output_dir) / "tensorboard")
+        board.logging_dir = str(Path(args.output_dir) / LOGS)
     trainer.add_callback(_Epochs(trainer.train_dataset))
+    if args.overwrite_output_dir:
+        trainer.callback_handler.callbacks.insert(0, _StartAnew())  # before TensorBoard's, which writes new logs
     if arguments.panels:
         panels = ExamplePanels(dev, trainer.data_collator, arguments.panels, next(iter(boards), None))
         trainer.add_callback(panels)

@@ -157,6 +157,23 @@ def test_guard_exit_codes(capsys):
     assert caught.value.code == 130
 
 
+@pytest.mark.parametrize(("tidy", "left"), [("True", False), ("False", True)])
+def test_a_command_that_is_told_to_end_takes_its_temporary_folder_away(tmp_path, tidy, left):
+    code = f"""
+import tempfile, time
+from reward.arguments import main_guard
+def main(argv):
+    with tempfile.TemporaryDirectory(dir={str(tmp_path)!r}):
+        print("begun", flush=True)
+        time.sleep(60)
+main_guard(main, [], tidy={tidy})"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout.readline() == "begun\n"
+        running.terminate()
+        assert running.wait(timeout=60) == (-15 if left else 143)
+    assert bool(list(tmp_path.iterdir())) == left
+
+
 def test_help_is_printed_by_a_real_command():
     code = "from reward.arguments import *; from tests.reward.test_arguments import *; main_guard(parse)"
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)

@@ -8,12 +8,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from datasets import Dataset, DatasetDict, load_from_disk
 from PIL import Image
-from transformers import ViTConfig, ViTModel
+from transformers import AutoTokenizer, ViTConfig, ViTModel
 
 from reward import evaluate, predict, richhf, train
 from reward.arguments import main_guard
+from reward.model import RahfModel
 from reward.records import read_tfrecords
 from tests.reward import by_hand
 
@@ -129,6 +131,26 @@ def test_a_source_without_the_columns(refused, build, raw_data):
     assert "lacks the columns uid, image, prompt; it has identity, picture" in said
 
 
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [(str.encode, "binary"), (lambda text: [text], "list<"), (len, "int64")],
+    ids=["bytes", "list", "number"],
+)
+@pytest.mark.parametrize("source", ["pairs", "rows"])
+def test_prompts_that_are_no_text(refused, build, raw_data, change, kind, source):
+    files = sorted((raw_data / "images").iterdir())
+    for path in files:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+        if source == "rows":
+            rows = [{"uid": row["image_0_uid"], "image": row["jpg_0"], "prompt": row["caption"]} for row in rows]
+        column = "prompt" if source == "rows" else "caption"
+        if path == files[-1]:
+            rows = [{**row, column: change(row[column])} for row in rows]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    said = refused(richhf.main, *build)
+    assert f"{files[-1]}: the column '{column}' holds prompts and must be text, not {kind}" in said
+
+
 @pytest.mark.parametrize(("scores", "why"), [({"overall": 1.5}, "overall"), ({"alignment": float("nan")}, "alignment")])
 def test_labels_out_of_range_cost_their_record_only(refused, build, raw_data, scores, why, capsys):
     path = raw_data / "tfrecords" / "train.tfrecord"
@@ -160,6 +182,32 @@ def test_labels_that_cannot_be_meant(refused, commands, data, command, column, v
     main, words = commands[command]
     said = refused(main, *words)
     assert f"{data}, {split}: picture {split}-3: {message}" in said
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_a_split_that_lost_all_its_records(refused, build, commands, data, raw_data, split, caplog, monkeypatch):
+    """It is told when the data are built, and a training does not begin with it: no model is read."""
+    for path in (raw_data / "images").iterdir():
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+        kept = [row for row in rows if not any(str(uid).startswith(split) for uid in row.values())]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(kept), path)
+    shutil.rmtree(data)
+    assert "--strict" in refused(richhf.main, *build, "--strict")
+    richhf.main(build)
+    assert f"split {split} is empty: none of its records could be joined" in caplog.text
+    monkeypatch.setattr(train, "build_model", lambda arguments: pytest.fail("the model is read"))
+    main, words = commands["train"]
+    assert f"split '{split}' of {data} holds no picture" in refused(main, *words)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "train"])
+def test_a_split_that_was_saved_without_a_row(refused, commands, data, command):
+    whole = load_from_disk(str(data))
+    DatasetDict({**whole, "dev": whole["dev"].select([])}).save_to_disk(str(data.with_name("less")))
+    shutil.rmtree(data)
+    data.with_name("less").rename(data)
+    main, words = commands[command]
+    assert f"{data} has a split without a picture" in refused(main, *words)
 
 
 @pytest.mark.parametrize("column", ["image", "misalignment_map"])
@@ -267,6 +315,53 @@ def test_a_checkpoint_that_is_damaged(refused, judge, picture, model_folder, spo
     assert str(model_folder) in refused(predict.main, *judge, "--images", picture, "--prompts", "red")
 
 
+def test_a_checkpoint_without_one_of_its_files(refused, judge, picture, model, model_folder):
+    no_weights(model_folder)
+    model.save_pretrained(model_folder, max_shard_size="60KB")
+    files = sorted(model_folder.glob("*.safetensors"))
+    files[1].unlink()
+    said = refused(predict.main, *judge, "--images", picture, "--prompts", "red")
+    assert f"{model_folder} lacks {files[1].name} (1 of {len(files)} files of weights are missing)" in said
+    (model_folder / "model.safetensors.index.json").write_text("{}")
+    said = refused(predict.main, *judge, "--images", picture, "--prompts", "red")
+    assert "model.safetensors.index.json is no list of a checkpoint's files" in said
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_backbones_that_are_not_there(refused, commands, tmp_path, empty):
+    if empty:
+        (tmp_path / "nowhere").mkdir()
+    main, words = commands["train"]
+    words = words[2:]  # without --model
+    said = refused(main, *words, "--vision_model", tmp_path / "nowhere", "--text_model", "nowhere")
+    assert f"--vision_model {tmp_path}/nowhere or --text_model nowhere cannot be loaded" in said
+
+
+# Places for results --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("command", ["evaluate", "predict", "train"])
+def test_a_file_where_the_results_folder_is_to_be(
+    refused, commands, judge, picture, tmp_path, command, inside, monkeypatch
+):
+    """Told before the model, which is the first thing that takes long, is read."""
+    for owner in (RahfModel, AutoTokenizer):
+        monkeypatch.setattr(owner, "from_pretrained", lambda *args, **kwargs: pytest.fail("the model is read"))
+    (tmp_path / "file").write_text("mine")
+    place = tmp_path / "file" / "out" if inside else tmp_path / "file"
+    lines = {**commands, "predict": (predict.main, [*judge, "--images", picture, "--prompts", "red"])}
+    main, words = lines[command]
+    said = refused(main, *[place if str(word) == str(tmp_path / "out") else word for word in words])
+    assert (f"cannot be made: {tmp_path}/file is a file" if inside else f"{place} is a file; name a folder") in said
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_where_a_report_is_to_be(refused, commands, tmp_path):
+    main, words = commands["evaluate"]
+    assert f"--json {tmp_path} is a folder; name a file" in refused(main, *words, "--json", tmp_path)
+
+
 # Pictures and prompts -----------------------------------------------------------------------------------------------
 
 
@@ -295,6 +390,32 @@ def test_pictures_of_every_kind_are_judged(judge, tmp_path):
     assert said["wide"] == pytest.approx(said["grey"], abs=1e-6)
     with Image.open(tmp_path / "out" / lines[0]["implausibility_map"]) as heatmap:
         assert heatmap.size == (1, 1)
+
+
+def test_strips_of_a_pixels_width_are_judged(judge, picture, tmp_path):
+    """Their overlays stay drawable, and of a size that fits a screen."""
+    tall = saved(Image.new("RGB", (1, 1000), "red"), tmp_path / "tall.png")
+    wide = saved(Image.new("RGB", (3000, 1), "red"), tmp_path / "wide.png")
+    words = [*judge, "--images", picture, tall, wide, "--prompts", "red", "red", "red"]
+    predict.main([str(word) for word in words])
+    for path in (tmp_path / "out").glob("*_overlay.png"):
+        with Image.open(path) as overlay:
+            assert 60 < overlay.width < 4000
+
+
+def test_a_model_that_has_diverged(refused, judge, picture, model, model_folder):
+    with torch.no_grad():
+        model.project.bias.fill_(float("nan"))
+    model.save_pretrained(model_folder)
+    said = refused(predict.main, *judge, "--images", picture, "--prompts", "red")
+    assert f"the model's feedback of {picture} is NaN or infinite" in said
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("gpu", "is 'gpu'; write cpu"), ("cuda:99", "cuda:99, but torch sees")]
+)
+def test_a_device_that_is_not_there(refused, judge, picture, device, message):
+    assert message in refused(predict.main, *judge, "--images", picture, "--prompts", "red", "--device", device)
 
 
 def test_an_empty_prompt_is_judged_without_words(judge, picture, tmp_path):

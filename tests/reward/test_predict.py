@@ -85,6 +85,16 @@ def test_loaded_predicts_the_same_bits(predictor, model_folder, images):
     assert torch.equal(torch.cat(first.misaligned), torch.cat(again.misaligned))
 
 
+def test_what_is_saved_predicts_the_same_bits(predictor, images, tmp_path):
+    predictor.save_pretrained(tmp_path / "saved")
+    again = RichFeedbackPredictor.from_pretrained(tmp_path / "saved")
+    one, other = predictor(images, PROMPTS), again(images, PROMPTS)
+    assert all(torch.equal(one.scores[name], other.scores[name]) for name in SCORES)
+    assert all(torch.equal(one.heatmaps[name], other.heatmaps[name]) for name in HEATMAPS)
+    assert torch.equal(torch.cat(one.misaligned), torch.cat(other.misaligned))
+    assert not list((tmp_path / "saved").glob(".*"))
+
+
 def test_weights_stored_in_half_are_computed_in_full(model, model_folder, tokenizer, images):
     model.half().save_pretrained(model_folder)
     loaded = RichFeedbackPredictor.from_pretrained(model_folder)

@@ -8,13 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import EvalPrediction
 from transformers.models.t5.modeling_t5 import T5LayerFF
 from transformers.models.vit.modeling_vit import ViTAttention
 
 from reward import train
+from reward.feedback import HEATMAPS
 from reward.model import RahfModel
 from reward.predict import RichFeedbackPredictor
-from reward.train_config import RahfTrainingArguments
+from reward.train_config import DEV_METRICS, RahfTrainingArguments
 
 
 def weights(folder):
@@ -145,12 +147,74 @@ def test_wrong_settings_are_named(command, settings, message):
         train.main(command("out", **settings))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backbone_learning_rate": -1}, "backbone_learning_rate must be a number from 0 on, not -1"),
+        ({"learning_rate": "nan"}, "learning_rate must be a number from 0 on, not nan"),
+        ({"max_grad_norm": -1}, "max_grad_norm must be"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be a number from 1 on, not 0"),
+        ({"num_train_epochs": 0, "max_steps": -1}, "num_train_epochs must be above 0, not 0"),
+        ({"metric_for_best_model": "eval_ssrc_overall"}, "is no metric of dev; the nearest is eval_srcc_overall"),
+        ({"panels": -1}, "panels must be a number from 0 on, not -1"),
+        ({"words": "seqence"}, "words must be one of tagging, sequence, none, not 'seqence'"),
+        ({"head_width": 0}, "head_width must be a number above 0, not 0"),
+        ({"heatmap_size": 0}, "heatmap_size must be at least 1, not 0"),
+        ({"image_std": 0.5}, "image_std takes a number for each of R, G, B"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_the_settings_alone_are_told_before_anything_is_read(command, settings, message):
+    with pytest.raises(ValueError, match=message):
+        train.main(command("out", data="nowhere", **settings))
+
+
 def test_an_output_folder_in_use_is_refused(command, raw_data):
     (raw_data / "out").mkdir()
     (raw_data / "out" / "something").touch()
     with pytest.raises(ValueError, match="is not empty"):
         train.main(command("out"))
     train.main(command("out", overwrite_output_dir=True, max_steps=2))
+
+
+def test_a_training_anew_leaves_nothing_that_passes_for_its_own(command, raw_data):
+    """What is resumed is then never the run before; but until it begins, and a mistake is found before, all is kept."""
+    train.main(command("out"))
+    out = raw_data / "out"
+    (out / "checkpoint-4" / "notes.txt").touch()
+    (out / "checkpoint-notes").mkdir()
+    anew = {"overwrite_output_dir": True, "max_steps": 2, "seed": 1}
+    for more, message in (
+        ({"metric_for_best_model": "f1_words", "words": "none"}, "the model judges no words"),
+        ({"resume_from_checkpoint": "last"}, "would delete .*checkpoint-4"),
+        ({"model": out / "checkpoint-2"}, "would delete .*checkpoint-2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train.main(command("out", **anew, **more))
+    assert (out / "checkpoint-4" / "notes.txt").is_file()
+    logs = set((out / "tensorboard").iterdir())
+    train.main(command("out", **anew))
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-notes"]
+    assert not logs & set((out / "tensorboard").iterdir())
+    assert list((out / "tensorboard").iterdir())
+
+
+def test_the_best_is_the_lowest_of_what_is_an_error(tmp_path):
+    better = {
+        name: RahfTrainingArguments(str(tmp_path), metric_for_best_model=f"eval_{name}", use_cpu=True).greater_is_better
+        for name in DEV_METRICS
+    }
+    lower = {f"{metric}_{name}" for name in HEATMAPS for metric in ("mse", "mse_empty", "kld")}
+    assert {name for name in better if not better[name]} == {"loss", *lower}
+    told = RahfTrainingArguments(str(tmp_path), metric_for_best_model="cc_misalignment", greater_is_better=False)
+    assert not told.greater_is_better
+
+
+def test_metrics_of_dev_are_those_to_choose_the_best_by():
+    rng = np.random.default_rng(0)
+    said = rng.random((3, 4)), rng.random((3, 2, 8, 8)), rng.normal(size=(3, 5))
+    true = rng.random((3, 4)), rng.random((3, 2, 8, 8)), rng.integers(0, 2, (3, 5))
+    assert {"loss", *train.dev_metrics(EvalPrediction(said, true))} == set(DEV_METRICS)
 
 
 def test_the_real_command_says_what_is_wrong_in_one_line(command):
