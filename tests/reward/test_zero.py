@@ -1,4 +1,4 @@
-"""The real training command on two CPU ranks, by DeepSpeed's ZeRO, against the same on one rank."""
+"""The real training command on two CPU ranks, by DDP and DeepSpeed's ZeRO, against the same on one rank."""
 
 import json
 import os
@@ -36,21 +36,27 @@ def on_two_ranks(file: Path, trainings: list[list[str]]) -> None:
 def test_two_ranks_are_one(command, raw_data):
     """The same global batches, so the same losses, weights, and figures of the best checkpoint on dev.
 
-    ZeRO-3 with checkpointed encoders and words in sequence, stopped half of the way, and resumed.
+    ZeRO-3 with checkpointed encoders and words in sequence, stopped half of the way, and resumed. DDP where another run
+    was before, of which nothing must stay.
     """
     settings = {"crop_probability": 0.5, "learning_rate": 1e-2, "backbone_learning_rate": 3e-3, "warmup_steps": 1}
     settings |= {"per_device_eval_batch_size": 3}
     halves = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}
     one = {words: train.main(command(words, **settings, words=words)) for words in ("tagging", "sequence")}
-    engines, trainings = {"zero1": "tagging", "zero2": "tagging", "zero3": "sequence"}, []
+    engines, trainings = {"ddp": "tagging", "zero1": "tagging", "zero2": "tagging", "zero3": "sequence"}, []
     for engine, words in engines.items():
-        told = settings | halves | {"words": words, "deepspeed": ROOT / f"configs/deepspeed/{engine}.json"}
+        told = settings | halves | {"words": words, "overwrite_output_dir": engine == "ddp"}
+        if engine != "ddp":
+            told |= {"deepspeed": ROOT / f"configs/deepspeed/{engine}.json"}
         if engine == "zero3":
             told |= {"activation_checkpointing": True}
             trainings.append(command(engine, **told, max_steps=2))
             told |= {"resume_from_checkpoint": "last"}
         trainings.append(command(engine, **told))
+    (raw_data / "ddp" / "checkpoint-8").mkdir(parents=True)
+    (raw_data / "ddp" / "checkpoint-8" / "complete").touch()
     on_two_ranks(raw_data / "trainings.json", trainings)
+    assert not (raw_data / "ddp" / "checkpoint-8").exists()
     start = load_file(raw_data / "model" / "model.safetensors")
     for engine, words in engines.items():
         for alone, together in zip(logged(raw_data / words), logged(raw_data / engine), strict=True):
