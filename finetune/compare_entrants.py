@@ -126,8 +126,8 @@ def read_entrant(name: Any, entry: Any, arguments: "CompareArguments") -> Entran
     elif changes.get("reward"):
         changes = {"rewards": {}, "reward_kwargs": {}} | changes
     changes.setdefault("eval_rewards", {})
-    if not changes["eval_rewards"] and _watches(Path(entry["config"])):
-        changes.setdefault("watch_reward", "")  # it is one of the config's own, which are taken away
+    if not changes["eval_rewards"]:  # the config's own are taken away, and with them the one that it may watch
+        changes.setdefault("watch_reward", "")
     trial = {"output_dir": arguments.output_dir, "num_train_epochs": 1, "save_strategy": "no"}
     flags = ["--config", entry["config"], *as_flags(_fixed(arguments) | changes | trial)]
     try:
@@ -151,15 +151,6 @@ def read_entrant(name: Any, entry: Any, arguments: "CompareArguments") -> Entran
         name, command, entry["config"], changes, spec, bool(entry.get("upper_bound", False)),
         str(entry.get("note", "")), pictures, updates, rollouts, save_steps, _start_of(run, args),
     )  # fmt: skip
-
-
-def _watches(config: Path) -> bool:
-    """Whether a config has a watch_reward; one that cannot be read is complained about where it is."""
-    try:
-        said = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return False
-    return isinstance(said, Mapping) and bool(said.get("watch_reward"))
 
 
 def refuse_twins(entrants: Sequence[Entrant]) -> None:

@@ -168,7 +168,7 @@ class StepProbe:
         chunks: float,
         weights: int,
         seed: int,
-        cost: Callable[[Sequence[int]], float] = lambda steps: 1.0,
+        cost: Callable[[Sequence[int]], float],
     ):
         self.steps, self.count, self.chunks, self.cost = tuple(steps), count, chunks, cost
         self.signs = random_signs(weights, seed)

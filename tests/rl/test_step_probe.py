@@ -97,14 +97,14 @@ def test_what_is_not_known_is_drawn_to_the_mean_and_what_is_known_stays():
 
 def test_the_probe_finds_the_steps_that_learn_and_comes_back_to_the_bit():
     means, noises = directions([0.2, 1.0, 1.0, 0.0, 0.0]), [1.0, 0.4, 0.4, 0.4, 2.0]
-    probe = StepProbe(steps=(0, 1, 2, 3, 4), count=2, chunks=4, weights=64, seed=0)
+    probe = StepProbe(steps=(0, 1, 2, 3, 4), count=2, chunks=4, weights=64, seed=0, cost=len)
     for rollout in range(8):
         gradients = chunks(means, noises, 4, seed=rollout)
         if probe.scale is None:
             probe.scale = metric(gradients[0])
         chosen, _ = probe.learn(torch.stack([probe.sketch(one) for one in gradients]))
     assert chosen == (1, 2)
-    other = StepProbe(steps=(0, 1, 2, 3, 4), count=2, chunks=4, weights=64, seed=0)
+    other = StepProbe(steps=(0, 1, 2, 3, 4), count=2, chunks=4, weights=64, seed=0, cost=len)
     other.load(probe.state())
     more = torch.stack([probe.sketch(one) for one in chunks(means, noises, 4, seed=99)])
     for left, right in zip(*(one.learn(more)[1].__dict__.values() for one in (probe, other)), strict=True):
