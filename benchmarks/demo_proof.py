@@ -40,6 +40,8 @@ TRAINED_ON_RATES = (1e-5, 1e-4, 1e-3)
 GENERATIONS = 2
 AIMS = {"ddpo_tinyworld_long": ">= 0.5"}
 """By config: the share of the way to the ceiling that its `satisfied` is to gain."""
+SHORT = ("--num_train_epochs", "2", "--save_strategy", "no", "--eval_prompts", "", "--eval_rewards", "{}")
+"""Flags of a run that proves nothing."""
 POOL = 50 * BATCH
 """Pictures that the base is trained on with, each drawn about once in as many updates as the presets have."""
 
@@ -67,7 +69,8 @@ class Proof:
         self.captions = [prompt for prompt in self.prompts for _ in range(GENERATIONS)]
         self.base = StableDiffusionPipeline.from_pretrained(self.settings["policy"], safety_checker=None)
         self.steps = int(self.settings.get("num_inference_steps", 10))
-        self.key = digest(config.read_text(), self.prompts, list(extra), list(command), assets_digest())
+        self.key = digest(self.settings, self.prompts, list(extra), list(command), assets_digest())
+        self.base_key = digest(self.settings["policy"], self.prompts, self.steps, assets_digest())
 
     def run(self, seed: int) -> Path:
         """The folder of one seed's run; `finished.json` is written last."""
@@ -78,8 +81,12 @@ class Proof:
         return folder
 
     def pictures(self, name: str, draw: Callable[[], np.ndarray]) -> np.ndarray:
-        """Two pictures a prompt, (N, 64, 64, 3) uint8, kept in `work` under `name`."""
-        file = self.work / f"{name}-{self.key}.npz"
+        """Two pictures a prompt, (N, 64, 64, 3) uint8, kept in `work` under `name`.
+
+        Args:
+            name: "base..." is drawn without the run: it is the same whatever the run's settings.
+        """
+        file = self.work / f"{name}-{self.base_key if name.startswith('base') else self.key}.npz"
         if not file.exists():
             self.work.mkdir(parents=True, exist_ok=True)
             np.savez_compressed(file.with_suffix(".part.npz"), pictures=draw())
@@ -162,8 +169,7 @@ def main() -> None:
     began = time.perf_counter()
     seeds = range(1 if options.quick else options.seeds)
     work = options.work or Path("outputs/proof") / (options.config.stem + ("_quick" if options.quick else ""))
-    extra = ["--num_train_epochs", "2", "--save_strategy", "no"] if options.quick else []
-    proof = Proof(options.config, work, 64 if options.quick else None, extra)
+    proof = Proof(options.config, work, 32 if options.quick else None, SHORT if options.quick else [])
 
     base = proof.verdicts("base", lambda: proof.draw(proof.base))
     runs = [proof.run(seed) for seed in seeds]
@@ -200,8 +206,8 @@ def main() -> None:
     for rate in TRAINED_ON_RATES[:1] if options.quick else TRAINED_ON_RATES:
         name = f"base, trained on for {updates} updates at {rate:g}"
         controls[name] = lambda rate=rate: proof.draw(proof.trained_on(updates, rate))
-    count = max(2, round(drawn / len(proof.captions)))
-    controls[f"base, best of {count} (as many pictures as the run drew)"] = lambda: proof.best_of(count)
+    count = 2 if options.quick else max(2, round(drawn / len(proof.captions)))
+    controls[f"best of {count} by the trained reward (as many pictures as the run drew)"] = lambda: proof.best_of(count)
     for name, draw in ({} if options.no_controls else controls).items():
         verdicts = proof.verdicts(name.replace(",", "").replace(" ", "_").split("_(")[0], draw)
         for figure in ("satisfied", "overall"):

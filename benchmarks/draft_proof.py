@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_proof import TERMS, Proof, spread, term
+from demo_proof import SHORT, TERMS, Proof, spread, term
 from report import Row, flags, publish
 from use_training import pictures_of
 
@@ -60,11 +60,10 @@ def main() -> None:
     began = time.perf_counter()
     seeds = range(1 if options.quick else options.seeds)
     suffix, prompts = ("_quick", 32) if options.quick else ("", None)
-    short = ["--num_train_epochs", "2", "--save_strategy", "no", "--eval_prompts", "", "--eval_rewards", "{}"]
 
     def proof(config: Path, command: tuple[str, ...], work: Path | None = None) -> Proof:
         work = work or options.work / (config.stem + suffix)
-        return Proof(config, work, prompts, short if options.quick else [], command)
+        return Proof(config, work, prompts, SHORT if options.quick else [], command)
 
     ddpo = proof(DDPO, ("run_ddpo.py",), options.ddpo_work)
     proofs = {"ddpo": ddpo, "draft": proof(FREE, COMMAND), "draft, region": proof(HELD, COMMAND)}

@@ -45,6 +45,17 @@ def test_a_run_is_done_once_and_again_where_anything_differs_that_it_comes_of(tm
     assert len({one.run(0) for one in others} | {folder}) == len(commands) == 5
 
 
+def test_what_the_base_draws_is_drawn_once_whatever_the_run(tmp_path):
+    proof, other = Proof(CONFIG, tmp_path, 2), Proof(CONFIG, tmp_path, 2, ["--beta", "0.1"])
+    pictures = np.arange(12).reshape(1, 2, 2, 3)
+    proof.pictures("base", lambda: pictures)
+    assert np.array_equal(other.pictures("base", lambda: pytest.fail("drawn again")), pictures)
+    proof.pictures("after0", lambda: pictures)
+    assert np.array_equal(other.pictures("after0", lambda: pictures + 1), pictures + 1), "another run's"
+    another = Proof(CONFIG, tmp_path, 1)
+    assert np.array_equal(another.pictures("base", lambda: pictures[:, :1]), pictures[:, :1]), "of other prompts"
+
+
 def test_other_weights_are_other_assets(tmp_path, monkeypatch):
     monkeypatch.setattr(long_runs, "ASSETS", tmp_path)
     digests = []
