@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,13 +58,18 @@ LOGS = "tensorboard"  # in the output folder
 
 
 class RahfTrainer(Trainer):
-    """`transformers.Trainer` with a learning rate for the backbone, and every loss term in the log."""
+    """`transformers.Trainer` with a learning rate for the backbone, and every loss term in the log.
 
-    def __init__(self, model: RahfModel, args: RahfTrainingArguments, **kwargs):
+    Args:
+        new: names of weights that nothing was pretrained for: they learn at the heads' rate, a decoder's too.
+    """
+
+    def __init__(self, model: RahfModel, args: RahfTrainingArguments, new: Collection[str] = (), **kwargs):
         for name in LOSS_SETTINGS:
             setattr(model.config, name, getattr(args, name))
         super().__init__(model=model, args=args, compute_metrics=dev_metrics, **kwargs)
         self._terms = defaultdict(list)
+        self._new = frozenset(new)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """AdamW (or `optim`) with four groups: backbone or not, decayed or not."""
@@ -76,7 +81,8 @@ class RahfTrainer(Trainer):
             groups = defaultdict(list)
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    rate = backbone_rate if name.removeprefix("module.").startswith(_BACKBONE) else head_rate
+                    own = name.removeprefix("module.")
+                    rate = backbone_rate if own.startswith(_BACKBONE) and own not in self._new else head_rate
                     matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # Trainer decays group norms too
                     groups[rate, self.args.weight_decay if name in decayed and matrix else 0.0].append(parameter)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -209,8 +215,9 @@ def with_options(config: RahfConfig, options: Mapping[str, object]) -> RahfConfi
     return changed
 
 
-def build_model(arguments: RahfArguments) -> tuple[RahfModel, PreTrainedTokenizerBase]:
-    """The model to start from and its tokenizer."""
+def build_model(arguments: RahfArguments) -> tuple[RahfModel, PreTrainedTokenizerBase, set[str]]:
+    """The model to start from, its tokenizer, and the names of those weights that `--model` did not have."""
+    new: set[str] = set()
     if arguments.model is not None:
         check_model_folder(arguments.model)
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -233,7 +240,7 @@ def build_model(arguments: RahfArguments) -> tuple[RahfModel, PreTrainedTokenize
         with _backbones_named(arguments, OSError):  # ValueErrors are our own here
             model = RahfModel.from_backbones(arguments.vision_model, arguments.text_model, **options)
     adopt_tokenizer(model, tokenizer)
-    return model, tokenizer
+    return model, tokenizer, new
 
 
 @contextmanager
@@ -336,12 +343,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         check_labels(data[split], f"{arguments.data}, {split}")
     set_seed(args.seed)  # the new heads' weights depend on it
     with whole_models(args):
-        model, tokenizer = build_model(arguments)
+        model, tokenizer, new = build_model(arguments)
     if model.word_head is None and (args.metric_for_best_model or "").endswith("_words"):
         raise ValueError(f"metric_for_best_model is {args.metric_for_best_model}, but the model judges no words")
     trainer = RahfTrainer(
         model,
         args,
+        new,
         train_dataset=FeedbackDataset(
             data["train"], model.config, arguments.augmentation(args.seed), in_memory=arguments.in_memory
         ),

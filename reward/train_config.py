@@ -119,7 +119,7 @@ class RahfTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with what RAHF adds; `learning_rate` is that of the heads."""
 
     backbone_learning_rate: float | None = field(
-        default=None, metadata={"help": "rate of the vision encoder and T5; unset: learning_rate"}
+        default=None, metadata={"help": "rate of what is pretrained of the vision encoder and T5; unset: learning_rate"}
     )
     score_loss_weight: float = field(default=1.0, metadata={"help": "weight of the scores' MSE"})
     heatmap_loss_weight: float = field(default=1.0, metadata={"help": "weight of the heatmaps' pixel MSE"})

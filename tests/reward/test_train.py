@@ -235,11 +235,29 @@ def test_best_word_threshold():
 
 
 def test_another_head_is_new_and_the_encoders_are_kept(model, model_folder):
-    other, _ = train.build_model(train.RahfArguments(data="", model=str(model_folder), heatmap_head="paper"))
+    arguments = train.RahfArguments(data="", model=str(model_folder), heatmap_head="paper")
+    other, _, new = train.build_model(arguments)
     assert torch.equal(other.encoder.embed_tokens.weight, model.encoder.embed_tokens.weight)
     assert other.heatmap_heads["implausibility"].read.bias.item() == -3.0
     assert all(parameter.isfinite().all() for parameter in other.parameters())
     assert 0 < other.heatmap_heads["implausibility"].body[0].weight.std() < 0.2
+    assert "heatmap_heads.implausibility.body.0.weight" in new
+    assert not any(name.startswith(("vision.", "encoder.", "score_heads.")) for name in new)
+
+
+def test_a_new_decoder_learns_at_the_heads_rate(model_folder):
+    model, _, new = train.build_model(train.RahfArguments(data="", model=str(model_folder), words="sequence"))
+    args = train.RahfTrainingArguments(
+        output_dir="unused", learning_rate=1e-2, backbone_learning_rate=1e-4, use_cpu=True, report_to="none"
+    )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for told, expected in ((new, 1e-2), ((), 1e-4)):
+        trainer = train.RahfTrainer(model, args, told, train_dataset=[0], eval_dataset=[0], data_collator=list)
+        rates = {
+            names[id(p)]: group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]
+        }
+        assert {rate for name, rate in rates.items() if name.startswith("word_head.")} == {expected}
+        assert rates["encoder.final_layer_norm.weight"] == 1e-4
 
 
 def test_encoders_that_are_not_there_are_an_error(model_folder):
