@@ -66,7 +66,10 @@ class EvaluateArguments:
     json: str | None = field(default=None, metadata={"help": "also write the figures to this file"})
     raters: str | None = field(default=None, metadata={"help": "folder of other raters' records of the same pictures"})
     group_prompts: str | None = field(default=None, metadata={"help": "file of prompts to report apart, one a line"})
-    group_by: str | None = field(default=None, metadata={"help": "column of the data whose values are reported apart"})
+    group_by: str | None = field(
+        default=None,
+        metadata={"help": "column of the data whose values are reported apart, such as one of richhf's --keep_columns"},
+    )
     draws: int = field(default=1000, metadata={"help": "of the bootstrap; 0: no intervals"})
     map_size: int | None = field(
         default=None, metadata={"help": "side of the compared maps; unset: the true maps' own"}

@@ -6,7 +6,8 @@
 `tfrecord`); `--images` is any source that `reward.sources` knows: a copy of Pick-a-Pic v1, a data set of one picture
 and prompt a row (`--uid_column`, `--image_column`, `--prompt_column`), or a folder of pictures beside a table of
 prompts (`--prompts_table`). The two are joined by the uid, the stem of a record's `filename`. The result is a
-`datasets.DatasetDict` folder; see `FEATURES`.
+`datasets.DatasetDict` folder; see `FEATURES`. `--keep_columns NAME ...` adds columns of the source, as text, for
+`reward.evaluate --group_by` and others.
 
 What cannot be joined is left out and reported, split by split, with the reason; `--strict` makes it an error. The
 folder appears when it is whole. Neither records nor pictures are ever all in memory: the records' places in their files
@@ -143,7 +144,7 @@ def index_records(files: Mapping[str, Path], reports: Mapping[str, SplitReport],
 
 
 def make_row(picture: Picture, record: Record) -> dict | str:
-    """A picture, its prompt and its rating -> a row of `FEATURES`, or why there is none."""
+    """A picture, its prompt and its rating -> a row of `FEATURES` and of what is kept, or why there is none."""
     tokens = keywords.tokenize(picture.prompt or "")
     if not tokens:
         return NO_PROMPT
@@ -167,6 +168,7 @@ def make_row(picture: Picture, record: Record) -> dict | str:
         "keyword_labels": list(record.labels),
         **record.scores,
         **{name: {"bytes": data, "path": None} for name, data in maps.items()},
+        **picture.kept,
     }
 
 
@@ -203,14 +205,14 @@ def join(
 
 
 class SplitWriters:
-    """Writes the rows of each split, as they come, into a folder in the form of `DatasetDict.save_to_disk`.
+    """Writes rows of `features`, as they come, split by split into a folder in the form of `DatasetDict.save_to_disk`.
 
     `save_to_disk` itself would copy a data set that is already on disk, and while it does, the whole of it counts as
     the process's memory. So the library saves data sets without a row here, and their files are replaced by streams.
     """
 
-    def __init__(self, folder: Path):
-        empty = Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)
+    def __init__(self, folder: Path, features: Features):
+        empty = Dataset.from_dict({name: [] for name in features}, features=features)
         shown = not datasets.are_progress_bars_disabled()
         datasets.disable_progress_bars()
         try:
@@ -226,7 +228,7 @@ class SplitWriters:
             state_file.write_text(json.dumps(state | {"_fingerprint": uuid.uuid4().hex[:16]}, indent=2))
             (data,) = (folder / split / entry["filename"] for entry in state["_data_files"])
             data.unlink()
-            self.writers[split] = ArrowWriter(features=FEATURES, path=str(data), writer_batch_size=_BATCH)
+            self.writers[split] = ArrowWriter(features=features, path=str(data), writer_batch_size=_BATCH)
 
     def __enter__(self) -> "SplitWriters":
         return self
@@ -245,6 +247,7 @@ def build(
     folder: Path,
     strict: bool = False,
     console: Console | None = None,
+    kept: Sequence[str] = (),
 ) -> dict[str, SplitReport]:
     """Join records with their pictures and write the data set into `folder`, which must not exist.
 
@@ -252,6 +255,7 @@ def build(
         tfrecords: folder of the three TFRecord files.
         strict: a record that cannot be joined is an error.
         console: where the progress bar goes, if it is a terminal; stderr if None.
+        kept: columns that the source's pictures bring along (`Picture.kept`); they follow those of `FEATURES`.
 
     Returns:
         split -> what became of its records.
@@ -267,7 +271,8 @@ def build(
         places = index_records(find_tfrecords(tfrecords), reports, bar)
         if strict:  # a source may take hours to read
             _refuse_drops(reports)
-        writers = stack.enter_context(SplitWriters(folder))
+        features = Features({**FEATURES, **dict.fromkeys(kept, Value("string"))})
+        writers = stack.enter_context(SplitWriters(folder, features))
         for split, row in join(places, source, reports, bar):
             writers.write(split, row)
     if not any(report.joined for report in reports.values()):
@@ -305,23 +310,41 @@ class RichHFArguments:
         default=None,
         metadata={"help": "CSV or JSONL of a picture folder's prompts; default: the only such file in it"},
     )
+    keep_columns: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "columns of the source, or of the prompts' table, that go into the data set as text, such as the"
+            " model that made a picture; of Pick-a-Pic's pairs, `model` takes model_0 or model_1"
+        },
+    )
     strict: bool = field(default=False, metadata={"help": "a record that cannot be joined is an error"})
     card: bool = field(default=False, metadata={"help": "write a data card, README.md with two pictures, into --out"})
     seed: int = field(default=0, metadata={"help": "of the card's twelve random examples"})
 
+    def __post_init__(self):
+        if own := [name for name in self.keep_columns if name in FEATURES]:
+            raise ValueError(
+                f"keep_columns names {', '.join(own)}, but the data set has columns of its own of that name"
+                f" ({', '.join(FEATURES)}); leave it out, or rename it in the source"
+            )
+        if twice := [name for name, count in Counter(self.keep_columns).items() if count > 1]:
+            raise ValueError(f"keep_columns names {', '.join(twice)} more than once; name each column once")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command; writes the data set and prints what became of the records."""
     (arguments,) = parse_arguments([RichHFArguments], argv)
     out = Path(arguments.out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} is not empty; give a folder that does not exist yet")
-    columns = Columns(arguments.uid_column, arguments.image_column, arguments.prompt_column)
+    kept = tuple(arguments.keep_columns)
+    columns = Columns(arguments.uid_column, arguments.image_column, arguments.prompt_column, kept)
     source = open_source(arguments.images, columns, arguments.prompts_table)
     print(f"source: {source}", file=sys.stderr)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as unfinished:
         folder = Path(unfinished) / out.name
-        reports = build(arguments.tfrecords, source, folder, arguments.strict)
+        reports = build(arguments.tfrecords, source, folder, arguments.strict, kept=kept)
         if arguments.card:
             write_card(load_from_disk(str(folder)), folder, report_text(reports), arguments.seed)
         if out.is_dir():

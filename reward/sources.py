@@ -4,6 +4,8 @@
 - `PictureRows`: a `datasets` data set of one picture and its prompt a row;
 - `PictureFolder`: picture files named by uid, and a table (CSV or JSONL) of their prompts.
 
+Each can give further columns along with its pictures, as text (`Columns.kept`).
+
 The first two are parquet files or what `datasets` keeps on disk (arrow). All are streamed: at no time is more than a
 batch of rows in memory, and arrow files are read, not mapped, as mapped pages would count as the process's memory.
 """
@@ -11,8 +13,9 @@ batch of rows in memory, and arrow files are read, not mapped, as mapped pages w
 import csv
 import json
 import os
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +26,14 @@ PAIR_COLUMNS = ("image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "caption")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _TABLE_SUFFIXES = (".csv", ".jsonl")
 _BATCH = 16  # rows: a few megabytes of pictures
+_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+_OTHER_PLAIN = (
+    pa.types.is_boolean,
+    pa.types.is_integer,
+    pa.types.is_floating,
+    pa.types.is_decimal,
+    pa.types.is_temporal,
+)
 
 
 @dataclass(frozen=True)
@@ -32,20 +43,29 @@ class Picture:
     Attributes:
         data: the encoded file; None if the source has the uid but no picture.
         prompt: None if the source has none.
+        kept: name of a column that is kept -> its value as text; empty where there is none.
     """
 
     uid: str
     data: bytes | None
     prompt: str | None
+    kept: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What the columns of a one-picture-a-row source, or of a table of prompts, are called."""
+    """What the columns of a one-picture-a-row source, or of a table of prompts, are called.
+
+    Attributes:
+        kept: columns of any source that are given along with the pictures, such as the model that made them. Of
+            Pick-a-Pic, `model` is the column of that name or, where there is none, `model_0` and `model_1`, of each
+            picture its own.
+    """
 
     uid: str = "uid"
     image: str = "image"
     prompt: str = "prompt"
+    kept: tuple[str, ...] = ()
 
 
 class Source(Protocol):
@@ -58,21 +78,28 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class PicturePairs:
-    """Pick-a-Pic v1: parquet or arrow files with `PAIR_COLUMNS`."""
+    """Pick-a-Pic v1: parquet or arrow files with `PAIR_COLUMNS`.
+
+    Attributes:
+        kept: name -> the column that is kept under it of the left picture, and of the right one.
+    """
 
     folder: Path
     files: Sequence[Path]
+    kept: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"Pick-a-Pic v1, two pictures a row: {_count(self.files)} in {self.folder}"
 
     def pictures(self, wanted: Collection[str]) -> Iterator[Picture]:
+        names = (*PAIR_COLUMNS, *chain(*self.kept.values()))
         for file in self.files:
-            for row in _rows(file, ("image_0_uid", "image_1_uid"), PAIR_COLUMNS, wanted):
-                for side in "01":
+            for row in _rows(file, ("image_0_uid", "image_1_uid"), names, wanted):
+                for side in (0, 1):
                     if row[f"image_{side}_uid"] in wanted:
                         data = _picture_data(row[f"jpg_{side}"], self.folder)
-                        yield Picture(row[f"image_{side}_uid"], data, row["caption"])
+                        kept = {name: _text(row[columns[side]]) for name, columns in self.kept.items()}
+                        yield Picture(row[f"image_{side}_uid"], data, row["caption"], kept)
 
 
 @dataclass(frozen=True)
@@ -91,11 +118,12 @@ class PictureRows:
         return f"a data set of one picture a row (columns {names}): {_count(self.files)} in {self.folder}"
 
     def pictures(self, wanted: Collection[str]) -> Iterator[Picture]:
-        names = (self.columns.uid, self.columns.image, self.columns.prompt)
+        names = (self.columns.uid, self.columns.image, self.columns.prompt, *self.columns.kept)
         for file in self.files:
             for row in _rows(file, names[:1], names, wanted):
                 data = _picture_data(row[self.columns.image], self.folder)
-                yield Picture(_uid(row[self.columns.uid]), data, row[self.columns.prompt])
+                kept = {name: _text(row[name]) for name in self.columns.kept}
+                yield Picture(_uid(row[self.columns.uid]), data, row[self.columns.prompt], kept)
 
 
 @dataclass(frozen=True)
@@ -104,28 +132,32 @@ class PictureFolder:
 
     Attributes:
         uid_column: its values are uids or, as in `datasets`' image folders, files' names.
+        kept: columns of the table that are kept.
     """
 
     folder: Path
     table: Path
     uid_column: str
     prompt_column: str
+    kept: Sequence[str] = ()
 
     def __str__(self) -> str:
         names = f"{self.uid_column}, {self.prompt_column}"
         return f"a folder of pictures, {self.folder}, with prompts from {self.table} (columns {names})"
 
     def pictures(self, wanted: Collection[str]) -> Iterator[Picture]:
-        prompts = {}
+        rows = {}
         for row in table_rows(self.table):
             if (uid := _uid(row.get(self.uid_column))) in wanted:
-                prompts.setdefault(uid, row.get(self.prompt_column))
+                rows.setdefault(uid, {name: row.get(name) for name in (self.prompt_column, *self.kept)})
         for folder, _, names in os.walk(self.folder):
             for name in sorted(names):
                 path = Path(folder) / name
                 if path.suffix.lower() in PICTURE_SUFFIXES and path.stem in wanted:
-                    prompt = prompts.get(path.stem)
-                    yield Picture(path.stem, path.read_bytes(), prompt if isinstance(prompt, str) else None)
+                    row = rows.get(path.stem, {})
+                    prompt = row.get(self.prompt_column)
+                    kept = {name: _text(row.get(name)) for name in self.kept}
+                    yield Picture(path.stem, path.read_bytes(), prompt if isinstance(prompt, str) else None, kept)
 
 
 def open_source(place: str | Path, columns: Columns | None = None, table: str | Path | None = None) -> Source:
@@ -136,12 +168,12 @@ def open_source(place: str | Path, columns: Columns | None = None, table: str | 
 
     Args:
         place: a folder, or one parquet file.
-        columns: what they are called where that is not fixed.
+        columns: what they are called where that is not fixed, and which are kept.
         table: CSV or JSONL of prompts for a folder of pictures; if None, the only such file in the folder.
 
     Raises:
         ValueError: `place` is none of the three kinds or lacks a column; the message lists what was found. Or its
-            prompts are no text.
+            prompts are no text, or a column to keep holds something else than plain values.
     """
     place, columns = Path(place), columns or Columns()
     if not place.exists():
@@ -151,13 +183,17 @@ def open_source(place: str | Path, columns: Columns | None = None, table: str | 
     if files := _data_files(place):
         found = _column_names(files[0])
         if set(PAIR_COLUMNS) <= set(found):
-            needed, source = PAIR_COLUMNS, PicturePairs(place, files)
+            sides = {name: _sides(found, name) for name in columns.kept}
+            needed, kept = PAIR_COLUMNS, tuple(dict.fromkeys(chain(*sides.values())))
+            source = PicturePairs(place, files, sides)
         else:
-            needed = (columns.uid, columns.image, columns.prompt)
+            needed, kept = (columns.uid, columns.image, columns.prompt), columns.kept
             source = PictureRows(place, files, columns)
         for file in files:
             _check_columns(file, found if file == files[0] else _column_names(file), needed)
             _check_is_text(file, needed[-1])
+            if kept:
+                _check_kept(file, kept)
         return source
     tables = sorted(path for path in place.glob("*") if path.suffix.lower() in _TABLE_SUFFIXES)
     if len(tables) != 1:
@@ -170,6 +206,7 @@ def open_source(place: str | Path, columns: Columns | None = None, table: str | 
 
 
 def _open_folder(folder: Path, table: Path, columns: Columns) -> PictureFolder:
+    """A folder of pictures, once its table is known to have the columns; `image` is not one of them."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder of pictures")
     if not table.is_file() or table.suffix.lower() not in _TABLE_SUFFIXES:
@@ -177,7 +214,15 @@ def _open_folder(folder: Path, table: Path, columns: Columns) -> PictureFolder:
     found = list(next(iter(table_rows(table)), {}))
     uid = "file_name" if columns.uid not in found and "file_name" in found else columns.uid  # `datasets`' image folder
     _check_columns(table, found, (uid, columns.prompt))
-    return PictureFolder(folder, table, uid, columns.prompt)
+    if columns.kept:
+        _check_kept_of_table(table, columns.kept)
+    return PictureFolder(folder, table, uid, columns.prompt, columns.kept)
+
+
+def _sides(found: Collection[str], name: str) -> tuple[str, str]:
+    """The columns that `name` means for the left and the right picture of a pair; `name` itself if there are none."""
+    sides = (f"{name}_0", f"{name}_1")
+    return sides if name not in found and set(sides) <= set(found) else (name, name)
 
 
 def _check_columns(file: Path, found: Sequence[str], needed: Sequence[str]) -> None:
@@ -191,13 +236,48 @@ def _check_columns(file: Path, found: Sequence[str], needed: Sequence[str]) -> N
 def _check_is_text(file: Path, column: str) -> None:
     """Refuse a column of prompts, of all rows, that holds something else than text."""
     kind = _schema(file).field(column).type
-    value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
-    if not any(test(value) for test in tests):
+    if not _is_one_of(kind, _TEXT):
         raise ValueError(
             f"{file}: the column {column!r} holds prompts and must be text, not {kind}; name the column of text by "
             "--prompt_column, or write the file anew"
         )
+
+
+def _check_kept(file: Path, kept: Sequence[str]) -> None:
+    """Refuse columns to keep that a parquet or arrow file lacks, or that hold something else than plain values."""
+    schema = _schema(file)
+    _check_are_there(file, schema.names, kept)
+    for name in kept:
+        if not _is_one_of(kind := schema.field(name).type, (*_TEXT, *_OTHER_PLAIN)):
+            raise ValueError(_not_plain(f"{file}: the column {name!r}", kind))
+
+
+def _check_kept_of_table(table: Path, kept: Sequence[str]) -> None:
+    """Refuse columns to keep that no row of a CSV or JSONL file has, or that hold a list or an object in one."""
+    found: dict[str, None] = {}
+    for number, row in enumerate(table_rows(table), start=1):
+        found |= dict.fromkeys(name for name in row if name is not None)  # None: cells beyond the header's
+        for name in kept:
+            if isinstance(value := row.get(name), dict | list):
+                raise ValueError(_not_plain(f"{table}, row {number}: the column {name!r}", type(value).__name__))
+    _check_are_there(table, found, kept)
+
+
+def _check_are_there(file: Path, found: Collection[str], kept: Sequence[str]) -> None:
+    """Refuse columns to keep that are not among those found."""
+    if missing := [name for name in kept if name not in found]:
+        raise ValueError(f"{file} lacks the columns {', '.join(missing)} of --keep_columns; it has {', '.join(found)}")
+
+
+def _not_plain(where: str, kind: object) -> str:
+    """What is said of a column to keep, named by `where`, that holds something else than plain values."""
+    return f"{where} holds values of type {kind}; only plain ones (text, numbers, dates) can go into --keep_columns"
+
+
+def _is_one_of(kind: pa.DataType, tests: Iterable[Callable[[pa.DataType], bool]]) -> bool:
+    """Whether a column's type, or what its dictionary holds, passes one of the tests."""
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return any(test(value) for test in tests)
 
 
 def _data_files(place: Path) -> list[Path]:
@@ -267,8 +347,13 @@ def _any_wanted(uids: Sequence[object], wanted: Collection[str]) -> bool:
 
 def _uid(value: object) -> str:
     """A uid as it stands; of a picture file's name, the stem."""
-    text = "" if value is None else str(value)
+    text = _text(value)
     return Path(text).stem if text.lower().endswith(PICTURE_SUFFIXES) else text
+
+
+def _text(value: object) -> str:
+    """A plain value as text; empty where there is none."""
+    return "" if value is None else str(value)
 
 
 def _picture_data(value: object, folder: Path) -> bytes | None:

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, Features, Value, load_from_disk
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from reward import richhf
+from reward import evaluate, richhf
 from reward.records import SPLITS, read_tfrecords, write_tfrecords
 from tests.reward import by_hand
 
@@ -253,3 +253,90 @@ def test_a_card_lies_beside_the_data(raw_data):
         assert name in text
         with Image.open(raw_data / "out" / name) as image:
             assert min(image.size) > 300
+
+
+MODELS = {"train": "SD 1.5", "dev": None, "test": "XL"}
+
+
+def facts(uid):
+    """What a source may say of a picture besides its prompt."""
+    split, number = uid.split("-")
+    return {"model": MODELS[split], "round": int(number) % 2, "tags": ["a", "b"]}
+
+
+def pairs_with_facts(raw_data):
+    """Each picture of a pair has its own model; the rest is common to both."""
+    for path in (raw_data / "images").iterdir():
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+        for row in rows:
+            (side,) = (side for side in "01" if not row[f"image_{side}_uid"].startswith("other"))
+            row |= facts(row[f"image_{side}_uid"])
+            row |= {"model_0": "nobody's", "model_1": "nobody's", f"model_{side}": row.pop("model")}
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=4)
+    return ["images"]
+
+
+def rows_with_facts(raw_data):
+    rows = [
+        {"uid": uid, "image": {"bytes": data}, "prompt": text, **facts(uid)} for uid, data, text in one_a_row(raw_data)
+    ]
+    Dataset.from_list(rows).save_to_disk(str(raw_data / "source"))
+    return ["source"]
+
+
+def folder_with_facts(raw_data):
+    """Where there is no model, the row has no such key; so it is with the first one."""
+    flags = as_folder(raw_data)
+    table = raw_data / "prompts.jsonl"
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    rows = [row | {key: value for key, value in facts(row["uid"]).items() if value is not None} for row in rows]
+    table.write_text("\n".join(json.dumps(row) for row in sorted(rows, key=lambda row: row["uid"])))
+    assert "model" not in json.loads(table.read_text().splitlines()[0])
+    return ["source", *flags]
+
+
+@pytest.fixture(params=[pairs_with_facts, rows_with_facts, folder_with_facts])
+def run_with_facts(raw_data, request):
+    """`run`, given further flags, on a source of each kind that has the columns of `facts`."""
+    images, *flags = request.param(raw_data)
+    return lambda *more: run(raw_data, *flags, *more, images=images)
+
+
+def test_columns_are_kept_as_text(run_with_facts):
+    data = run_with_facts("--keep_columns", "round", "model", "--strict", "--card")
+    kept = {"round": Value("string"), "model": Value("string")}
+    for name, split in data.items():
+        assert split.features == Features({**richhf.FEATURES, **kept})
+        assert len(split) == {"train": 12, "dev": 6, "test": 6}[name]
+        assert set(split["model"]) == {MODELS[name] or ""}
+        assert split["round"][:] == [str(facts(uid)["round"]) for uid in split["uid"]]
+
+
+def test_nothing_is_kept_unasked(run_with_facts, raw_data):
+    check_whole(raw_data, run_with_facts("--strict"))
+
+
+def test_kept_columns_can_be_grouped_by(run_with_facts, raw_data):
+    split = run_with_facts("--keep_columns", "round")["test"]
+    found = evaluate.groups(split, evaluate.EvaluateArguments("model", str(raw_data / "out"), group_by="round"))
+    uids = {name: {split["uid"][place] for place in places} for name, places in found.items()}
+    even, odd = {"test-0", "test-2", "test-4"}, {"test-1", "test-3", "test-5"}
+    assert uids == {"all": even | odd, "round = 0": even, "round = 1": odd}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["model", "author"], r"lacks the columns author of --keep_columns; it has .*\bround, .*"),
+        (["tags"], r"the column 'tags' holds values of type list.*; only plain ones"),
+        (["model", "prompt", "overall"], r"names prompt, overall, .* columns of its own .*\(uid, image, prompt, .*"),
+        (["model", "round", "model"], "keep_columns names model more than once"),
+    ],
+    ids=["not there", "no plain values", "the data set's own", "twice"],
+)
+def test_columns_that_cannot_be_kept(run_with_facts, raw_data, names, message, monkeypatch):
+    """It is told before any record is read."""
+    monkeypatch.setattr(richhf, "build", lambda *_, **__: pytest.fail("the records are read"))
+    with pytest.raises(ValueError, match=message):
+        run_with_facts("--keep_columns", *names)
+    assert not (raw_data / "out").exists()

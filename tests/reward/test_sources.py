@@ -1,6 +1,7 @@
 """Every kind of source gives the same pictures, tells what it is, and says what it lacks."""
 
 import csv
+import datetime
 import io
 import json
 
@@ -171,6 +172,71 @@ def test_missing_columns_are_named_and_the_found_ones_listed(tmp_path):
     (tmp_path / "pictures" / "x.csv").write_text("")
     with pytest.raises(ValueError, match=r"it has none\."):
         open_source(tmp_path / "pictures")
+
+
+PLAIN = {"text": "x", "number": 3, "share": 0.5, "flag": True, "day": datetime.date(2023, 1, 2), "nothing": None}
+AS_TEXT = {"text": "x", "number": "3", "share": "0.5", "flag": "True", "day": "2023-01-02", "nothing": ""}
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_saved])
+@pytest.mark.parametrize("content", [rows, pairs])
+def test_plain_values_are_kept_as_text(tmp_path, write, content):
+    write(tmp_path / "x", [{**row, **PLAIN} for row in content()])
+    found = list(open_source(tmp_path / "x", Columns(kept=tuple(PLAIN))).pictures(WANTED))
+    assert len(found) == len(WANTED)
+    assert all(picture.kept == AS_TEXT for picture in found)
+
+
+def test_a_column_in_dictionary_form_is_kept(tmp_path):
+    table = pa.Table.from_pylist(rows())
+    table = table.append_column("model", pa.array(["x", None] * 20).dictionary_encode())
+    pyarrow.parquet.write_table(table, tmp_path / "0.parquet")
+    found = open_source(tmp_path, Columns(kept=("model",))).pictures({"u2": None, "u3": None})
+    assert {picture.uid: picture.kept["model"] for picture in found} == {"u2": "x", "u3": ""}
+
+
+def test_of_a_pair_the_common_column_comes_before_each_pictures_own(tmp_path):
+    content = [{**row, "model_0": "left", "model_1": "right", "label_0": 0.5} for row in pairs()]
+    write_parquet(tmp_path / "own", content)
+    found = open_source(tmp_path / "own", Columns(kept=("model", "label_0"))).pictures(["u0", "u1"])
+    assert {picture.uid: picture.kept for picture in found} == {
+        "u0": {"model": "left", "label_0": "0.5"},
+        "u1": {"model": "right", "label_0": "0.5"},
+    }
+    write_parquet(tmp_path / "common", [{**row, "model": "both"} for row in content])
+    found = open_source(tmp_path / "common", Columns(kept=("model",))).pictures(["u0", "u1"])
+    assert [picture.kept["model"] for picture in found] == ["both", "both"]
+    with pytest.raises(ValueError, match=r"lacks the columns label of --keep_columns; it has .*label_0"):
+        open_source(tmp_path / "own", Columns(kept=("label",)))
+
+
+def test_columns_of_a_csv_are_kept(tmp_path):
+    """A row that ends early has no value; a picture that has no row has none either."""
+    write_pictures(tmp_path)
+    (tmp_path / "x.csv").write_text("uid,prompt,model\nu0,a,x\nu1,b\nu2,c,y,beyond\n")
+    found = open_source(tmp_path, Columns(kept=("model",))).pictures(["u0", "u1", "u2", "u3"])
+    assert {picture.uid: picture.kept["model"] for picture in found} == {"u0": "x", "u1": "", "u2": "y", "u3": ""}
+    with pytest.raises(ValueError, match=r"lacks the columns author of --keep_columns; it has uid, prompt, model$"):
+        open_source(tmp_path, Columns(kept=("author",)))
+
+
+@pytest.mark.parametrize("content", [rows, pairs])
+@pytest.mark.parametrize(
+    ("value", "kind"), [(b"x", "binary"), (["x"], "list"), ({"bytes": b"x"}, "struct")], ids=["bytes", "list", "dict"]
+)
+def test_what_is_no_plain_value_is_not_kept(tmp_path, content, value, kind):
+    """Of whichever file."""
+    write_parquet(tmp_path, [{**row, "odd": value if index % 2 else "x"} for index, row in enumerate(content())])
+    with pytest.raises(ValueError, match=rf"1\.parquet: the column 'odd' holds values of type {kind}"):
+        open_source(tmp_path, Columns(kept=("odd",)))
+
+
+@pytest.mark.parametrize(("value", "kind"), [(["x"], "list"), ({"x": 1}, "dict")])
+def test_what_is_no_plain_value_in_a_row_of_a_table_is_not_kept(tmp_path, value, kind):
+    lines = [{"uid": name, "prompt": "a", "odd": value if name == "u2" else 1} for name in UIDS]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match=rf"x\.jsonl, row 3: the column 'odd' holds values of type {kind}"):
+        open_source(tmp_path, Columns(kept=("odd",)))
 
 
 def test_what_is_no_source_is_named(tmp_path):
