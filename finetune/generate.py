@@ -77,6 +77,7 @@ class GenerationArguments:
         require(self.prompts is not None, "policy draws pictures, but of what? give `prompts`, a file of prompts")
         for name in ("num_generations", "generation_batch_size"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        require(self.resolution is None or self.resolution >= 1, f"resolution is {self.resolution}; it is in pixels")
         require(self.guidance_scale >= 0, f"guidance_scale is {self.guidance_scale}; it must not be negative")
 
     def schedule(self, scheduler) -> Schedule:

@@ -3,6 +3,7 @@
 Nothing is decoded here; a picture is read when it is asked for.
 """
 
+import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,8 @@ import torch
 from reward.data import to_tensor
 from reward.pictures import decode
 from reward.sources import PICTURE_SUFFIXES, table_rows
+
+logger = logging.getLogger(__name__)
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 PROMPT_COLUMNS = ("text", "prompt", "caption")
@@ -108,6 +111,10 @@ def open_pool(place: str | Path, prompt_column: str | None = None, split: str = 
     if not place.is_dir():
         raise ValueError(f"there is no folder of pictures {place}")
     if tables := [place / name for name in TABLES if (place / name).is_file()]:
+        if split != "train":
+            logger.warning(
+                "split %s is ignored: %s is a folder of pictures with a table, all of one split", split, place
+            )
         return _open_folder(place, tables[0], prompt_column)
     if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file() or list(place.rglob("*.parquet")):
         return _open_rows(place, prompt_column, split)

@@ -8,6 +8,7 @@ Shapes: N pictures of the pool, D features of the predictor's vision encoder, S 
 """
 
 import json
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ from finetune.pool import Entry, Pool, read_pictures
 from reward.data import resize_maps
 from reward.feedback import HEATMAPS, SCORES
 from reward.predict import RichFeedbackPredictor
+
+logger = logging.getLogger(__name__)
 
 PART = 256
 MAP_SIDE = 32
@@ -139,7 +142,11 @@ class Store:
         file = self._file(part)
         if not file.is_file():
             return False
-        known = pyarrow.parquet.read_table(file, columns=["name", "prompt", "stamp"]).to_pylist()
+        try:
+            known = pyarrow.parquet.read_table(file, columns=["name", "prompt", "stamp"]).to_pylist()
+        except (pa.ArrowInvalid, OSError):
+            logger.warning("%s is damaged; what it held is predicted again", file)
+            return False
         entries = [self.pool.entries[place] for place in self.places(part)]
         return known == [{"name": one.name, "prompt": one.prompt, "stamp": one.stamp} for one in entries]
 

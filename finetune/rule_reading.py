@@ -91,19 +91,21 @@ def _read(spec: Any, where: str) -> Rule:
     if kind == "map":
         if what not in HEATMAPS:
             raise ValueError(f"{where}: {unknown_name('map', str(what), HEATMAPS)}")
+        for edge in edges:
+            _in_range(edge, f"{where}: a threshold of a map")
         above = spec.get("above")
-        value = Value({what: 1.0}) if above is None else MapShare(what, _number(above, f"{where}: above"))
+        value = Value({what: 1.0}) if above is None else MapShare(what, _in_range(above, f"{where}: above"))
         return Threshold(value, *edges)
     if kind == "misaligned":
         threshold = spec.get("threshold")
-        edge = None if threshold is None else _number(threshold, f"{where}: threshold")
+        edge = _in_range(threshold, f"{where}: threshold")
         return FewMisaligned(_count(what, f"{where}: misaligned", least=0), edge)
     if kind == "distinct":
         within = spec.get("within", "prompt")
         if within not in ("prompt", "pool"):
             raise ValueError(f"{where}: within is {within!r}; it must be prompt or pool")
         value = read_value(spec.get("by", "overall"), where)
-        return Distinct(_number(what, f"{where}: distinct"), value, within == "pool")
+        return Distinct(_in_range(what, f"{where}: distinct, 1 - the cosine,", most=2), value, within == "pool")
     if kind == "random":
         seed = _count(spec.get("seed", 0), f"{where}: seed", least=0)
         return RandomSome(_count(what, f"{where}: random", least=1), seed)
@@ -125,7 +127,7 @@ def read_value(spec: Any, where: str) -> Value:
     for name in weights:
         if name not in VALUES:
             raise ValueError(f"{where}: {unknown_name('score', str(name), VALUES)}")
-    return Value({name: _number(weight, f"{where}: the weight of {name}") for name, weight in weights.items()})
+    return Value({name: read_number(weight, f"{where}: the weight of {name}") for name, weight in weights.items()})
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
@@ -138,13 +140,28 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
 
 def _edges(spec: Mapping[str, Any], where: str) -> tuple[float | None, float | None]:
     given = [spec.get(name) for name in ("at_least", "at_most")]
-    low, high = (None if edge is None else _number(edge, f"{where}: a threshold") for edge in given)
+    low, high = (None if edge is None else read_number(edge, f"{where}: a threshold") for edge in given)
     if low is not None and high is not None and low > high:
         raise ValueError(f"{where} keeps nothing: at_least {low:g} is above at_most {high:g}")
     return low, high
 
 
-def _number(value: Any, what: str) -> float:
+def _in_range(value: Any, what: str, most: float = 1) -> float | None:
+    """A number in [0, `most`]; None stays None."""
+    if value is None:
+        return None
+    number = read_number(value, what)
+    if not 0 <= number <= most:
+        raise ValueError(f"{what} is {value!r}; it must lie in [0, {most:g}]")
+    return number
+
+
+def read_number(value: Any, what: str) -> float:
+    """What a YAML has where a number must be.
+
+    Raises:
+        ValueError: it is none, or not finite.
+    """
     try:  # YAML 1.1 reads `1e-3` as a string
         number = float("nan") if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):

@@ -7,9 +7,10 @@ once and kept beside them; rules choose (`finetune/rule_reading.py` lists them).
 (Liang et al. 2024, arXiv 2312.10240, section 5.1): eight pictures a prompt, the best kept if its score passes.
 
 `output_dir` gets `data`, an image folder with `metadata.jsonl` (columns file_name, text, and the predicted feedback)
-that `datasets.load_dataset("imagefolder", data_dir=...)` and diffusers' `train_text_to_image` scripts read, and a
-report. Another run with other rules predicts nothing again. Several processes share the drawing and predicting:
-`accelerate launch -m finetune.select ...`.
+that diffusers' `train_text_to_image` scripts read, and a report. `datasets.load_dataset("imagefolder",
+data_files={"train": "DATA/**"})` reads it as they do; given `data_dir` alone, it guesses splits from pictures' names.
+Another run with other rules predicts nothing again. Several processes share the drawing and predicting: `accelerate
+launch -m finetune.select ...`.
 """
 
 import json
@@ -124,13 +125,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def draw_missing(drawing: Generation, state: PartialState, console: Console) -> None:
     """Draw what is not there yet, shared among the processes."""
+    batches = drawing.missing(state.process_index, state.num_processes)
+    policy = drawing.settings.load().to(state.device) if batches else None  # one that does not load claims no folder
     with state.main_process_first():  # whose the folder is stands there before anyone draws
         if state.is_main_process:
             drawing.claim()
-    batches = drawing.missing(state.process_index, state.num_processes)
     if batches:
         console.print(f"[bold]drawing[/] {len(drawing)} pictures")
-        policy = drawing.settings.load().to(state.device)
         with _bar(sum(map(len, batches)), state) as bar:
             drawing.draw(batches, policy, bar.update)
     state.wait_for_everyone()
@@ -193,10 +194,10 @@ def check_output_dir(arguments: SelectArguments) -> None:
 def write_selection(arguments: SelectArguments, pool: Pool, predictions: Predictions, steps: Sequence[Step]) -> None:
     """Write the chosen pictures as an image folder, and the report, in place of an earlier selection."""
     with replaced_parts(Path(arguments.output_dir), PARTS) as folder:
-        lines = []
+        lines, taken = [], set()
         for place in steps[-1].kept:
             entry, data = pool.entries[place], pool.read(place)
-            name = str(Path(entry.name).with_suffix(suffix_of(data, entry.name)))
+            name = _free_name(Path(entry.name).with_suffix(suffix_of(data, entry.name)), taken)
             file = folder / DATA / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(data)
@@ -204,6 +205,16 @@ def write_selection(arguments: SelectArguments, pool: Pool, predictions: Predict
             lines.append(json.dumps({"file_name": name, "text": entry.prompt, **said}, ensure_ascii=False))
         (folder / DATA / TABLE).write_text("\n".join(lines) + "\n", encoding="utf-8")
         write_report(folder, pool, predictions, steps, asdict(arguments), arguments.num_examples)
+
+
+def _free_name(wanted: Path, taken: set[str]) -> str:
+    """A file's name that no other has: `a` and `a.png` of a pool are `a.png` and `a-2.png`; noted in `taken`."""
+    name, number = str(wanted), 1
+    while name in taken:
+        number += 1
+        name = str(wanted.with_stem(f"{wanted.stem}-{number}"))
+    taken.add(name)
+    return name
 
 
 def _bar(total: int, state: PartialState) -> tqdm:

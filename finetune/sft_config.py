@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from finetune.rule_reading import read_number
 from rl.adapter import require
 from rl.policy_checks import warn_of_ignored
 from rl.policy_config import PolicyConfig
@@ -77,7 +78,10 @@ class SftConfig(PolicyConfig):
     )
 
     def __post_init__(self):
-        self.weight_by = self.weight_by or {}
+        self.weight_by = {
+            str(name): read_number(factor, f"weight_by: the factor of {name}")
+            for name, factor in (self.weight_by or {}).items()
+        }
         super().__post_init__()
         require(self.noise_offset >= 0, f"noise_offset is {self.noise_offset}; it must not be negative")
         require(self.snr_gamma is None or self.snr_gamma > 0, f"snr_gamma is {self.snr_gamma}; it must be above 0")

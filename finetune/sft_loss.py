@@ -33,10 +33,12 @@ def offset_noise(noise: torch.Tensor, shift: torch.Tensor, amount: float) -> tor
 def min_snr_weights(alphas: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
     """Weights (B,) of the errors at cumulative alphas (B,), by min-SNR-gamma ("Efficient diffusion training via min-SNR
     weighting strategy", Hang et al. 2023, arXiv 2303.09556, section 3.4): in units of x_0 each weighs min(SNR, gamma),
-    so in units of eps that by SNR, of v that by SNR + 1."""
+    so in units of eps that by SNR (1 where there is no signal), of v that by SNR + 1."""
     snr = alphas / (1 - alphas)
     capped = snr.clamp(max=gamma)
-    return {"epsilon": capped / snr, "v_prediction": capped / (snr + 1), "sample": capped}[prediction_type]
+    if prediction_type == "epsilon":
+        return (gamma / snr).clamp(max=1)
+    return capped / (snr + 1) if prediction_type == "v_prediction" else capped
 
 
 def sft_loss(output: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

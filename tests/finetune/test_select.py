@@ -109,6 +109,45 @@ def test_only_what_changed_is_predicted_anew(given, monkeypatch):
     assert predictions.Store(store.pool, given["model"]).missing() == [0, 1, 2]  # another predictor's are kept apart
 
 
+def test_a_damaged_part_is_predicted_again(given, caplog):
+    assert command(*flags(**given)) == 0
+    (part,) = Path(f"{given['pictures']}_feedback").rglob("*.parquet")
+    whole = part.read_bytes()
+    part.write_bytes(whole[: len(whole) // 2])
+    assert command(*flags(**given, overwrite_output_dir=True)) == 0
+    assert f"{part} is damaged; what it held is predicted again" in caplog.text
+    assert part.read_bytes() == whole
+
+
+def test_pictures_whose_names_would_become_one_are_kept_apart(given):
+    for number in range(3, 6):
+        (given["pictures"] / f"{number}.png").unlink()
+    lines = [{"file_name": name, "text": "a red circle"} for name in ("a", "a.png", "b.png")]
+    for line, number in zip(lines, range(3), strict=True):
+        (given["pictures"] / f"{number}.png").rename(given["pictures"] / line["file_name"])
+    (given["pictures"] / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert command(*flags(**given)) == 0
+    data = given["output_dir"] / "data"
+    names = [json.loads(line)["file_name"] for line in (data / "metadata.jsonl").read_text().splitlines()]
+    assert sorted(names) == ["a-2.png", "a.png", "b.png"]
+    chosen = {(data / name).read_bytes() for name in names}
+    assert chosen == {(given["pictures"] / line["file_name"]).read_bytes() for line in lines}
+    assert len(select.open_pool(data).entries) == 3
+
+
+def test_a_folder_with_a_table_has_no_splits(given, caplog):
+    assert command(*flags(**given, split="test")) == 0
+    assert f"split test is ignored: {given['pictures']} is a folder of pictures with a table" in caplog.text
+
+
+def test_a_resolution_that_does_not_fit_claims_no_folder(drawn, capsys):
+    assert command(*flags(**drawn, resolution=0)) == 2
+    assert "resolution is 0; it is in pixels" in capsys.readouterr().err
+    assert command(*flags(**drawn, resolution=102)) == 2
+    assert "resolution is 102; this pipeline needs a multiple of" in capsys.readouterr().err
+    assert command(*flags(**drawn)) == 0
+
+
 def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 

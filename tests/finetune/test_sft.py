@@ -307,6 +307,7 @@ def test_mistakes(settings, prompt_file, tmp_path, capsys):
         ({"snr_gamma": 0}, "snr_gamma is 0.0; it must be above 0"),
         ({"noise_offset": -1}, "noise_offset is -1.0; it must not be negative"),
         ({"eta": 2}, "eta is 2.0; it must lie in [0, 1]"),
+        ({"weight_by": '{"overall": "much"}'}, "weight_by: the factor of overall is 'much'; it must be a number"),
     ):
         assert command(*flags(**{**settings, **changes})) == 2
         assert message in capsys.readouterr().err

@@ -51,6 +51,11 @@ def test_min_snr_makes_all_parametrisations_weigh_errors_of_x0_alike(kind, sched
     torch.testing.assert_close(min_snr_weights(alphas, 5.0, kind) * errors, wanted, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "weight"), [("epsilon", 1.0), ("v_prediction", 0.0), ("sample", 0.0)])
+def test_min_snr_where_there_is_no_signal(kind, weight):
+    assert min_snr_weights(torch.zeros(1), 5.0, kind).tolist() == [weight]
+
+
 def test_offset_noise_moves_whole_channels():
     noise, shift = torch.zeros(2, 3, 4, 4), torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, 0.0]])
     moved = offset_noise(noise, shift, 0.1)
