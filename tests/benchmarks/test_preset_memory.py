@@ -62,14 +62,17 @@ def small_clip() -> CLIPModel:
     return CLIPModel(CLIPConfig(vision_config={**sizes, "patch_size": 32}, text_config=sizes, projection_dim=16))
 
 
-@pytest.fixture
-def small(monkeypatch):
-    for name, made in (("sd15", small_sd), ("rahf", small_rahf), ("pickscore", small_clip)):
-        monkeypatch.setattr(preset_memory, name, made)
+@pytest.fixture(scope="module")
+def small():
+    """What the preset needs with small networks."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name, made in (("sd15", small_sd), ("rahf", small_rahf), ("pickscore", small_clip)):
+            patched.setattr(preset_memory, name, made)
+        yield memory_of(PRESET)
 
 
 def test_tensors_without_content_need_what_real_ones_do(small):
-    memory = memory_of(PRESET)
+    memory = small
     _, args = parse_arguments([RunArguments, DDPOConfig], ["--config", str(PRESET), "--use_cpu", "true"])
     pipeline = small_sd(preset_memory.tokenizer()).to(torch.bfloat16)
     policy = StableDiffusionPolicy(pipeline, args.part(AdapterSettings), 0, PictureSize(), args.part(MemorySettings))
@@ -87,7 +90,7 @@ def test_tensors_without_content_need_what_real_ones_do(small):
 def test_parts_that_are_offloaded_lie_there_only_while_they_work(small, tmp_path):
     moved = tmp_path / PRESET.name
     moved.write_text(PRESET.read_text() + "\noffload: true\n")
-    there, away = memory_of(PRESET), memory_of(moved)
+    there, away = small, memory_of(moved)
     assert set(there.resident) - set(away.resident) == {"text encoders", "vae", "predictor", "held out"}
     assert away.visiting["decode"] == there.resident["vae"]
     assert away.peak < there.peak
