@@ -63,7 +63,7 @@ def small_clip() -> CLIPModel:
 
 
 @pytest.fixture(scope="module")
-def small():
+def memory():
     """What the preset needs with small networks."""
     with pytest.MonkeyPatch.context() as patched:
         for name, made in (("sd15", small_sd), ("rahf", small_rahf), ("pickscore", small_clip)):
@@ -71,8 +71,7 @@ def small():
         yield memory_of(PRESET)
 
 
-def test_tensors_without_content_need_what_real_ones_do(small):
-    memory = small
+def test_tensors_without_content_need_what_real_ones_do(memory):
     _, args = parse_arguments([RunArguments, DDPOConfig], ["--config", str(PRESET), "--use_cpu", "true"])
     pipeline = small_sd(preset_memory.tokenizer()).to(torch.bfloat16)
     policy = StableDiffusionPolicy(pipeline, args.part(AdapterSettings), 0, PictureSize(), args.part(MemorySettings))
@@ -87,10 +86,10 @@ def test_tensors_without_content_need_what_real_ones_do(small):
     assert memory.peak == sum(memory.resident.values()) + max(memory.phases.values())
 
 
-def test_parts_that_are_offloaded_lie_there_only_while_they_work(small, tmp_path):
+def test_parts_that_are_offloaded_lie_there_only_while_they_work(memory, tmp_path):
     moved = tmp_path / PRESET.name
     moved.write_text(PRESET.read_text() + "\noffload: true\n")
-    there, away = small, memory_of(moved)
-    assert set(there.resident) - set(away.resident) == {"text encoders", "vae", "predictor", "held out"}
-    assert away.visiting["decode"] == there.resident["vae"]
-    assert away.peak < there.peak
+    away = memory_of(moved)
+    assert set(memory.resident) - set(away.resident) == {"text encoders", "vae", "predictor", "held out"}
+    assert away.visiting["decode"] == memory.resident["vae"]
+    assert away.peak < memory.peak
