@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers import UNet2DConditionModel as UNet
-from rahf_speed import SIZES
+from rahf_speed import make_config
 from report import Row, flags, publish
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,12 +34,10 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
-    T5Config,
-    ViTConfig,
 )
 
 from reward.arguments import parse_arguments
-from reward.model import RahfConfig, RahfModel
+from reward.model import RahfModel
 from rl.adapter import AdapterSettings
 from rl.ddpo_config import DDPOConfig
 from rl.losses import ppo_loss
@@ -80,7 +78,7 @@ class Counted(TorchDispatchMode):
     """Counts the bytes of the storages that live.
 
     Attributes:
-        now, peak: bytes of those made since the beginning; `peak` is the most there was since `fresh`.
+        now, peak: bytes of those made since the beginning; `peak` is the most there was since the last `of` began.
     """
 
     def __init__(self):
@@ -170,10 +168,7 @@ def scheduler() -> DDIMScheduler:
 
 def rahf() -> RahfModel:
     """The predictor of `configs/rahf_vit_l.yaml`."""
-    vision, side, text = SIZES["ViT-L/16-384 + T5-base"]
-    return RahfModel(
-        RahfConfig(vision_config=ViTConfig(image_size=side, patch_size=16, **vision), text_config=T5Config(**text))
-    )
+    return RahfModel(make_config("ViT-L/16-384 + T5-base", "paper"))
 
 
 def pickscore() -> CLIPModel:
@@ -183,15 +178,15 @@ def pickscore() -> CLIPModel:
     return CLIPModel(CLIPConfig(vision_config={**vision, "patch_size": 14}, text_config=text, projection_dim=1024))
 
 
-def fill(module: nn.Module, dtype: torch.dtype, trained: torch.dtype = torch.float32) -> float:
-    """Give a module without weights fake ones, frozen ones in `dtype`; returns their GiB."""
+def fill(module: nn.Module, dtype: torch.dtype) -> float:
+    """Give a module without weights fake ones, frozen ones in `dtype`, trained ones in float32; returns their GiB."""
     size = 0
     for part in module.modules():
         for kind in (part._parameters, part._buffers):
             for name, tensor in kind.items():
                 if tensor is None:
                     continue
-                exact = trained if tensor.requires_grad else dtype
+                exact = torch.float32 if tensor.requires_grad else dtype
                 empty = torch.empty(tensor.shape, dtype=exact if tensor.is_floating_point() else tensor.dtype)
                 kind[name] = nn.Parameter(empty, tensor.requires_grad) if kind is part._parameters else empty
                 size += empty.numel() * empty.element_size()
@@ -295,8 +290,7 @@ def phases_of(
                 log_probs, drawn.log_probs[0, batch], weights[:, 0, 0], weights, args.epsilon, "image", channels=4
             )
             trained = [weight for weight in policy.network.parameters() if weight.requires_grad]
-            gradients = torch.autograd.grad(loss, trained)
-            del gradients
+            torch.autograd.grad(loss, trained)
     return phases
 
 
