@@ -109,6 +109,22 @@ def test_prompts_are_encoded_once_and_as_diffusers_does(pipeline_folder):
     policy.encode(PROMPTS[:2])
 
 
+def test_many_pictures_are_decoded_in_parts_as_diffusers_decodes_them_together(pipeline_folder, monkeypatch):
+    """The parts fit a CPU's cache; a picture that is larger goes alone."""
+    policy = load(pipeline_folder)
+    vae, seen = policy.pipeline.vae, []
+    latents = torch.randn(5, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    together = (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1).detach()
+    decode = vae.decode
+    monkeypatch.setattr(vae, "decode", lambda part: seen.append(len(part)) or decode(part))
+    height, width = together.shape[2:]
+    for pixels, parts in ((2 * height * width, [2, 2, 1]), (height * width - 1, [1] * 5)):
+        monkeypatch.setattr("rl.policy.CPU_DECODED_PIXELS", pixels)
+        assert torch.allclose(policy.decode(latents), together, atol=1e-5)
+        assert seen == parts
+        seen.clear()
+
+
 def test_resolution_must_fit(pipeline_folder):
     assert load(pipeline_folder, resolution=32).latent_shape == (4, 16, 16)
     with pytest.raises(ValueError, match="multiple of 4"):
