@@ -113,7 +113,7 @@ def table(found: Mapping[tuple[str, int], Result], windows: Sequence[str]) -> li
 
 def make_parser() -> ArgumentParser:
     parser = flags(__doc__.splitlines()[0])
-    add_flags(parser, "outputs/auto_steps")
+    add_flags(parser, "benchmarks/results/trainings/auto_steps")
     parser.add_argument("--windows", nargs="+", default=["1:3"], help="found by hand, such as 1:3: steps 1 and 2")
     parser.add_argument("--rollouts", type=int, default=18)
     parser.add_argument("--pictures", type=int, default=256, help="of a rollout")

@@ -73,7 +73,7 @@ def plan(seeds: int, quick: bool) -> list[Training]:
     for seed in range(seeds):
         for name, game in GAMES.items():
             planned.append(Training(name, seed, SIZE | dict(game.changes), count=96, every=1))
-        planned.append(Training(SOUND, seed, {"watch_reward": "judge"}, count=96, every=5))
+        planned.append(Training(SOUND, seed, {"watch_reward": "judge", "num_train_epochs": 20}, count=96, every=5))
     if quick:
         planned = [
             replace(one, changes=dict(one.changes) | QUICK, count=16)
@@ -206,7 +206,7 @@ def limit_rows(found: Mapping[Training, Result]) -> list[Row]:
 
 def main() -> None:
     parser = flags(__doc__.splitlines()[0])
-    add_flags(parser, "outputs/gamed")
+    add_flags(parser, "benchmarks/results/trainings/gamed")
     options = parser.parse_args()
     began = time.perf_counter()
     planned = plan(1 if options.quick else options.seeds, options.quick)

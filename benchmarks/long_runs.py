@@ -16,7 +16,11 @@ TRAINED_WITH = ("sd", "rahf", "prompts_*.txt")
 
 
 def add_flags(parser: ArgumentParser, work: str) -> None:
-    """What every benchmark of trainings takes."""
+    """What every benchmark of trainings takes.
+
+    Args:
+        work: the folder where they are kept; a quick one keeps its own in `outputs`, beside nothing that is worth it.
+    """
     parser.add_argument("--work", type=Path, help=f"folder of the finished trainings (default {work})")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings beside each other, a thread each")
     parser.add_argument(
@@ -26,7 +30,8 @@ def add_flags(parser: ArgumentParser, work: str) -> None:
 
 
 def work_folder(options: Namespace) -> Path:
-    return options.work or options.default_work.with_name(options.default_work.name + "_quick" * options.quick)
+    default = Path("outputs") / f"{options.default_work.name}_quick" if options.quick else options.default_work
+    return options.work or default
 
 
 class Budget:

@@ -3,7 +3,8 @@
     python benchmarks/trainings.py TRAINING.json RESULT.json
 
 does one training; the benchmarks that compare trainings call it, once for each, on one thread. A training that is
-finished is one file in a folder, and is never repeated; one that was killed leaves nothing, and is done again.
+finished is one small file in a folder, and is never repeated; one that was killed leaves nothing, and is done again.
+These files are kept with the code: hours of work on several machines become one table, and anybody can look into it.
 """
 
 import json
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from long_runs import ROOT, Budget, assets_digest, digest, write_json
 from transformers import TrainerCallback
 
@@ -39,7 +41,8 @@ JUDGE = "judge"
 """The evaluation's reward whose word counts."""
 UNTRAINED = ("learning_rate", "credit", "focus_on", "focus_floor", "paid_scale", "paid_reach", "paid_weight", "epsilon",
              "epsilon_location", "importance_sampling_level", "num_train_epochs", "generation_batch_size",
-             "per_device_train_batch_size", "gradient_accumulation_steps", "train_steps", "watch_reward")  # fmt: skip
+             "per_device_train_batch_size", "gradient_accumulation_steps", "train_steps", "watch_reward",
+             "save_steps")  # fmt: skip
 """Settings that change nothing about the base model and how it is looked at."""
 MODEL_WORK = ("rollout", "decode", "reward", "probe", "update")
 """The phases whose seconds are the training's own; watching is not."""
@@ -69,16 +72,21 @@ class Training:
     @property
     def file(self) -> str:
         """The name of its result's file: other settings or other assets, another file."""
-        config = Path(self.config).read_text(encoding="utf-8")
-        key = digest(asdict(self), config, assets_digest())
+        looked = self.name, self.seed, self.judged, self.count, self.every
+        key = digest(looked, self._settings, assets_digest())
         return f"{re.sub(r'[^a-z0-9]+', '_', self.name.lower())}-seed{self.seed}-{key}.json"
 
     @property
     def base_file(self) -> str:
         """The name of the file of the look at the base model, the same for every training that begins with it."""
-        config = Path(self.config).read_text(encoding="utf-8")
-        told = {name: value for name, value in self.changes.items() if name not in UNTRAINED}
-        return f"base-{digest(told, self.judged, self.count, config, assets_digest())}.json"
+        told = {name: value for name, value in self._settings.items() if name not in UNTRAINED}
+        return f"base-{digest(told, self.judged, self.count, assets_digest())}.json"
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """Of run_ddpo.py, the changes among them; where it leaves its files is none."""
+        settings = yaml.safe_load((ROOT / self.config).read_text(encoding="utf-8")) | dict(self.changes)
+        return {name: value for name, value in settings.items() if name != "output_dir"}
 
     def argv(self, output_dir: str) -> list[str]:
         """As the command line of run_ddpo.py, but for files that nobody would read."""

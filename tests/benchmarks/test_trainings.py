@@ -45,6 +45,18 @@ def test_other_settings_are_another_file():
     assert len({other.file for other in [one, *others]}) == 4
 
 
+def test_what_the_config_says_anyway_is_the_same_file(tmp_path):
+    """So a config may be commented anew, and hours of work are still found."""
+    config = tmp_path / "config.yaml"
+    config.write_text("learning_rate: 1.0e-3\noutput_dir: here\n")
+    one = Training("a", 0, {"credit": "mask"}, config=str(config))
+    name = one.file
+    config.write_text("# A comment.\noutput_dir: there\nlearning_rate: 1.0e-3\n")
+    assert one.file == name == replace(one, changes={"credit": "mask", "learning_rate": 1e-3}).file
+    config.write_text("learning_rate: 2.0e-3\n")
+    assert one.file != name
+
+
 def test_what_is_done_is_not_done_again(tmp_path, started):
     planned = [Training(name, 0) for name in "abc"]
     write_json(tmp_path / planned[1].file, result())
