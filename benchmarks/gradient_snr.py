@@ -53,7 +53,7 @@ CREDITS = {
     "focus on content": {"credit": "focus", "focus_on": "content"},
     "words": {"credit": "words"},
     "paid, own place": {"credit": "paid", "paid_reach": 0},
-    "paid": {"credit": "paid"},
+    "paid": {"credit": "paid", "paid_reach": 2},
     "paid, unit": {"credit": "paid", "paid_scale": "unit"},
     "mask": {"credit": "mask"},
 }

@@ -113,7 +113,7 @@ class DDPOConfig(RewardedPolicyConfig):
         metadata={
             "help": "scalar: z(total), penalty maps ignored; image: z(total - penalties) everywhere; "
             "focus: the same, more at the places `focus_on` names; words: more where the misrepresented words' "
-            "attention was; paid: each place pays for the penalties near it; mask: less where penalties are "
+            "attention was; paid: each place pays for its own penalty; mask: less where penalties are "
             "(DenseFlow-GRPO's, for comparison). See rl/credit.py."
         },
     )
@@ -132,8 +132,8 @@ class DDPOConfig(RewardedPolicyConfig):
         },
     )
     paid_reach: int = field(
-        default=2,
-        metadata={"help": "With paid_scale objective, a place pays for penalties so many latent places away."},
+        default=0,
+        metadata={"help": "With paid_scale objective, a place pays for penalties so many latent places away too."},
     )
     paid_weight: float = field(default=1.0, metadata={"help": "Weight of the penalty with paid_scale unit."})
     advantage_baseline: Literal["group", "prompt", "batch"] = field(
