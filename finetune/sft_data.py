@@ -222,7 +222,16 @@ class BucketBatches(Sampler[list[Visit]]):
         return self.batch_size * self.world_size
 
     def __len__(self) -> int:
-        return sum(-(-len(places) // self._together) for places in self.buckets.values())
+        return sum(self._filled(len(places)) // self._together for places in self.buckets.values())
+
+    @property
+    def most_shown(self) -> dict[Any, int]:
+        """Bucket -> how often an epoch shows one picture of it, at most: 1, but for what fills up the last batch."""
+        return {bucket: -(-self._filled(len(places)) // len(places)) for bucket, places in self.buckets.items()}
+
+    def _filled(self, count: int) -> int:
+        """`count` pictures, and what fills up their last batch."""
+        return -(-count // self._together) * self._together
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -4,6 +4,7 @@ Shapes: B pictures of a micro-batch, C latent channels, h x w the latent grid.
 """
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,10 @@ from rl.policy import StableDiffusionPolicy
 from rl.policy_trainer import PolicyTrainer
 from rl.rollout import keyed_generator
 from rl.watch import Watch
+
+logger = logging.getLogger(__name__)
+
+_NAMED = 3  # sizes in a warning
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class SftTrainer(PolicyTrainer):
         sampler = BucketBatches(
             self.pictures.by_bucket(), args.per_device_train_batch_size, args.seed, args.process_index, args.world_size
         )
+        if args.should_save:
+            warn_of_rare(sampler)
         return BucketLoader(
             self.pictures, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers
         )
@@ -113,3 +120,21 @@ class SftTrainer(PolicyTrainer):
         if conditioning.time_ids is None:
             return conditioning
         return dataclasses.replace(conditioning, time_ids=time_ids)
+
+
+def warn_of_rare(sampler: BucketBatches) -> None:
+    """Say which sizes have so few pictures that an epoch shows some of them three times or more."""
+    rare = {bucket: times for bucket, times in sampler.most_shown.items() if times > 2}
+    if not rare:
+        return
+    told = ", ".join(
+        f"{height}x{width} ({len(sampler.buckets[height, width])}) up to {times} times"
+        for (height, width), times in sorted(rare.items(), key=lambda one: -one[1])[:_NAMED]
+    )
+    more = f" and {len(rare) - _NAMED} sizes more" if len(rare) > _NAMED else ""
+    logger.warning(
+        "a batch has pictures of one size, and of these there are few, so an epoch shows them often to fill it: "
+        "%s%s; train in smaller batches, or leave these pictures out",
+        told,
+        more,
+    )

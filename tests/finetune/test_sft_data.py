@@ -1,8 +1,11 @@
+from collections import Counter
+
 import pytest
 import torch
 
 from finetune.pool import open_pool
 from finetune.sft_data import BucketBatches, Crop, TrainingPictures, Visit, make_buckets, nearest_bucket, read_weights
+from finetune.sft_trainer import warn_of_rare
 from rl.policy import StableDiffusionPolicy
 
 
@@ -112,3 +115,24 @@ def test_small_pictures_are_enlarged_with_a_warning(write_pictures, tmp_path, ca
     pool = open_pool(write_pictures(tmp_path / "p", 3, sizes=((8, 8), (32, 32))))
     TrainingPictures(pool, [(16, 16)], torch.ones(3))
     assert "2 of 3 pictures are smaller than they are trained at" in caplog.text
+
+
+def test_how_often_an_epoch_shows_a_picture_of_a_rare_size():
+    """Counted from the batches themselves."""
+    buckets = {(64, 64): list(range(9)), (64, 96): [9], (96, 64): [10, 11]}
+    sampler = BucketBatches(buckets, 4, seed=0, rank=0, world_size=1)
+    shown = Counter(visit.place for batch in sampler for visit in batch)
+    assert sampler.most_shown == {
+        bucket: max(shown[place] for place in places) for bucket, places in buckets.items()
+    } == {(64, 64): 2, (64, 96): 4, (96, 64): 2}  # fmt: skip
+    assert len(sampler) == len(list(sampler)) == 5
+
+
+def test_rare_sizes_are_named(caplog):
+    buckets = {(64, 64): list(range(9)), (64, 96): [9]} | {(96, 8 * side): [10 + side] for side in range(1, 4)}
+    warn_of_rare(BucketBatches(buckets, 3, seed=0, rank=0, world_size=2))
+    assert "64x96 (1) up to 6 times, 96x8 (1) up to 6 times, 96x16 (1) up to 6 times and 1 sizes more" in caplog.text
+    assert "64x64" not in caplog.text
+    caplog.clear()
+    warn_of_rare(BucketBatches({(64, 64): list(range(9))}, 4, seed=0, rank=0, world_size=1))
+    assert not caplog.text
