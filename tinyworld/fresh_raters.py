@@ -10,6 +10,7 @@ is for the share of raters above which a word counts as misaligned. Takes about 
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
@@ -31,6 +32,9 @@ from tinyworld.rated import SPLITS, read_pictures
 from tinyworld.raters import FEWEST, ceiling
 from tinyworld.scenes import SIZE
 
+CHUNK = 16
+ALONE = CHUNK
+"""So few pictures are rated sooner than other processes would start."""
 FEATURES = Features(
     {
         "uid": Value("string"),
@@ -71,13 +75,16 @@ def rated_row(uid: str, picture: np.ndarray, caption: str, raters: int) -> dict:
 
 def rate_splits(splits: Mapping[str, Sequence[tuple[str, np.ndarray, str]]], raters: int) -> DatasetDict:
     """Split -> rows of `FEATURES` for its pictures (uid, picture, caption), in order; the same whenever it is run."""
-    rated = {}
-    with (
-        ProcessPoolExecutor(mp_context=get_context("spawn")) as pool,  # torch's threads do not survive a fork
-        Progress(console=Console(stderr=True), transient=True) as bar,
-    ):
+    rated, rate = {}, partial(rated_row, raters=raters)
+    with ExitStack() as stack:
+        bar = stack.enter_context(Progress(console=Console(stderr=True), transient=True))
+        if sum(map(len, splits.values())) > ALONE:
+            spawn = get_context("spawn")  # torch's threads do not survive a fork
+            rate_all = partial(stack.enter_context(ProcessPoolExecutor(mp_context=spawn)).map, chunksize=CHUNK)
+        else:
+            rate_all = map
         for name, pictures in splits.items():
-            rows = pool.map(partial(rated_row, raters=raters), *zip(*pictures, strict=True), chunksize=16)
+            rows = rate_all(rate, *zip(*pictures, strict=True))
             rows = bar.track(rows, total=len(pictures), description=name)
             rated[name] = Dataset.from_list(list(rows), features=FEATURES)
     return DatasetDict(rated)

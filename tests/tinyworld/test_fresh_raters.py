@@ -17,8 +17,7 @@ from tinyworld.scenes import SIZE, Thing, render
 CAPTIONS = ["a red circle", "a blue square"]
 
 
-@pytest.fixture
-def folder(tmp_path):
+def picture_folder(folder):
     """Pictures of two splits: two of each caption, the second of them of the wrong colour."""
     pictures = np.stack(
         [
@@ -28,8 +27,13 @@ def folder(tmp_path):
         ]
     )
     for split in ("dev", "test"):
-        write_pictures(split, CAPTIONS, pictures, tmp_path / "pictures")
-    return tmp_path
+        write_pictures(split, CAPTIONS, pictures, folder / "pictures")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return picture_folder(tmp_path)
 
 
 def run(folder, out, *flags):
@@ -37,8 +41,16 @@ def run(folder, out, *flags):
     return load_from_disk(str(folder / out))
 
 
-def test_rows_are_the_ceiling_of_each_picture_and_the_evaluation_reads_them(folder):
-    rated = run(folder, "raters")
+@pytest.fixture(scope="module")
+def rated_folder(tmp_path_factory):
+    """Such a folder with what the command made of it in `raters`."""
+    folder = picture_folder(tmp_path_factory.mktemp("rated"))
+    run(folder, "raters")
+    return folder
+
+
+def test_rows_are_the_ceiling_of_each_picture_and_the_evaluation_reads_them(rated_folder):
+    folder, rated = rated_folder, load_from_disk(str(rated_folder / "raters"))
     assert list(rated) == ["dev", "test"]
     assert rated["test"].features == fresh_raters.FEATURES
     pictures = list(fresh_raters.read_pictures(folder / "pictures" / "test.parquet"))
@@ -60,13 +72,14 @@ def test_rows_are_the_ceiling_of_each_picture_and_the_evaluation_reads_them(fold
     assert found.words() == data["test"]["keyword_labels"][:]
 
 
-def test_the_same_again_and_nothing_beside_it(folder, capsys):
-    one, other = (run(folder, name, "--splits", "test") for name in ("one", "other"))
-    assert list(one) == ["test"]
+def test_the_same_again_in_other_processes_and_nothing_beside_it(rated_folder, capsys, monkeypatch):
+    monkeypatch.setattr(fresh_raters, "ALONE", 0)
+    one, other = load_from_disk(str(rated_folder / "raters")), run(rated_folder, "other", "--splits", "test")
+    assert list(other) == ["test"]
     for column in one["test"].column_names:
         for a, b in zip(one["test"][column], other["test"][column], strict=True):
             assert np.array_equal(a, b) if isinstance(a, Image.Image) else a == b
-    assert sorted(path.name for path in folder.iterdir()) == ["one", "other", "pictures"]
+    assert sorted(path.name for path in rated_folder.iterdir()) == ["other", "pictures", "raters"]
     assert f"4 test pictures, each by {FEWEST} fresh raters" in capsys.readouterr().out
 
 
