@@ -61,10 +61,17 @@ class Fit:
         return self.iou / (1 + _COVERED_COST * self.hidden)
 
 
-def distance(shape: str, u: np.ndarray, v: np.ndarray, play: tuple[float, ...] = ()) -> np.ndarray:
-    """How far points (u, v), in radii from the centre, lie outside the ideal shape (negative inside); broadcast.
+Play = tuple[float, ...] | np.ndarray
+"""See `Fit.play`; none is an ideal shape's. Of K kinds of it, (K, count), each gives a result of its own."""
+
+
+def distance(shape: str, u: np.ndarray, v: np.ndarray, play: Play = ()) -> np.ndarray:
+    """How far points (u, v), each (h, w), in radii from the centre, lie outside the ideal shape (negative inside).
 
     Exact beside an edge, too small beyond a corner; its zero is the outline of `scenes.inside_shape`, but for `play`.
+
+    Returns:
+        (h, w), or (K, h, w).
     """
     match shape:
         case "circle":
@@ -75,17 +82,17 @@ def distance(shape: str, u: np.ndarray, v: np.ndarray, play: tuple[float, ...] =
             slope = 1.05 / 1.8
             return np.maximum(v - 0.8, (np.abs(u) - (v + 1) * slope) / np.hypot(1, slope))
         case "diamond":
-            (lean,) = play or (0.0,)
+            (lean,) = _each(play, 1)
             return (np.abs(u - lean * v) + np.abs(v - lean * u) - 1.12) / np.sqrt(2)
         case "cross":
-            right, left, down, up = play or (0.0,) * 4
+            right, left, down, up = _each(play, 4)
             beyond = np.maximum(np.maximum(u - right, -u - left), np.maximum(v - down, -v - up)) - 1
             return np.maximum(np.minimum(np.abs(u), np.abs(v)) - 0.36, beyond)
         case "star":
             sector = np.pi / 5
             turn = np.arctan2(u, -v) + sector
             folded = np.abs(turn % (2 * sector) - sector)
-            point = 1.15 + (np.array(play)[(turn // (2 * sector)).astype(int) % 5] if play else 0.0)
+            point = 1.15 + (np.array(play)[..., (turn // (2 * sector)).astype(int) % 5] if len(play) else 0.0)
             radius = np.hypot(u, v)
             across, up = 0.5 * np.sin(sector), 0.5 * np.cos(sector) - point
             outside = (radius * np.cos(folded) - point) * across - radius * np.sin(folded) * up
@@ -93,15 +100,18 @@ def distance(shape: str, u: np.ndarray, v: np.ndarray, play: tuple[float, ...] =
     raise ValueError(f"shape {shape!r} is unknown; use one of {', '.join(SHAPES)}")
 
 
+def _each(play: Play, count: int) -> tuple[float, ...] | np.ndarray:
+    """The `count` numbers of a play, ready to be broadcast over (h, w)."""
+    if not len(play):
+        return (0.0,) * count
+    return play.T[..., None, None] if np.ndim(play) == 2 else play
+
+
 def cover(
-    shape: str,
-    x: float,
-    y: float,
-    radius: float,
-    play: tuple[float, ...] = (),
-    window: tuple[slice, slice] = np.s_[:, :],
+    shape: str, x: float, y: float, radius: float, play: Play = (), window: tuple[slice, slice] = np.s_[:, :]
 ) -> np.ndarray:
-    """(S, S) float32 in [0, 1], or a window of it: about the share of each pixel that the ideal shape covers."""
+    """(S, S) in [0, 1], or a window of it: about the share of each pixel that the ideal shape covers; (K, S, S) of K
+    plays."""
     u, v = (_COLUMNS[window] - x) / radius, (_ROWS[window] - y) / radius
     return np.clip(0.5 - radius * distance(shape, u, v, play), 0, 1)
 
@@ -169,14 +179,12 @@ def _refine(shape: str, start: _Start, patch: np.ndarray, weight: np.ndarray, st
     count, usual = _PLAY.get(shape, (0, 1.0))
     play, cost = np.zeros(count), np.diag([0.05] * 3 + [_TRUST**2 / usual**2] * count)
     for step in range(steps):
-        ideal = cover(shape, x, y, radius, tuple(play), window)
+        plays = np.vstack([play, play + _NUDGE * np.eye(count)]) if count else ()
+        ideal, *nudged = cover(shape, x, y, radius, plays, window).reshape(1 + count, *patch.shape)
         right, down = np.zeros_like(ideal), np.zeros_like(ideal)
         right[:, 1:-1], down[1:-1] = (ideal[:, 2:] - ideal[:, :-2]) / 2, (ideal[2:] - ideal[:-2]) / 2
         grow = -((columns - x) * right + (rows - y) * down) / radius
-        playing = [
-            (cover(shape, x, y, radius, tuple(play + nudge), window) - ideal) / _NUDGE
-            for nudge in _NUDGE * np.eye(count)
-        ]
+        playing = [(one - ideal) / _NUDGE for one in nudged]
         moves = np.stack([-right, -down, grow, *playing]).reshape(3 + count, -1)
         residual = patch - ideal
         trust = weight if step == 0 else weight / (1 + (residual / 0.4) ** 2)
