@@ -1,7 +1,7 @@
 """Training all weights of the U-Net instead of a LoRA."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -100,11 +100,19 @@ class _WholeUnet(nn.Module):
         return self.unet(*args, **kwargs)
 
 
-def prepare_for_trainer(network: nn.Module, unet: UNet2DConditionModel) -> None:
+def prepare_for_trainer(
+    network: nn.Module, unet: UNet2DConditionModel, run_and_run_again: Callable | None = None
+) -> None:
+    """Make `network`, around `unet`, one that Trainer takes.
+
+    Args:
+        run_and_run_again: (block, *inputs) -> its output, of which only the inputs are kept for the backward pass;
+            None: as diffusers does it.
+    """
     # Trainer's callbacks take a model's config for one of transformers and call methods that diffusers' lacks.
     network.config = None
     # What Trainer calls for `activation_checkpointing: true`; neither a PEFT model of diffusers' nor ours has it.
-    network.activation_checkpointing_enable = lambda **settings: unet.enable_gradient_checkpointing()
+    network.activation_checkpointing_enable = lambda **settings: unet.enable_gradient_checkpointing(run_and_run_again)
 
 
 def shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:

@@ -2,7 +2,7 @@
 fused."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from rl.adapter import (
     DEFAULT_LORA_TARGETS,
@@ -62,20 +63,32 @@ class Lora:
             self._parts = {name: PartLora(getattr(pipeline, name), configs[name], starts.get(name)) for name in names}
         networks = {name: part.network for name, part in self._parts.items()}
         self.network: nn.Module = _WithTextEncoders(networks) if self.trains_text else networks[UNET]
-        prepare_for_trainer(self.network, pipeline.unet)
+        prepare_for_trainer(self.network, pipeline.unet, self._run_and_run_again)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Within it the LoRAs are switched off and the pipeline is the base model."""
+        with self._switched(off=True):
+            yield None
+
+    @contextmanager
+    def _switched(self, off: bool) -> Iterator[None]:
         layers = [layer for part in self._parts.values() for layer in part.layers]
+        before = layers[0].disable_adapters
         # Not by peft's disable_adapter(), which would make the frozen initial adapter trainable behind it.
         for layer in layers:
-            layer._disable_adapters = True
+            layer._disable_adapters = off
         try:
-            yield None
+            yield
         finally:
             for layer in layers:
-                layer._disable_adapters = False
+                layer._disable_adapters = before
+
+    def _run_and_run_again(self, block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        """A block of which only the inputs are kept for the backward pass. There it runs with the LoRAs switched on or
+        off as they are now: a `reference` that gradients flow through has ended by then."""
+        off = self._parts[UNET].layers[0].disable_adapters
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), self._switched(off)))
 
     def folded(self) -> AbstractContextManager[None]:
         """Within it the U-Net may compute as fast as the base model's; see `PartLora.folded`."""
