@@ -32,7 +32,7 @@ diffusers.logging.disable_progress_bar()
 from finetune.files import is_within  # noqa: E402
 from finetune.fingerprints import weights_of  # noqa: E402
 from finetune.inpainter import INPAINTING, Inpainter  # noqa: E402
-from finetune.pictures_to_fix import NamedPictures, check_source, digest, read_picture  # noqa: E402
+from finetune.pictures_to_fix import NamedPictures, check_source, digest, each_once, read_picture  # noqa: E402
 from finetune.region import put_in, region  # noqa: E402
 from finetune.results import SUMMARY, Results  # noqa: E402
 from finetune.reward_choice import RewardArguments  # noqa: E402
@@ -140,7 +140,7 @@ class InpaintArguments:
         if not self.thresholds:
             raise ValueError("thresholds is empty; name a penalty map of the reward, such as {implausibility: 0.3}")
         for name, value in self.thresholds.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
                 raise ValueError(f"thresholds: that of {name!r} is {value!r}; it must be a number of at least 0")
         for name in ("num_candidates", "rounds", "num_inference_steps", "batch_size"):
             if getattr(self, name) < 1:
@@ -179,13 +179,18 @@ class InpaintArguments:
         """The pipeline, loaded.
 
         Raises:
-            ValueError: see `Inpainter.load`.
+            ValueError: the schedule has fewer steps; or see `Inpainter.load`.
         """
         names = ("strength", "eta", "guidance_scale", "negative_prompt", "resolution", "batch_size")
         found = Inpainter.load(
             self.pipeline, dtype=getattr(torch, self.model_dtype), device=self.device, steps=self.num_inference_steps,
             **{name: getattr(self, name) for name in names},
         )  # fmt: skip
+        longest = found.pipeline.scheduler.config.num_train_timesteps
+        if self.num_inference_steps > longest:
+            raise ValueError(
+                f"num_inference_steps is {self.num_inference_steps}; the pipeline's schedule has {longest} steps"
+            )
         if "eta" not in found.pipeline.prepare_extra_step_kwargs(None, self.eta):
             scheduler = type(found.pipeline.scheduler).__name__
             warn_of_ignored(self, ("eta",), f"{scheduler} has no such setting; DDIM does")
@@ -322,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_maps(judge(reward, read_picture(first)[None], first.prompt, run), run.thresholds)
         draw = run.inpainter()
     with results.begun():
-        for item in tqdm(source.pictures(wanted), total=len(wanted), dynamic_ncols=True):
+        for item in tqdm(each_once(source, wanted), total=len(wanted), dynamic_ncols=True):
             picture = read_picture(item)
             mended = mend(picture, item.prompt, item.uid, run, reward, draw)
             _keep(results, item, picture, mended, run, others)

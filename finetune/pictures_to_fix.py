@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -59,18 +59,31 @@ def digest(picture: Picture) -> str:
     return hashlib.sha256((picture.data or b"") + (picture.prompt or "").encode()).hexdigest()
 
 
+def each_once(source: Source, wanted: Collection[str]) -> Iterator[Picture]:
+    """A source's pictures, in its order; one that stands there twice, as in two of Pick-a-Pic's pairs, comes once."""
+    seen = set()
+    for picture in source.pictures(wanted):
+        if picture.uid not in seen:
+            seen.add(picture.uid)
+            yield picture
+
+
 def check_source(source: Source) -> dict[str, str]:
     """Uid -> `digest` of a source's pictures, in its order, once each of them was looked at.
 
     Raises:
-        ValueError: there is none, one cannot be read, has no prompt, or has the name of another.
+        ValueError: there is none, one cannot be read, has no prompt, has the name of another, or a name that is no
+            file's.
     """
     found: dict[str, str] = {}
     without = []
     for picture in source.pictures(Everything()):
-        read_picture(picture)
         if picture.uid in found:
-            raise ValueError(f"two pictures are called {picture.uid}; results go by that name, so rename one")
+            if found[picture.uid] != digest(picture):
+                raise ValueError(f"two pictures are called {picture.uid}; results go by that name, so rename one")
+            continue
+        _check_name(picture.uid)
+        read_picture(picture)
         found[picture.uid] = digest(picture)
         if not (picture.prompt or "").strip():
             without.append(picture.uid)
@@ -83,3 +96,10 @@ def check_source(source: Source) -> dict[str, str]:
             "line in the table of prompts (its file_name and prompt), or name another by --prompts_table"
         )
     return found
+
+
+def _check_name(uid: str) -> None:
+    """Results are written to files of this name, which must not lead out of their folder."""
+    path = PurePosixPath(uid)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in uid:
+        raise ValueError(f"a picture is called {uid!r}; results go by that name, and it is no file's in their folder")
