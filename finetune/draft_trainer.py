@@ -23,7 +23,7 @@ from rl.monitors import edge_energy, thumbnails
 from rl.policy import StableDiffusionPolicy
 from rl.policy_trainer import PolicyTrainer
 from rl.rollout import check_pictures, draw_prompts, keyed_noise
-from rl.scoring import features
+from rl.scoring import concatenate, features
 from rl.watch import StopWhenGamed, Watch, measure_pictures, measure_rollout, never_told
 
 
@@ -170,8 +170,13 @@ class DraftTrainer(PolicyTrainer):
         Raises:
             RewardError: it is not finite, or of wrong shapes.
         """
+        size = self.args.reward_batch_size or len(prompts)
         with torch.autocast(images.device.type, enabled=False):
-            reward = self.reward_fn(images, prompts)
+            parts = [
+                self.reward_fn(images[first : first + size], list(prompts[first : first + size]))
+                for first in range(0, len(prompts), size)
+            ]
+        reward = concatenate(parts)
         check_reward(reward, prompts)
         return reward
 
@@ -272,7 +277,8 @@ def check_reward_fn(reward_fn: RewardFn, policy: StableDiffusionPolicy, prompt: 
     with torch.enable_grad():
         reward = reward_fn(grey, [prompt])
     check_reward(reward, [prompt])
-    if not reward.objective.requires_grad:
+    flows = reward.objective.requires_grad  # if only into weights of its own
+    if not flows or torch.autograd.grad(reward.objective.sum(), grey, allow_unused=True)[0] is None:
         raise ValueError(
             f"the reward {name} says that it is differentiable, but no gradient flows from it into a picture: "
             "it must not detach its pictures, round them, or compute under no_grad"

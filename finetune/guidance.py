@@ -13,6 +13,7 @@ serves all schedulers; what is handed on to them is n' in the form in which thei
 Shapes: B pictures, C latent channels, h x w the latent grid, S sampling steps.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ SCHEDULERS = {
     "dpmpp": DPMSolverMultistepScheduler,
 }
 """By what settings call them. Each is given one prediction a step, of one point of the path."""
+_NOT_IMPLEMENTED = {(EulerAncestralDiscreteScheduler, "sample")}  # in diffusers
 
 
 @dataclass(frozen=True)
@@ -144,14 +146,14 @@ def check_scheduler(scheduler) -> None:
     if not isinstance(scheduler, tuple(SCHEDULERS.values())):
         known = ", ".join(f"{key} ({value.__name__})" for key, value in SCHEDULERS.items())
         raise ValueError(f"the scheduler {name} cannot be guided; set `scheduler` to one of {known}")
-    config = scheduler.config
+    config, own = scheduler.config, inspect.signature(type(scheduler)).parameters  # a config may hold another's too
     for key in ("thresholding", "clip_sample", "use_flow_sigmas"):
-        if config.get(key):
+        if key in own and config[key]:
             raise ValueError(f"{name} with {key} cannot be guided: switch it off in the scheduler's config")
-    if config.prediction_type not in PREDICTION_TYPES:
+    known = [kind for kind in PREDICTION_TYPES if (type(scheduler), kind) not in _NOT_IMPLEMENTED]
+    if config.prediction_type not in known:
         raise ValueError(
-            f"{name} with prediction_type {config.prediction_type!r} cannot be guided; "
-            f"what can is {', '.join(PREDICTION_TYPES)}"
+            f"{name} with prediction_type {config.prediction_type!r} cannot be guided; what can is {', '.join(known)}"
         )
 
 

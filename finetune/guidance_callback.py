@@ -20,8 +20,9 @@ What follows from what it cannot:
 
 - one more pass of the network a guided step than `sample` needs;
 - the first step is never guided, and there is no recurrence: both would have to happen inside a step;
-- what ControlNet or an IP-Adapter add is missing in its estimate of the clean picture (not in the picture that is
-  drawn); a network with more inputs than latents, such as one for inpainting, is refused;
+- what ControlNet adds is missing in its estimate of the clean picture (not in the picture that is drawn); a network
+  with more inputs than latents, such as one for inpainting, or that looks at pictures, as an IP-Adapter makes it do, is
+  refused;
 - a step's own noise is unknown, so the kick is that of a deterministic step: with eta = 1 it guides about half as much.
 
 Shapes: B pictures, C latent channels, h x w the latent grid.
@@ -84,6 +85,11 @@ class GuidanceCallback:
                 f"the U-Net of this {type(pipeline).__name__} is told the guidance scale, as those distilled to few "
                 "steps are, which a callback does not see; use one that is not distilled"
             )
+        if unet.config.encoder_hid_dim_type is not None:
+            raise ValueError(
+                f"the U-Net of this {type(pipeline).__name__} is given more than the prompt "
+                f"({unet.config.encoder_hid_dim_type}, as by an IP-Adapter), which a callback does not see; unload it"
+            )
         return [name for name in ("latents", "prompt_embeds", *_EMBEDDINGS.values()) if name in offered]
 
     def __call__(
@@ -111,6 +117,7 @@ class GuidanceCallback:
                 latents.float(),
                 start,
                 scheduler.config.prediction_type,
+                self.prompts,
                 self.guidance.through_network,
             )
         push = self.guidance.push(gradient, start, scales[following])

@@ -18,6 +18,8 @@ from finetune.guidance import Guidance, Level, as_output, clean_and_noise, level
 from reward.feedback import RewardError, RewardFn, check_reward
 from rl.pipelines import Conditioning, family_of, time_ids
 
+GRADIENT_SCALES = (4096.0, 64.0, 1.0)
+_NO_GRADIENT = "the reward does not depend on the pictures by operations that have a gradient"
 _PURE_NOISE = 1e-3  # signal to noise below which there is no signal; Stable Diffusion's own schedule ends at 0.068
 
 
@@ -109,6 +111,7 @@ def reward_gradient(
     latents: torch.Tensor,
     level: Level,
     prediction_type: str,
+    prompts: Sequence[str],
     through_network: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient, by noisy latents, of what is said of the clean picture that the network predicts from them.
@@ -117,10 +120,14 @@ def reward_gradient(
         predict: latents (B, C, h, w) -> the network's output, of that shape.
         objective: clean latents (B, C, h, w) -> (B,).
         latents: (B, C, h, w), x.
+        prompts: B, for messages.
         through_network: see `Guidance`.
 
     Returns:
         The network's output and the gradient, both (B, C, h, w), without a graph.
+
+    Raises:
+        RewardError: the objective does not depend on the latents, or its gradient is not finite.
     """
     with torch.enable_grad():
         point = latents.detach().requires_grad_()
@@ -132,8 +139,28 @@ def reward_gradient(
                 output = predict(point)
                 _, noise = clean_and_noise(output, point, level, prediction_type)
             clean = (point - level.sigma * noise) / level.alpha
-        (gradient,) = torch.autograd.grad(objective(clean).sum(), point)
+        gradient = _scaled_gradient(objective(clean).sum(), point)
+    broken = ~gradient.isfinite().flatten(1).all(dim=1)
+    if broken.any():
+        raise RewardError(
+            f"the gradient of the reward by the picture of {prompts[int(broken.nonzero()[0])]!r} is not finite "
+            f"({int(broken.sum())} of {len(latents)} pictures); in float16 try bfloat16, else mend the reward"
+        )
     return output.detach(), gradient
+
+
+def _scaled_gradient(value: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
+    """The gradient of a number by `point`, taken of a multiple of it, as mixed precision does: in float16 the gradients
+    of single pixels would be rounded to zero. Powers of two change no other bit; where one is too large, a smaller."""
+    if not value.requires_grad:
+        raise RewardError(_NO_GRADIENT)
+    for scale in GRADIENT_SCALES:
+        last = scale == GRADIENT_SCALES[-1]
+        (gradient,) = torch.autograd.grad(value * scale, point, retain_graph=not last, allow_unused=True)
+        if gradient is None:
+            raise RewardError(_NO_GRADIENT)
+        if last or gradient.isfinite().all():
+            return gradient / scale
 
 
 @torch.no_grad()
@@ -186,8 +213,9 @@ def sample(
     def guided_output(latents: torch.Tensor, timestep: torch.Tensor, step: int) -> torch.Tensor:
         kind = scheduler.config.prediction_type
         output, gradient = reward_gradient(
-            lambda point: denoiser(point, timestep), objective, latents, path[step], kind, guidance.through_network
-        )
+            lambda point: denoiser(point, timestep), objective, latents, path[step], kind, prompts,
+            guidance.through_network,
+        )  # fmt: skip
         _, noise = clean_and_noise(output, latents, path[step], kind)
         noise = noise - guidance.push(gradient, path[step], scales[step])
         return as_output(noise, latents, path[step], kind)
@@ -202,8 +230,8 @@ def sample(
                 end = scheduler.step(output, timestep, latents, **extra, return_dict=False)[0]
                 if left:
                     vars(scheduler).update(memory)
-                    noise = torch.stack([torch.randn(end.shape[1:], generator=one) for one in again]).to(end.device)
-                    end = noised_back(end, path[step + 1], path[step], noise)
+                    noise = torch.stack([torch.randn(end.shape[1:], generator=one, device=one.device) for one in again])
+                    end = noised_back(end, path[step + 1], path[step], noise.to(end.device))
                 latents = end
         return decode(pipeline, latents)
 
@@ -221,7 +249,7 @@ def reward_of(
         reward = reward_fn(decode(pipeline, clean), list(prompts))
         check_reward(reward, prompts)
         if not reward.objective.requires_grad:
-            raise RewardError("the reward does not depend on the pictures by operations that have a gradient")
+            raise RewardError(_NO_GRADIENT)
         return reward.objective
 
     return objective

@@ -64,7 +64,9 @@ class PolicyConfig(TrainingArguments):
 
     # Sampling
     num_inference_steps: int = field(default=10, metadata={"help": "Sampling steps."})
-    eta: float = field(default=1.0, metadata={"help": "Noise of a step: 1 as DDPM's, 0 none (nothing to train)."})
+    eta: float = field(
+        default=1.0, metadata={"help": "Noise of a step: 1 as DDPM's, 0 none (nothing to train by DDPO)."}
+    )
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is none and costs half."})
     start_timestep: int | None = field(
         default=None,

@@ -227,12 +227,13 @@ def test_tensorboard_gets_figures_pictures_and_regions(make_trainer):
 
 
 class Liar:
-    """Says that it is differentiable, and is not."""
+    """Says that it is differentiable, and is not, but by a weight of its own."""
 
     differentiable = True
+    weight = torch.ones((), requires_grad=True)
 
     def __call__(self, images, prompts):
-        return Reward(total=images.detach().mean(dim=(1, 2, 3)))
+        return Reward(total=self.weight * images.detach().mean(dim=(1, 2, 3)))
 
 
 class Mapless:

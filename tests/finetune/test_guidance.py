@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import PNDMScheduler, StableDiffusionXLPipeline
+from diffusers import DDPMScheduler, PNDMScheduler, StableDiffusionXLPipeline
 from torch import nn
 
 from finetune.guidance import (
@@ -19,7 +19,7 @@ from finetune.guidance import (
     noised_back,
 )
 from finetune.guidance_callback import GuidanceCallback
-from finetune.guided_sampling import guided_path, sample
+from finetune.guided_sampling import guided_path, reward_gradient, sample
 from reward.feedback import Reward, RewardError
 from rl.pipelines import load_pipeline
 from rl.rollout import keyed_generator
@@ -161,6 +161,9 @@ def test_a_scheduler_that_cannot_be_guided_is_named_with_those_that_can():
         check_scheduler(SCHEDULERS["ddim"](clip_sample=True))
     with pytest.raises(ValueError, match="prediction_type 'flow_prediction' cannot be guided"):
         check_scheduler(make("dpmpp", "flow_prediction"))
+    with pytest.raises(ValueError, match=r"EulerAncestral.* 'sample' cannot be guided; what can is epsilon, v_pred"):
+        check_scheduler(make("euler_a", "sample"))
+    assert isinstance(make_scheduler(DDPMScheduler(clip_sample=True), "euler"), SCHEDULERS["euler"])  # it never clips
     assert isinstance(make_scheduler(PNDMScheduler(), "ddim"), SCHEDULERS["ddim"])
 
 
@@ -365,16 +368,39 @@ def test_guidance_does_not_depend_on_the_batch(pipeline):
     assert torch.allclose(both[1:], alone, atol=1e-4)
 
 
-def test_a_reward_without_gradient_is_found_out(pipeline):
+@pytest.mark.parametrize("weight", [torch.ones(()), torch.ones((), requires_grad=True)])
+def test_a_reward_without_gradient_is_found_out(pipeline, weight):
+    """Also one with a gradient into a weight of its own."""
+
+    def detached(images, prompts):
+        return Reward(weight * images.detach().mean((1, 2, 3)))
+
     with pytest.raises(RewardError, match="does not depend on the pictures by operations that have a gradient"):
-        sample(
-            pipeline,
-            PROMPTS[:1],
-            generators(1),
-            2,
-            lambda images, prompts: Reward(images.detach().mean((1, 2, 3))),
-            Guidance(1),
-        )
+        sample(pipeline, PROMPTS[:1], generators(1), 2, detached, Guidance(1))
+
+
+def test_a_gradient_that_is_not_finite_is_no_silent_zero(pipeline):
+    def rootless(images, prompts):
+        value = images.mean((1, 2, 3))
+        return Reward(value + (value - value.detach()).sqrt())  # finite, with an infinite slope
+
+    with pytest.raises(RewardError, match=f"the gradient of the reward by the picture of {PROMPTS[1]!r} is not finite"):
+        sample(pipeline, PROMPTS[1:2], generators(1), 2, rootless, Guidance(0.1))
+
+
+@pytest.mark.parametrize("slope", [1.0, 2.0**20, 2.0**30])
+def test_small_gradients_survive_float16_and_large_ones_do_not_overflow(slope):
+    """In the backward pass float16, which ends at 2^-24 and 2^16, holds the slope times 2^-15, then times 2^-25."""
+    latents = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+
+    def objective(clean):
+        return ((clean.half() * 2.0**-10).float() * slope * 2.0**-15).sum((1, 2, 3))
+
+    output, gradient = reward_gradient(
+        torch.zeros_like, objective, latents, Level(1.0, 0.0), "epsilon", ["a", "b"], through_network=False
+    )
+    assert torch.equal(output, torch.zeros_like(latents))
+    torch.testing.assert_close(gradient, torch.full_like(latents, slope * 2.0**-25))
 
 
 # ---- The callback's complaints ----
@@ -392,6 +418,16 @@ def test_the_callback_refuses_what_it_cannot_do(pipeline):
         unet=SimpleNamespace(config=SimpleNamespace(in_channels=9, out_channels=4)),
         _callback_tensor_inputs=["latents", "prompt_embeds"],
     )
+    adapted = SimpleNamespace(
+        unet=SimpleNamespace(
+            config=SimpleNamespace(
+                in_channels=4, out_channels=4, time_cond_proj_dim=None, encoder_hid_dim_type="ip_image_proj"
+            )
+        ),
+        _callback_tensor_inputs=["latents", "prompt_embeds"],
+    )
+    with pytest.raises(ValueError, match=r"given more than the prompt .ip_image_proj, as by an IP-Adapter"):
+        callback.tensor_inputs(adapted)
     with pytest.raises(ValueError, match="takes 9 channels, of which a callback sees the latent only"):
         callback.tensor_inputs(inpainting)
     with pytest.raises(ValueError, match="2 pictures are drawn, but the callback has 1 prompts"):
