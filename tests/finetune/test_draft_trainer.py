@@ -226,6 +226,21 @@ def test_tensorboard_gets_figures_pictures_and_regions(make_trainer):
     assert {"train/reward", "train/watch/drawn", "train/region/change_outside"} <= set(events.Tags()["scalars"])
 
 
+def test_the_reward_is_asked_about_as_few_pictures_at_once_as_is_said(make_trainer):
+    asked = []
+
+    class Counting(Redness):
+        def __call__(self, images, prompts):
+            asked.append(len(images))
+            return super().__call__(images, prompts)
+
+    how = {"variant": "draft_lv", "lv_draws": 3, "num_train_epochs": 1, "optim": "sgd", "learning_rate": 1.0}
+    few = trained(make_trainer(Counting(), reward_batch_size=5, **how))
+    assert max(asked) == 5  # of 3 draws of 4 prompts
+    assert_same(few, trained(make_trainer(Counting(), **how)), rtol=1e-4, atol=1e-6)
+    assert max(asked) == 12
+
+
 class Liar:
     """Says that it is differentiable, and is not, but by a weight of its own."""
 
