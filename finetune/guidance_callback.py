@@ -106,7 +106,7 @@ class GuidanceCallback:
         if len(latents) != len(self.prompts):
             raise ValueError(f"{len(latents)} pictures are drawn, but the callback has {len(self.prompts)} prompts")
         path, scales = guided_path(scheduler, self.guidance, first=1)
-        following = int((scheduler.timesteps == timestep).nonzero()[0]) + 1
+        following = following_step(scheduler, timestep)
         if following == len(scales) or not scales[following]:
             return {}
         start, end = path[following], path[following + 1]
@@ -123,6 +123,12 @@ class GuidanceCallback:
         push = self.guidance.push(gradient, start, scales[following])
         kick = push * (start.sigma - end.sigma * start.alpha / end.alpha)
         return {"latents": (latents + kick).to(latents.dtype)}
+
+
+def following_step(scheduler, timestep: torch.Tensor) -> int:
+    """The place of the step behind the one that a scheduler has just taken at `timestep`."""
+    counted = getattr(scheduler, "step_index", None)  # one that counts may have a timestep twice, as Karras' sigmas do
+    return int((scheduler.timesteps == timestep).nonzero()[0]) + 1 if counted is None else counted
 
 
 def _predict(

@@ -18,7 +18,7 @@ from finetune.guidance import (
     make_scheduler,
     noised_back,
 )
-from finetune.guidance_callback import GuidanceCallback
+from finetune.guidance_callback import GuidanceCallback, following_step
 from finetune.guided_sampling import guided_path, reward_gradient, sample
 from reward.feedback import Reward, RewardError
 from rl.pipelines import load_pipeline
@@ -403,7 +403,23 @@ def test_small_gradients_survive_float16_and_large_ones_do_not_overflow(slope):
     torch.testing.assert_close(gradient, torch.full_like(latents, slope * 2.0**-25))
 
 
-# ---- The callback's complaints ----
+# ---- The callback ----
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("start", [0, 20])
+def test_the_step_behind_is_found_where_a_timestep_stands_twice(name, start):
+    karras = {} if name in ("ddim", "euler_a") else {"use_karras_sigmas": True}
+    scheduler = SCHEDULERS[name](beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **karras)
+    scheduler.set_timesteps(50)
+    if name == "dpmpp":
+        assert len(set(scheduler.timesteps.tolist())) < 50
+    if start and name != "ddim":
+        scheduler.set_begin_index(start)  # as image to image does
+    latents = torch.zeros(1, 1, 2, 2)
+    for place, timestep in enumerate(scheduler.timesteps[start:], start):
+        scheduler.step(latents, timestep, latents)
+        assert following_step(scheduler, timestep) == place + 1
 
 
 def test_the_callback_refuses_what_it_cannot_do(pipeline):
