@@ -2,12 +2,12 @@
 
     python benchmarks/gamed.py [--seeds N] [--jobs N] [--budget_minutes M] [--quick] [--json FILE]
 
-Trainings on rewards that are easy to game, and the demo's own as the sound one. Before every rollout a judge that no
-training sees looks at the policy on held-out prompts. What was measured of each rollout is then shown to `rl.watch`,
-with its default limits: at which rollout does the first monitor cross its limit, how much has the judge's score fallen
-by then, and when has it fallen by 0.05? A monitor that measures the very thing that is rewarded does not count, nor
-does a held-out reward, which many runs have not; both are given in rows of their own. No monitor may cross its limit in
-a sound training.
+Trainings on rewards that are easy to game, and the demo's own, for 20 rollouts, as the sound one. Before every rollout
+a judge that no training sees looks at the policy on held-out prompts. What was measured of each rollout is then shown
+to `rl.watch`, with its default limits: at which rollout does the first monitor cross its limit, how much has the
+judge's score fallen by then, and when has it fallen by 0.05? A monitor that measures the very thing that is rewarded
+does not count, nor does a held-out reward, which many runs have not; both are given in rows of their own. No monitor
+may cross its limit in a sound training.
 
 The trainings are kept in `--work`, and replayed in seconds: change a limit in rl/watch.py, and start this again.
 """

@@ -19,7 +19,7 @@ def add_flags(parser: ArgumentParser, work: str) -> None:
     """What every benchmark of trainings takes.
 
     Args:
-        work: the folder where they are kept; a quick one keeps its own in `outputs`, beside nothing that is worth it.
+        work: the folder where they are kept; those of a quick one, which prove nothing, lie in `outputs`.
     """
     parser.add_argument("--work", type=Path, help=f"folder of the finished trainings (default {work})")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings beside each other, a thread each")

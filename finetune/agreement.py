@@ -15,7 +15,6 @@ that agree fully say the same twice; one whose noise is as large as its differen
 
 import json
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -57,6 +56,7 @@ from reward.by_name import check_reward_name, make_reward, read_named_rewards  #
 from reward.feedback import Reward, RewardFn  # noqa: E402
 from reward.intervals import Figure  # noqa: E402
 from rl.scoring import score  # noqa: E402
+from rl.timing import now  # noqa: E402
 
 
 @dataclass
@@ -296,9 +296,9 @@ def ask(
     for places, images in _batches(pool, count, batch_size):
         images, asked = images.to(device), [prompts[place] for place in places]
         for name, reward in rewards.items():
-            began = _now(device)
+            began = now(device)
             values[name][places] = _objective(reward, images, asked)
-            seconds[name].append((_now(device) - began) / len(places))
+            seconds[name].append((now(device) - began) / len(places))
         for name, reward in rewards.items():
             again = _objective(reward, images.flip(0), asked[::-1])
             changed[ASKED_AGAIN][name][places] = again[::-1]
@@ -424,12 +424,6 @@ def _batches(pool: Pool, count: int, batch_size: int):
 
 def _objective(reward: RewardFn, images: torch.Tensor, prompts: list[str]) -> np.ndarray:
     return score(reward, images, prompts).objective.double().cpu().numpy()
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _by_name(raters: Sequence[str], figures: list[list[Figure]]) -> dict[str, dict[str, Figure]]:

@@ -23,7 +23,7 @@ from rl.monitors import edge_energy, thumbnails
 from rl.policy import StableDiffusionPolicy
 from rl.policy_trainer import PolicyTrainer
 from rl.rollout import check_pictures, draw_prompts, keyed_noise
-from rl.scoring import concatenate, features
+from rl.scoring import ask, features
 from rl.watch import StopWhenGamed, Watch, measure_pictures, measure_rollout, never_told
 
 
@@ -170,15 +170,8 @@ class DraftTrainer(PolicyTrainer):
         Raises:
             RewardError: it is not finite, or of wrong shapes.
         """
-        size = self.args.reward_batch_size or len(prompts)
         with torch.autocast(images.device.type, enabled=False):
-            parts = [
-                self.reward_fn(images[first : first + size], list(prompts[first : first + size]))
-                for first in range(0, len(prompts), size)
-            ]
-        reward = concatenate(parts)
-        check_reward(reward, prompts)
-        return reward
+            return ask(self.reward_fn, images, prompts, self.args.reward_batch_size)
 
     @torch.no_grad()
     def _before(

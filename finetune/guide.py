@@ -10,7 +10,6 @@ A YAML names code (`reward: package.module:Attribute`): run only those you trust
 
 import hashlib
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -44,6 +43,7 @@ from rl.pipelines import check_pipeline_folder, load_pipeline, load_scheduler  #
 from rl.report import paired_change  # noqa: E402
 from rl.rollout import keyed_generator  # noqa: E402
 from rl.scoring import score  # noqa: E402
+from rl.timing import now  # noqa: E402
 
 SHEET = "sheet.png"
 PARTS = ("without", "with", SHEET, SUMMARY)
@@ -233,7 +233,7 @@ def _draw_both(
     rows: list[dict] = [{"prompt": prompt, "seconds_a_step": {}} for prompt in prompts]
     files: list[dict] = [{} for _ in prompts]
     for side, guidance in (("without", None), ("with", run.guidance())):
-        began = _now(pipeline.device)
+        began = now(pipeline.device)
         images = sample(
             pipeline,
             prompts,
@@ -247,7 +247,7 @@ def _draw_both(
             size=None if run.resolution is None else (run.resolution, run.resolution),
         )
         images = (images * 255).round() / 255  # as the files hold them
-        seconds = (_now(pipeline.device) - began) / run.num_inference_steps / len(places)
+        seconds = (now(pipeline.device) - began) / run.num_inference_steps / len(places)
         check_finite(images, prompts, side)
         said = opinions(reward, others, images, prompts)
         for index, place in enumerate(places):
@@ -257,13 +257,6 @@ def _draw_both(
             files[index][name] = to_image(images[index])
     for index, place in enumerate(places):
         results.add(_uid(place), rows[index], files[index])
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def check_finite(images: torch.Tensor, prompts: Sequence[str], side: str) -> None:

@@ -9,12 +9,17 @@ import torch
 
 from reward.feedback import Reward, RewardError, RewardFn, check_reward
 
-__all__ = ["RewardError", "concatenate", "features", "score"]
+__all__ = ["RewardError", "ask", "concatenate", "features", "score"]
 
 
 @torch.no_grad()
 def score(reward_fn: RewardFn, images: torch.Tensor, prompts: Sequence[str], batch_size: int | None = None) -> Reward:
-    """The reward of N pictures, asked for at most `batch_size` at a time.
+    """What `ask` gives, without gradients."""
+    return ask(reward_fn, images, prompts, batch_size)
+
+
+def ask(reward_fn: RewardFn, images: torch.Tensor, prompts: Sequence[str], batch_size: int | None = None) -> Reward:
+    """The reward of N pictures, asked for at most `batch_size` at a time, with gradients if they are enabled.
 
     Args:
         images: (N, 3, H, W) in [0, 1].

@@ -8,6 +8,13 @@ from contextlib import contextmanager
 import torch
 
 
+def now(device: torch.device) -> float:
+    """Seconds, once `device` has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class PhaseClock:
     """Sums the wall-clock seconds of named phases: `with clock("decode"): ...`. Phases must not nest.
 

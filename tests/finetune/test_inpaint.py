@@ -283,7 +283,7 @@ class Rows:
         return (Picture(uid, Path(file).read_bytes(), prompt) for uid, file, prompt in self.rows if uid in wanted)
 
 
-@pytest.mark.parametrize("uid", ["../stolen", "a/../../stolen", "/tmp/stolen", "", "nul\0"])
+@pytest.mark.parametrize("uid", ["../stolen", "a/../../stolen", "/stolen", "", "nul\0"])
 def test_a_name_that_leads_out_of_the_results_is_refused(album, uid):
     """A data set from elsewhere says what its pictures are called, and results are written to files of these names."""
     with pytest.raises(ValueError, match="is no file's in their folder"):
