@@ -34,7 +34,8 @@ from finetune.run import (  # noqa: E402
     watch_facts,
 )
 from finetune.run_arguments import RewardedRunArguments  # noqa: E402
-from reward.arguments import main_guard, parse_arguments, read_prompt_file, whole_models  # noqa: E402
+from reward.arguments import main_guard, parse_arguments, read_prompt_file  # noqa: E402
+from reward.training_arguments import whole_models  # noqa: E402
 from rl.adapter import AdapterSettings, check_adapter_files  # noqa: E402
 from rl.ddpo import DDPOConfig, DDPOTrainer  # noqa: E402
 from rl.dry_run import measure, print_costs  # noqa: E402

@@ -7,8 +7,6 @@ closed: an unknown key or flag is an error that names the nearest valid one, `--
 does, flags are not abbreviated, values in the YAML are checked like flags are, and whatever is wrong is an
 `ArgumentsError`, a `ValueError` with a message for the user, instead of a traceback or an exit inside the parser.
 
-`whole_models` keeps settings of DeepSpeed from acting on models that are loaded.
-
 `read_prompt_file` reads the other thing that commands are given: prompts, one a line.
 
 `main_guard` runs a command's `main`: a mistake of the user ends as one line on stderr and exit code 2.
@@ -24,15 +22,12 @@ import sys
 import traceback
 import typing
 from argparse import Action, ArgumentTypeError
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import yaml
 from tqdm.auto import tqdm
-from transformers import TrainingArguments
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from trl import TrlParser
 
 logger = logging.getLogger(__name__)
@@ -66,29 +61,18 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     parser = _Parser(list(dataclass_types), allow_abbrev=False)
     if config_path is not None:
         parser.set_defaults_from_yaml(config_path)
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        flags, return_remaining_strings=True, look_for_args_file=False
-    )
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            flags, return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, ImportError) as error:  # making settings checks them, those of transformers too
+        if _raised_by_us(error):
+            raise
+        raise ArgumentsError(str(error)) from error
     if unknown:
         named = [flag for flag in unknown if flag.startswith("-")] or unknown
         raise ArgumentsError(parser.unknown_names([flag.split("=")[0] for flag in named], "on the command line"))
     return tuple(parsed)
-
-
-@contextmanager
-def whole_models(args: TrainingArguments) -> Iterator[None]:
-    """Inside, models are loaded with all of their weights on every rank; DeepSpeed shards what is trained, later.
-
-    Once the settings of ZeRO-3 exist, transformers loads every model in shards, and reads their shapes as empty.
-    """
-    if (settings := getattr(args, "hf_deepspeed_config", None)) is None:
-        yield
-        return
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        set_hf_deepspeed_config(settings)
 
 
 def read_prompt_file(path: str | Path) -> list[str]:

@@ -53,7 +53,7 @@ class RichFeedbackPredictor:
             ValueError: the folder does not exist or is not a RAHF checkpoint.
         """
         check_model_folder(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
         model, report = RahfModel.from_pretrained(
             folder, output_loading_info=True, dtype=dtype, ignore_mismatched_sizes=True
         )
@@ -175,6 +175,21 @@ def check_model_folder(folder: str | Path) -> None:
     if not (path / "tokenizer_config.json").is_file():
         raise ValueError(f"{path} has no tokenizer; save it there with `tokenizer.save_pretrained`")
     check_weights(path)
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a RAHF checkpoint.
+
+    Raises:
+        ValueError: its files are not there or damaged, or hold no vocabulary: transformers makes an empty one of that.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises bare ones
+        raise ValueError(f"the tokenizer of {folder} cannot be loaded; fetch or save it again ({error})") from error
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise ValueError(f"the tokenizer of {folder} has no vocabulary (tokenizer.json); fetch or save it again")
+    return tokenizer
 
 
 def save_whole(

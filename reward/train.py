@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
-from reward.arguments import main_guard, parse_arguments, whole_models
+from reward.arguments import main_guard, parse_arguments
 from reward.checks import check_labels, check_place
 from reward.data import (
     FeedbackCollator,
@@ -45,8 +45,9 @@ from reward.losses import IGNORE
 from reward.metrics import heatmap_metrics, score_metrics, word_metrics
 from reward.model import RahfConfig, RahfModel, RahfOutput
 from reward.panels import ExamplePanels
-from reward.predict import check_model_folder, save_whole
+from reward.predict import check_model_folder, load_tokenizer, save_whole
 from reward.train_config import LOSS_SETTINGS, RahfArguments, RahfTrainingArguments
+from reward.training_arguments import whole_models
 from reward.vision import is_staged
 from reward.vocabulary import adopt_tokenizer
 
@@ -220,7 +221,7 @@ def build_model(arguments: RahfArguments) -> tuple[RahfModel, PreTrainedTokenize
     new: set[str] = set()
     if arguments.model is not None:
         check_model_folder(arguments.model)
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        tokenizer = load_tokenizer(arguments.model)
         model, report = RahfModel.from_pretrained(
             arguments.model,
             output_loading_info=True,

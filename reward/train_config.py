@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from reward.augmentation import SIDED_WORDS, Augmentation
 from reward.feedback import HEATMAPS, SCORES
 from reward.model import check_options
+from reward.training_arguments import check_deepspeed_file, check_training_arguments
 
 LOSS_SETTINGS = ("score_loss_weight", "heatmap_loss_weight", "word_loss_weight", "heatmap_positive_weight")
 """Settings that go into the model's config, where the loss is computed."""
@@ -145,6 +146,7 @@ class RahfTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self._check_best_metric()
+        check_deepspeed_file(self.deepspeed)
         super().__post_init__()
         self.label_names = ["scores", "heatmaps", "word_labels"]
         if self.remove_unused_columns:
@@ -154,8 +156,8 @@ class RahfTrainingArguments(TrainingArguments):
         zero = self.hf_deepspeed_config if self.deepspeed else None
         if zero and zero.is_zero3() and not zero.is_true(_GATHER):
             raise ValueError(f"with ZeRO-3, {_GATHER} must be true in {self.deepspeed}, or no whole model can be saved")
-        rates = ("learning_rate", "backbone_learning_rate", "weight_decay", "max_grad_norm")
-        _check_least(self, (*LOSS_SETTINGS, *rates), 0)
+        check_training_arguments(self)
+        _check_least(self, (*LOSS_SETTINGS, "backbone_learning_rate"), 0)
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         _check_least(self, sizes, 1)
         if self.max_steps <= 0 and not self.num_train_epochs > 0:

@@ -14,6 +14,9 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from safetensors import SafetensorError
+
+from rl.pipeline_files import check_tokenizer, check_tokenizer_files, check_weight_files
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,9 @@ def check_pipeline_folder(path: str, families: Mapping[str, Family] = FAMILIES) 
         families: those that work, by the class that a folder names.
 
     Raises:
-        ValueError: the folder, its `model_index.json`, or a part of it is missing, and the message names the part; or
-            it is of another family, or has a network for another task, than those that can be trained.
+        ValueError: the folder, its `model_index.json`, or a part of it is missing, or a part's vocabulary or weights
+            (`rl.pipeline_files`), and the message names the part; or it is of another family, or has a network for
+            another task, than those that can be trained.
     """
     folder = Path(path)
     if not folder.exists():
@@ -129,6 +133,10 @@ def check_pipeline_folder(path: str, families: Mapping[str, Family] = FAMILIES) 
         config = folder / part / _config_name(part)
         if not config.is_file():
             raise ValueError(f"the pipeline {path} lacks its part `{part}`: no file {config}")
+        if part.startswith("tokenizer"):
+            check_tokenizer_files(folder / part, path)
+        elif part != "scheduler":
+            check_weight_files(folder / part, path)
     check_network(_read_json(folder / "unet" / "config.json"), path, family)
 
 
@@ -174,11 +182,17 @@ def load_pipeline(
     family = _family(_read_json(_pipeline_file(path, "model_index.json")), path, families)
     try:
         pipeline = family.pipeline.from_pretrained(
-            path, dtype={"default": dtype, "unet": unet_dtype or dtype}, **family.left_out
+            path,
+            dtype={"default": dtype, "unet": unet_dtype or dtype},
+            use_safetensors=True,  # never a pickle, which may hold code
+            **family.left_out,
         )
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise ValueError(f"cannot load the Stable Diffusion pipeline {path}: {error}") from error
     check_network(pipeline.unet.config, path, family)
+    for part in family.parts:
+        if part.startswith("tokenizer"):
+            check_tokenizer(getattr(pipeline, part), part, path)
     if family.is_xl and pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
         pipeline.vae.to(torch.float32)
     return pipeline

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, TypeVar
 from diffusers import DDIMScheduler
 from transformers import TrainingArguments
 
+from reward.training_arguments import check_deepspeed_file, check_training_arguments
 from rl.adapter import DEFAULT_LORA_TARGETS, DEFAULT_TEXT_LORA_TARGETS, AdapterSettings, require
 from rl.engines import prepare_deepspeed_on_cpu
 from rl.memory import MemorySettings
@@ -212,10 +213,12 @@ class PolicyConfig(TrainingArguments):
             if getattr(self, name) is False:  # what YAML makes of a bare `no`
                 setattr(self, name, "no")
         check_names(self)
+        check_deepspeed_file(self.deepspeed)
         if self.deepspeed and self.use_cpu:
             prepare_deepspeed_on_cpu()
         super().__post_init__()
         check_policy_ranges(self)
+        check_training_arguments(self)
         check_engine(self)
         for kind in (AdapterSettings, PictureSize, MemorySettings):
             self.part(kind)  # checks them

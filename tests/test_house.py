@@ -9,7 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("reward", "rl", "finetune", "tinyworld")
-SHARED = {"reward.feedback", "reward.draw", "reward.arguments"}  # what rl may know of reward
+SHARED = {
+    "reward.feedback",
+    "reward.draw",
+    "reward.arguments",
+    "reward.training_arguments",
+}  # what rl may know of reward
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES]
 

@@ -412,8 +412,8 @@ def test_results_of_a_pipeline_that_was_trained_anew_are_not_gone_on_with(folder
     pipeline = shutil.copytree(folders["sd"], tmp_path / "pipeline")
     argv = command({"sd": str(pipeline)}, album, tmp_path / "out")
     inpaint.main(argv)
-    with (pipeline / "unet" / "diffusion_pytorch_model.safetensors").open("ab") as file:
-        file.write(b"x")
+    weights = pipeline / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
     with pytest.raises(ValueError, match=rf"holds results of other settings \(weights of {pipeline}: "):
         inpaint.main(argv)
 

@@ -157,9 +157,16 @@ def test_wrong_folders_are_named(tmp_path, model, model_folder):
         RichFeedbackPredictor.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="not a RAHF checkpoint"):
         RichFeedbackPredictor.from_pretrained(tmp_path)
+    settings = (model_folder / "tokenizer_config.json").read_text()
     (model_folder / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="no tokenizer"):
         RichFeedbackPredictor.from_pretrained(model_folder)
+    (model_folder / "tokenizer_config.json").write_text(settings)
+    for content in (b"{", None):  # damaged, absent
+        vocabulary = model_folder / "tokenizer.json"
+        vocabulary.unlink() if content is None else vocabulary.write_bytes(content)
+        with pytest.raises(ValueError, match=f"the tokenizer of {model_folder}"):
+            RichFeedbackPredictor.from_pretrained(model_folder)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import run_ddpo
-from reward.arguments import whole_models
+from reward.training_arguments import whole_models
 from rl.adapter import AdapterSettings
 from rl.ddpo import DDPOConfig, DDPOTrainer
 from rl.policy import StableDiffusionPolicy

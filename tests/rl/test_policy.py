@@ -147,13 +147,34 @@ def test_missing_part_is_named(pipeline_folder, tmp_path, part):
         load(str(broken))
 
 
-def test_missing_weights_are_named(pipeline_folder, tmp_path):
-    broken = tmp_path / "broken"
-    shutil.copytree(pipeline_folder, broken)
-    for file in (broken / "unet").glob("*.safetensors"):
-        file.unlink()
-    with pytest.raises(ValueError, match=r"cannot load the Stable Diffusion pipeline .*unet"):
-        load(str(broken))
+@pytest.fixture
+def copied(pipeline_folder, tmp_path):
+    return Path(shutil.copytree(pipeline_folder, tmp_path / "broken"))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_missing_and_torn_weights_are_named(copied, part):
+    (weights,) = (copied / part).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=f"{weights} is no whole safetensors file"):
+        load(str(copied))
+    weights.unlink()
+    with pytest.raises(ValueError, match=f"lacks the weights of its part `{part}`: .* holds no weights"):
+        load(str(copied))
+    (copied / part / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ValueError, match=r"only pytorch_model.bin, which is not read"):
+        load(str(copied))
+
+
+def test_tokenizer_without_a_vocabulary_is_named(copied):
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (copied / "tokenizer" / name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"lacks the vocabulary of its part `tokenizer`: .* neither tokenizer.json"):
+        load(str(copied))
+    (copied / "tokenizer/vocab.json").write_text('{"<|startoftext|>": 0, "<|endoftext|>": 1}')
+    (copied / "tokenizer/merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(ValueError, match=r"vocabulary of the part `tokenizer` .* is empty but for special tokens"):
+        load(str(copied))
 
 
 def test_what_is_no_pipeline(pipeline_folder, tmp_path):

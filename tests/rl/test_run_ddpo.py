@@ -328,6 +328,12 @@ def test_settings_of_an_evaluation_without_prompts_are_warned_about(changes, cap
         ["--resolution", "3"],
         ["--lora_target_modules", "no_such_layer"],
         ["--credit", "focus", "--reward", "tests.rl.toy_rewards:Plain", "--reward_kwargs", "{}"],
+        ["--learning_rate", "-1"],
+        ["--learning_rate", "nan"],
+        ["--adam_beta1", "2"],
+        ["--warmup_steps", "-3"],
+        ["--report_to", "no_such_logger"],
+        ["--deepspeed", "nowhere.json"],
     ],
 )
 def test_a_run_that_cannot_start_deletes_nothing_of_the_one_before(config, tmp_path, flags):

@@ -1,0 +1,96 @@
+"""What can be wrong with `transformers.TrainingArguments`, whatever is trained, and what they would do to a model.
+
+Trainer finds a bad learning rate, a logger that is not installed or a mismatch in DeepSpeed's settings only when it
+begins to train, which is late: models have been loaded, and an older run in the output folder may be gone.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+
+def check_deepspeed_file(setting: object) -> None:
+    """Complain about a file of DeepSpeed's settings, before anything of DeepSpeed is started.
+
+    Args:
+        setting: `deepspeed` of `TrainingArguments`. Only a file's path is looked into; a mapping is taken as it is.
+
+    Raises:
+        ValueError: there is no such file, it is not JSON, or JSON of something else than settings.
+    """
+    if not isinstance(setting, str) or setting.lstrip().startswith("{"):
+        return
+    try:
+        content = json.loads(Path(setting).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"cannot read DeepSpeed's settings {setting}: {error.strerror}; --deepspeed takes a JSON file, such as "
+            "configs/deepspeed/zero2.json"
+        ) from error
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"DeepSpeed's settings {setting} are not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"DeepSpeed's settings {setting} are JSON, but not a mapping of settings")
+
+
+def check_training_arguments(args: TrainingArguments) -> None:
+    """Complain about what Trainer would find out as it begins to train: an optimizer and a schedule of the learning
+    rate are made of these settings, for one number.
+
+    Raises:
+        ValueError: a logger that is not installed; a rate, a beta or an option that the optimizer or the schedule does
+            not take; settings of DeepSpeed's that contradict these.
+    """
+    installed = sorted({*get_available_reporting_integrations(), "none"})
+    for name in [args.report_to] if isinstance(args.report_to, str) else args.report_to or []:
+        if name not in installed:
+            raise ValueError(f"report_to names {name!r}, which is not installed; what is: {', '.join(installed)}")
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a number from 0 on, not {value}")
+    if mismatches := getattr(getattr(args, "hf_deepspeed_config", None), "mismatches", None):
+        what = "; ".join(mismatch.strip().removeprefix("- ") for mismatch in mismatches)
+        raise ValueError(f'DeepSpeed\'s settings contradict the others: {what}; write "auto" there')
+    if args.optim_target_modules:  # such an optimizer looks for them in the model
+        return
+    number = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(()))])
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, number)
+        optimizer = kind(number.parameters(), **options)
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=args.get_warmup_steps(1),
+            num_training_steps=1,
+            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
+        )
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        raise ValueError(
+            f"no optimizer can be made of these settings: {error} (optim {getattr(args.optim, 'value', args.optim)}, "
+            f"optim_args {args.optim_args}, learning_rate {args.learning_rate}, adam_beta1 {args.adam_beta1}, "
+            f"adam_beta2 {args.adam_beta2}, lr_scheduler_kwargs {args.lr_scheduler_kwargs})"
+        ) from error
+
+
+@contextmanager
+def whole_models(args: TrainingArguments) -> Iterator[None]:
+    """Inside, models are loaded with all of their weights on every rank; DeepSpeed shards what is trained, later.
+
+    Once the settings of ZeRO-3 exist, transformers loads every model in shards, and reads their shapes as empty.
+    """
+    if (settings := getattr(args, "hf_deepspeed_config", None)) is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(settings)
