@@ -18,6 +18,7 @@ class SftConfig(PolicyConfig):
     """
 
     command: ClassVar[str] = "-m finetune.sft"
+    loader_settings: ClassVar[tuple[str, ...]] = ("dataloader_num_workers",)
 
     # Trainer's own, with other defaults
     learning_rate: float = field(default=3e-4, metadata={"help": "Highest learning rate of AdamW."})

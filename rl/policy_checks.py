@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
 from typing import TYPE_CHECKING, Any
 
-from transformers import SchedulerType
+from transformers import SchedulerType, TrainingArguments
 
 from rl.adapter import require
 
@@ -21,6 +21,20 @@ LR_SCHEDULES = tuple(
     schedule.value
     for schedule in SchedulerType
     if schedule not in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # these follow an evaluation's loss
+)
+
+
+_OF_LABELS = (
+    "label_smoothing_factor", "label_names", "neftune_noise_alpha", "include_num_input_tokens_seen",
+    "prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches",
+    "eval_use_gather_object", "eval_accumulation_steps", "bf16_full_eval", "fp16_full_eval", "metric_for_best_model",
+    "greater_is_better", "use_liger_kernel", "liger_kernel_config", "use_cache", "remove_unused_columns",
+)  # fmt: skip
+"""Trainer's settings for language models, and for losses on labels and what is made of them."""
+
+_OF_LOADERS = (
+    *(setting.name for setting in fields(TrainingArguments) if setting.name.startswith("dataloader_")),
+    *("data_seed", "ignore_data_skip", "train_sampling_strategy", "length_column_name"),
 )
 
 
@@ -112,6 +126,10 @@ def check_policy_ranges(args: "PolicyConfig") -> None:
 
 
 def warn_of_ignored_policy_settings(args: "PolicyConfig") -> None:
+    warn_of_ignored(args, _OF_LABELS, "it is for other losses than this training's")
+    # TrainingArguments change pin_memory by themselves, where there is no GPU.
+    unused = [name for name in _OF_LOADERS if name not in (*args.loader_settings, "dataloader_pin_memory")]
+    warn_of_ignored(args, unused, "this training chooses and loads its data itself")
     if args.tune == "full":
         lora = [setting.name for setting in fields(args) if "lora" in setting.name]
         warn_of_ignored(args, (*lora, "use_dora"), "tune is full, there is no LoRA")

@@ -30,9 +30,11 @@ class PolicyConfig(TrainingArguments):
 
     Attributes:
         command: how the training is started, for messages.
+        loader_settings: Trainer's settings of data loaders that it heeds; of others it warns.
     """
 
     command: ClassVar[str]
+    loader_settings: ClassVar[tuple[str, ...]] = ()
 
     # Trainer's own, with other defaults
     lr_scheduler_type: str = field(

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -49,13 +50,19 @@ def test_only_tinyworld_itself_imports_tinyworld():
 
 
 def test_importing_opens_no_connection():
-    """Every module, in one fresh interpreter whose sockets fail."""
-    code = (
-        "import socket, sys\n"
-        "def refuse(*args, **kwargs): raise RuntimeError('an import opened a connection')\n"
-        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
-        "import importlib\n"
-        "for name in sys.argv[1:]: importlib.import_module(name)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *MODULES, "run_ddpo"], capture_output=True, text=True, cwd=ROOT)
+    """Every module, in one fresh interpreter whose sockets fail, and tell of it also where the failure is caught."""
+    code = textwrap.dedent("""
+        import importlib, socket, sys, traceback
+        opened = []
+        def refuse(*args, **kwargs):
+            opened.append("".join(traceback.format_stack()))
+            raise OSError("no network here")
+        socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = refuse
+        sys.path.insert(0, "benchmarks")
+        for name in sys.argv[1:]: importlib.import_module(name)
+        sys.exit("an import opened a connection: " + opened[0] if opened else 0)
+    """)
+    benchmarks = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"trl_ddpo"}  # that one is another's room
+    names = [*MODULES, "run_ddpo", *sorted(benchmarks)]
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -16,15 +16,16 @@ cores with AVX-512, those with a star on one of them; all in all nearly four hou
     first       three raters' feedback on them, and a first RAHF checkpoint                  11
     policies    three policies, fine-tuned by `run_ddpo.py` to please this predictor         80*
     rated_again 4,000 pictures of theirs beside those of `rated`                              5 (extrapolated)
-    feedback    three raters' feedback on all, in RichHF-18K's format, and both joined        2 (extrapolated)
+    feedback    three raters' feedback on all, in RichHF-18K's format, and both joined        8 (busy cores); see below
     predictor   the RAHF checkpoint, by `python -m reward.train`                             13 (extrapolated)
     finishing   the generator of the assets, finished on fewer flawed pictures               12*
     assets      everything above into `tinyworld/assets`, in half precision                   0
     ceiling     the same generator on flawless pictures only, and its figures                48 (as the generator)
+    verdicts    the judge's verdicts on the pictures of the assets, which `assets` makes too       5 (busy cores)
     finer       a predictor of twice the resolution, from lessons with planted flaws         90* (a slower core)
 
-`ceiling` and `finer` are not among the default stages: nothing needs them but figures in the README. `--stages
-feedback` alone makes the rated data set again from the pictures that the repository keeps.
+`verdicts`, `ceiling` and `finer` are not among the default stages. `--stages feedback` alone makes the rated data set
+again from the pictures that the repository keeps, with the judge's verdicts on them: two and a half minutes.
 """
 
 import json
@@ -60,9 +61,9 @@ from tinyworld.text import make_tokenizer, new_text_encoder, pretrain_text_encod
 
 STAGES = (
     *("pictures", "text", "autoencoder", "generator", "pretraining", "rated", "first", "policies", "rated_again"),
-    *("feedback", "predictor", "finishing", "assets", "ceiling", "finer"),
+    *("feedback", "predictor", "finishing", "assets", "verdicts", "ceiling", "finer"),
 )
-EXTRA = ("ceiling", "finer")
+EXTRA = ("verdicts", "ceiling", "finer")
 """Stages that are run where they are named only."""
 
 SNAPSHOTS = {"early": 2500, "middle": 4500}
@@ -162,8 +163,12 @@ class Build:
         self._draw(self.work / "pickapic_first", self.work / "pickapic")
 
     def feedback(self) -> None:
-        """From the pictures just drawn, or from those that the repository keeps."""
-        self._rate(self.work / "pickapic" if (self.work / "pickapic").exists() else ASSETS / "pickapic", self.work)
+        """From the pictures just drawn, or from those that the repository keeps, with the judge's verdicts on them."""
+        drawn = self.work / "pickapic"
+        if drawn.exists():
+            self._rate(drawn, self.work)
+        else:
+            self._rate(ASSETS / "pickapic", self.work, ASSETS / "verdicts")
 
     def pretraining(self) -> None:
         model = pretrain_predictor(*self._pool(flawed=False), self.work, self._pretraining_steps)
@@ -185,10 +190,15 @@ class Build:
         shutil.copytree(self.work / "sd", ASSETS / "sd")
         shutil.rmtree(ASSETS / "pickapic", ignore_errors=True)
         shutil.copytree(self.work / "pickapic", ASSETS / "pickapic")
+        self.verdicts()
         shutil.rmtree(ASSETS / "rahf", ignore_errors=True)
         keep_predictor(self.work / "rahf", ASSETS / "rahf")
         for name, prompts in draw_prompts().items():
             (ASSETS / f"prompts_{name}.txt").write_text("\n".join(prompts) + "\n")
+
+    def verdicts(self) -> None:
+        """The judge's, on the pictures that the repository keeps."""
+        rated.judge_all(ASSETS / "pickapic", ASSETS / "verdicts")
 
     # Parts --------------------------------------------------------------------------------------------------------
 
@@ -223,9 +233,9 @@ class Build:
             folder.mkdir(exist_ok=True)
             (beside / f"{name}.parquet").replace(folder / f"{name}.parquet")
 
-    def _rate(self, pickapic: Path, folder: Path) -> None:
+    def _rate(self, pickapic: Path, folder: Path, verdicts: Path | None = None) -> None:
         """Three raters' feedback on the pictures of `pickapic`, and both joined: `folder`/rated, `folder`/feedback."""
-        rated.rate_all(pickapic, folder / "rated")
+        rated.rate_all(pickapic, folder / "rated", verdicts)
         shutil.rmtree(folder / "feedback", ignore_errors=True)
         places = {"--tfrecords": folder / "rated", "--images": pickapic, "--out": folder / "feedback"}
         richhf.main([str(word) for place in places.items() for word in place])

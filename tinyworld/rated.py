@@ -22,9 +22,10 @@ from PIL import Image
 from reward.records import Record, encode_map, write_tfrecords
 from tinyworld.generator import sample
 from tinyworld.grammar import draw_request, is_held_out, parse
-from tinyworld.judge import judge
+from tinyworld.judge import Verdict, judge
 from tinyworld.raters import consolidate, rate
 from tinyworld.scenes import SIZE
+from tinyworld.verdicts import read_verdicts, write_verdicts
 
 RATERS = 3
 
@@ -135,22 +136,48 @@ def read_pictures(file: Path) -> Iterator[tuple[str, np.ndarray, str]]:
             yield row[f"image_{side}_uid"], picture, row["caption"]
 
 
-def rate_all(pickapic: Path, folder: Path) -> None:
-    """Rate the pictures of every split: `<split>.tfrecord` in RichHF-18K's form, and the held-out captions."""
+def judge_all(pickapic: Path, folder: Path) -> None:
+    """Keep the judge's verdicts on the pictures of every split: `folder`/<split>.parquet, for `rate_all`."""
+    for name in _names():
+        _, pictures, captions = zip(*read_pictures(pickapic / f"{name}.parquet"), strict=True)
+        with _workers() as pool:
+            verdicts = list(pool.map(judge, pictures, captions, chunksize=64))
+        write_verdicts(folder / f"{name}.parquet", pictures, captions, verdicts)
+
+
+def rate_all(pickapic: Path, folder: Path, verdicts: Path | None = None) -> None:
+    """Rate the pictures of every split: `<split>.tfrecord` in RichHF-18K's form, and the held-out captions.
+
+    Args:
+        verdicts: what `judge_all` wrote of the same pictures, where there is such; else they are judged now.
+
+    Raises:
+        ValueError: `verdicts` are of other pictures.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     held_out: dict[str, None] = {}
-    for name in dict.fromkeys(split.name for split in SPLITS):
-        rows = list(read_pictures(pickapic / f"{name}.parquet"))
-        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # torch's threads do not survive a fork
-            columns = ([name] * len(rows), *zip(*rows, strict=True))
+    for name in _names():
+        uids, pictures, captions = zip(*read_pictures(pickapic / f"{name}.parquet"), strict=True)
+        known = None if verdicts is None else read_verdicts(verdicts / f"{name}.parquet", pictures, captions)
+        with _workers() as pool:
+            judged = known or pool.map(judge, pictures, captions, chunksize=64)
+            columns = [name] * len(uids), uids, captions, judged
             write_tfrecords(folder / f"{name}.tfrecord", pool.map(rated_record, *columns, chunksize=64))
-        held_out |= dict.fromkeys(caption for _, _, caption in rows if is_held_out(parse(caption)))
+        held_out |= dict.fromkeys(caption for caption in captions if is_held_out(parse(caption)))
     (folder / "held_out.txt").write_text("\n".join(held_out) + "\n")
 
 
-def rated_record(split: str, uid: str, picture: np.ndarray, caption: str) -> Record:
+def _names() -> list[str]:
+    return list(dict.fromkeys(split.name for split in SPLITS))
+
+
+def _workers() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(mp_context=get_context("spawn"))  # torch's threads do not survive a fork
+
+
+def rated_record(split: str, uid: str, caption: str, verdict: Verdict) -> Record:
     """What three raters say of one picture, together, as RichHF-18K would hold it."""
-    verdict, words = judge(picture, caption), len(caption.split())
+    words = len(caption.split())
     said = consolidate([rate(verdict, words, uid, rater) for rater in range(RATERS)], SIZE)
     maps = {name: encode_map(heatmap) for name, heatmap in said.maps.items()}
     return Record(f"{split}/{uid}.png", said.scores, maps, said.labels)

@@ -112,6 +112,17 @@ def test_settings_that_are_ignored_are_warned_about(make_args, caplog, ignored, 
     assert caplog.text.count(f"{name}={value!r} is ignored") == 1
 
 
+@pytest.mark.parametrize(
+    "ignored", [{"dataloader_num_workers": 2}, {"data_seed": 1}, {"label_smoothing_factor": 0.1}, {"use_cache": True}]
+)
+def test_trainers_settings_for_data_and_labels_are_ignored_and_warned_about(make_args, caplog, ignored):
+    make_args()
+    assert "is ignored" not in caplog.text
+    make_args(**ignored)
+    name, value = next(iter(ignored.items()))
+    assert caplog.text.count(f"{name}={value!r} is ignored") == 1
+
+
 def test_offloading_means_nothing_on_the_cpu(make_args, caplog):
     make_args()
     assert "offload" not in caplog.text

@@ -57,8 +57,13 @@ def test_the_judge_sees_the_same_through_the_autoencoder(pipeline):
         captions.append(str(scene.request))
     pictures = np.stack(pictures)
     returned = decode(pipeline.vae, encode(pipeline.vae, pictures))
-    verdicts = [[judge(*pair).satisfied for pair in zip(some, captions, strict=True)] for some in (pictures, returned)]
-    assert np.mean(np.equal(*verdicts)) >= 0.97
+    before, after = ([judge(*pair) for pair in zip(some, captions, strict=True)] for some in (pictures, returned))
+    pairs = list(zip(before, after, strict=True))
+    assert np.mean([one.satisfied == other.satisfied for one, other in pairs]) >= 0.97
+    assert np.mean([one.words == other.words for one, other in pairs]) >= 0.97
+    assert np.mean([one.flaws == other.flaws for one, other in pairs]) >= 0.97
+    for name in SCORES:
+        assert np.median([abs(one.scores[name] - other.scores[name]) for one, other in pairs]) <= 0.02
 
 
 def test_no_colour_lies_halfway_between_two_others_in_the_latents(pipeline):

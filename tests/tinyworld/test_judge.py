@@ -11,6 +11,7 @@ from tinyworld.judge import KINDS, JudgeReward, diversity, judge, layout_distanc
 from tinyworld.scenes import FLAWS, SIZE, Thing, applicable, lay_out, plant, render
 
 OUTLINE = ("warped", "bitten", "blotched")
+# Only outlines are wrong by degrees: another colour or shape, or a thing too few, is that or not.
 PLANTED = [(flaw, strength) for flaw in FLAWS for strength in ((0.3, 0.6, 1.0) if flaw in OUTLINE else (1.0,))]
 KIND = {
     **dict.fromkeys(OUTLINE, "malformed"),
@@ -55,14 +56,14 @@ _planted = {}
 
 
 def _cases(flaw, strength):
-    """(whether the right score fell, whether the wrong one stayed, IoU or None, words right, kind right), 40 scenes."""
+    """(right score fell, wrong one stayed, IoU or None, words right, kind right, fall of aesthetics), 40 scenes."""
     if (flaw, strength) not in _planted:
         rng, cases = np.random.default_rng(1), []
         for scene in _scenes(40, seed=int(10 * strength), flaw=flaw):
             caption = str(scene.request)
             clean, flawed = judge(render(scene.things), caption), plant(scene, flaw, strength, rng)
             verdict = judge(flawed.picture, caption)
-            falls = {name: clean.scores[name] - verdict.scores[name] for name in ("plausibility", "alignment")}
+            falls = {name: clean.scores[name] - verdict.scores[name] for name in SCORES}
             right, wrong = ("plausibility", "alignment") if flaw in OUTLINE else ("alignment", "plausibility")
             mask = verdict.implausible if flaw in OUTLINE else verdict.misaligned
             iou = (mask & flawed.region).sum() / (mask | flawed.region).sum() if flawed.region.any() else None
@@ -73,6 +74,7 @@ def _cases(flaw, strength):
                     iou,
                     verdict.words == flawed.words,
                     verdict.flaws == {KIND[flaw]},
+                    falls["aesthetics"],
                 )
             )
         _planted[flaw, strength] = cases
@@ -81,23 +83,42 @@ def _cases(flaw, strength):
 
 @pytest.mark.parametrize(("flaw", "strength"), PLANTED)
 def test_planted_flaws_lower_the_score_they_should_and_no_other(flaw, strength):
-    # A strong wave may make one shape another, a large bite may leave nothing to be recognised: one in ten is allowed.
-    fell, stayed, _, words, kind = (np.array(column) for column in zip(*_cases(flaw, strength), strict=True))
-    assert (fell & stayed).mean() >= 0.9
-    assert words.mean() >= 0.9
-    assert kind.mean() >= 0.9
+    fell, stayed, _, words, kind, _ = (np.array(column) for column in zip(*_cases(flaw, strength), strict=True))
+    if (flaw, strength) == ("warped", 1.0):  # such a wave may make one shape another: then the word is wrong too
+        assert words.mean() >= 0.9
+        assert kind.mean() >= 0.9
+    else:
+        assert words.all()
+        assert kind.all()
+    assert (fell & stayed).mean() >= 0.9  # a faint flaw may cost less than 0.05, a large bite hide what a thing was
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_aesthetics_fall_with_blemishes_and_with_empty_places_alone(flaw):
+    """Sizes and balance of a true picture change by chance where things change, either way; a colour changes none."""
+    strengths = [strength for name, strength in PLANTED if name == flaw]
+    falls = np.array([[fall for *_, fall in _cases(flaw, strength)] for strength in strengths])
+    if flaw in OUTLINE:
+        assert falls.min() >= -0.01
+        assert (np.diff(falls.mean(1)) > 0).all()  # the more, the stronger
+    elif flaw == "missing":
+        assert falls.min() >= 0
+    elif flaw == "wrong colour":
+        assert np.abs(falls).max() <= 0.02
+    else:
+        assert np.abs(falls.mean()) <= 0.06
 
 
 @pytest.mark.parametrize(("flaw", "strength"), [(f, s) for f, s in PLANTED if f != "missing"])
 def test_planted_flaws_are_marked_where_they_are(flaw, strength):
-    assert np.median([iou for _, _, iou, _, _ in _cases(flaw, strength)]) >= 0.5
+    assert np.median([iou for _, _, iou, *_ in _cases(flaw, strength)]) >= 0.5
 
 
 def test_planted_flaws_all_in_all():
     cases = [case for flaw, strength in PLANTED for case in _cases(flaw, strength)]
     assert np.mean([fell and stayed for fell, stayed, *_ in cases]) >= 0.95
-    assert np.mean([words for _, _, _, words, _ in cases]) >= 0.97
-    assert np.mean([kind for *_, kind in cases]) >= 0.95
+    assert np.mean([words for _, _, _, words, *_ in cases]) >= 0.99
+    assert np.mean([kind for *_, kind, _ in cases]) >= 0.99
 
 
 def test_verdicts_survive_softness_and_noise():

@@ -181,7 +181,7 @@ def test_prompts_and_splits_keep_held_out_apart():
     for variants in (rated.VARIANTS, rated.POLICIES):
         assert sum(variant.share for variant in variants) == pytest.approx(1)
     assert {variant.policy for variant in rated.POLICIES} == set(build.POLICIES)
-    assert set(build.BuildArguments().stages) == set(STAGES) - {"ceiling", "finer"}
+    assert set(build.BuildArguments().stages) == set(STAGES) - {"verdicts", "ceiling", "finer"}
 
 
 def test_policies_draw_behind_what_the_variants_drew(monkeypatch, tmp_path):

@@ -1,0 +1,94 @@
+"""`python -m tinyworld.build --stages feedback`: pictures as Pick-a-Pic has them -> a rated data set."""
+
+import numpy as np
+import pytest
+from datasets import load_from_disk
+
+from reward.feedback import HEATMAPS, SCORES
+from tinyworld import build, rated
+from tinyworld.grammar import ASSETS, draw_request, is_held_out
+from tinyworld.judge import judge
+from tinyworld.raters import consolidate, rate
+from tinyworld.scenes import SIZE, applicable, lay_out, plant, render
+from tinyworld.verdicts import read_verdicts
+
+SPLITS = ("train", "dev", "test")
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A folder in which the stages before have drawn two pictures a caption: a flawless and a flawed one."""
+    for number, split in enumerate(SPLITS):
+        rng, captions, pictures = np.random.default_rng(number), [], []
+        while len(captions) < 4:
+            request = draw_request(rng)
+            if is_held_out(request) != (split == "test"):
+                continue
+            scene = lay_out(request, rng)
+            captions.append(str(request))
+            pictures += [render(scene.things), plant(scene, str(rng.choice(applicable(scene))), 1.0, rng).picture]
+        rated.write_pictures(split, captions, np.stack(pictures), tmp_path / "pickapic")
+    return tmp_path
+
+
+def test_the_stage_writes_what_three_raters_say_together(work, capsys):
+    command = ["--stages", "feedback", "--work", str(work)]
+    build.main(command)
+    data = load_from_disk(str(work / "feedback"))
+    assert set(data) == set(SPLITS)
+    for split in SPLITS:
+        pictures = list(rated.read_pictures(work / "pickapic" / f"{split}.parquet"))
+        rows = {row["uid"]: row for row in data[split]}
+        assert list(rows) == [uid for uid, *_ in pictures]
+        for uid, picture, caption in pictures:
+            row, words = rows[uid], caption.split()
+            assert row["prompt"] == caption
+            assert list(row["tokens"]) == words
+            assert np.array_equal(np.array(row["image"].convert("RGB")), picture)
+            verdict = judge(picture, caption)
+            together = consolidate([rate(verdict, len(words), uid, rater) for rater in range(3)], SIZE)
+            assert [row[name] for name in SCORES] == pytest.approx([together.scores[name] for name in SCORES])
+            assert tuple(row["keyword_labels"]) == tuple(together.labels)  # 1 = misaligned, as in RichHF-18K: 0 there
+            for name in HEATMAPS:
+                blocks = np.array(row[f"{name}_map"]).reshape(SIZE, 8, SIZE, 8) / 255  # 512 x 512, a block a pixel
+                np.testing.assert_allclose(blocks.max((1, 3)), together.maps[name], atol=0.5 / 255 + 1e-6)
+                assert np.array_equal(blocks.max((1, 3)), blocks.min((1, 3)))
+    assert set((work / "rated/held_out.txt").read_text().split("\n")[:-1]) == set(data["test"]["prompt"])
+
+    before = {file: file.stat().st_mtime_ns for file in work.rglob("*") if file.is_file()}
+    build.main(command)  # nothing is left to do
+    assert {file: file.stat().st_mtime_ns for file in work.rglob("*") if file.is_file()} == before
+
+
+def test_kept_verdicts_are_the_judges_and_rate_alike(work):
+    pickapic = work / "pickapic"
+    rated.judge_all(pickapic, work / "verdicts")
+    _, pictures, captions = zip(*rated.read_pictures(pickapic / "dev.parquet"), strict=True)
+    kept = list(read_verdicts(work / "verdicts/dev.parquet", pictures, captions))
+    for verdict, picture, caption in zip(kept, pictures, captions, strict=True):
+        told = judge(picture, caption)
+        assert verdict.scores == told.scores
+        assert (verdict.words, verdict.flaws, verdict.satisfied) == (told.words, told.flaws, told.satisfied)
+        assert np.array_equal(verdict.implausible, told.implausible)
+        assert np.array_equal(verdict.misaligned, told.misaligned)
+    assert len({verdict.satisfied for verdict in kept}) == 2
+
+    rated.rate_all(pickapic, work / "asked")
+    rated.rate_all(pickapic, work / "kept", work / "verdicts")
+    for split in SPLITS:
+        assert (work / f"asked/{split}.tfrecord").read_bytes() == (work / f"kept/{split}.tfrecord").read_bytes()
+
+    with pytest.raises(ValueError, match=r"dev.parquet is of other pictures; .*--stages verdicts"):
+        list(read_verdicts(work / "verdicts/dev.parquet", pictures, captions[::-1]))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_verdicts_of_the_repository_are_what_the_judge_says(split):
+    _, pictures, captions = zip(*rated.read_pictures(ASSETS / "pickapic" / f"{split}.parquet"), strict=True)
+    kept = list(read_verdicts(ASSETS / "verdicts" / f"{split}.parquet", pictures, captions))
+    for place in range(0, len(kept), len(kept) // 60):
+        told = judge(pictures[place], captions[place])
+        assert kept[place].scores == pytest.approx(told.scores, abs=1e-9)  # another processor may round otherwise
+        assert kept[place].words == told.words
+        assert np.array_equal(kept[place].implausible, told.implausible)
+        assert np.array_equal(kept[place].misaligned, told.misaligned)
