@@ -15,6 +15,7 @@ Shapes: B pictures, C latent channels, h x w the latent grid, S sampling steps.
 
 import inspect
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -157,18 +158,26 @@ def check_scheduler(scheduler) -> None:
         )
 
 
-def levels(scheduler) -> list[Level]:
-    """The S + 1 noise levels of a scheduler whose timesteps are set: each step's start, and the last one's end."""
+def levels(scheduler) -> list[tuple[Level, Level]]:
+    """The noise levels at which each step starts and ends, of a scheduler whose timesteps are set.
+
+    A step ends where the next one starts, but for DDIM with timestep_spacing "linspace": diffusers ends its steps a
+    fixed number of timesteps later, whatever the next timestep is.
+    """
     check_scheduler(scheduler)
     if isinstance(scheduler, DDIMScheduler):
-        ends = scheduler.timesteps[-1] - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-        last = scheduler.alphas_cumprod[ends] if ends >= 0 else scheduler.final_alpha_cumprod
-        alphas = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps.cpu()], last.reshape(1)])
-        return [Level(float(alpha) ** 0.5, float(1 - alpha) ** 0.5) for alpha in alphas]
-    sigmas = [float(sigma) for sigma in scheduler.sigmas]
+        starts = scheduler.timesteps.cpu()
+        ends = starts - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+        alphas = scheduler.alphas_cumprod
+        after = torch.where(ends >= 0, alphas[ends.clamp(min=0)], scheduler.final_alpha_cumprod)
+        return [
+            tuple(Level(float(alpha) ** 0.5, float(1 - alpha) ** 0.5) for alpha in pair)
+            for pair in zip(alphas[starts], after, strict=True)
+        ]
+    points = [Level(1.0, float(sigma)) for sigma in scheduler.sigmas]
     if isinstance(scheduler, DPMSolverMultistepScheduler):
-        return [Level(1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5) for sigma in sigmas]
-    return [Level(1.0, sigma) for sigma in sigmas]
+        points = [Level(1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5) for _, sigma in points]
+    return list(pairwise(points))
 
 
 def clean_and_noise(

@@ -109,7 +109,7 @@ class GuidanceCallback:
         following = following_step(scheduler, timestep)
         if following == len(scales) or not scales[following]:
             return {}
-        start, end = path[following], path[following + 1]
+        start, end = path[following]
         with upcast_vae(pipeline):
             _, gradient = reward_gradient(
                 lambda point: _predict(pipeline, point, scheduler.timesteps[following], tensors),

@@ -211,14 +211,14 @@ def sample(
     objective = reward_of(pipeline, reward_fn, prompts) if guidance else None
 
     def guided_output(latents: torch.Tensor, timestep: torch.Tensor, step: int) -> torch.Tensor:
-        kind = scheduler.config.prediction_type
+        kind, (start, _) = scheduler.config.prediction_type, path[step]
         output, gradient = reward_gradient(
-            lambda point: denoiser(point, timestep), objective, latents, path[step], kind, prompts,
+            lambda point: denoiser(point, timestep), objective, latents, start, kind, prompts,
             guidance.through_network,
         )  # fmt: skip
-        _, noise = clean_and_noise(output, latents, path[step], kind)
-        noise = noise - guidance.push(gradient, path[step], scales[step])
-        return as_output(noise, latents, path[step], kind)
+        _, noise = clean_and_noise(output, latents, start, kind)
+        noise = noise - guidance.push(gradient, start, scales[step])
+        return as_output(noise, latents, start, kind)
 
     with upcast_vae(pipeline):
         for step, timestep in enumerate(scheduler.timesteps):
@@ -231,7 +231,8 @@ def sample(
                 if left:
                     vars(scheduler).update(memory)
                     noise = torch.stack([torch.randn(end.shape[1:], generator=one, device=one.device) for one in again])
-                    end = noised_back(end, path[step + 1], path[step], noise.to(end.device))
+                    start_level, end_level = path[step]
+                    end = noised_back(end, end_level, start_level, noise.to(end.device))
                 latents = end
         return decode(pipeline, latents)
 
@@ -255,8 +256,8 @@ def reward_of(
     return objective
 
 
-def guided_path(scheduler, guidance: Guidance, first: int = 0) -> tuple[list[Level], list[float]]:
-    """The S + 1 noise levels of a scheduler whose timesteps are set, and the S scales of its steps, 0 before `first`.
+def guided_path(scheduler, guidance: Guidance, first: int = 0) -> tuple[list[tuple[Level, Level]], list[float]]:
+    """The noise levels where each of S steps starts and ends, and their S scales, 0 before `first`.
 
     Raises:
         ValueError: the scheduler cannot be guided, the window does not fit the steps, or a guided step starts in pure
@@ -265,7 +266,8 @@ def guided_path(scheduler, guidance: Guidance, first: int = 0) -> tuple[list[Lev
     path, scales = levels(scheduler), guidance.scales(len(scheduler.timesteps))
     scales[:first] = [0.0] * first
     for step, scale in enumerate(scales):
-        if scale and path[step].alpha < _PURE_NOISE * path[step].sigma:
+        start, _ = path[step]
+        if scale and start.alpha < _PURE_NOISE * start.sigma:
             raise ValueError(
                 f"step {step} starts in pure noise (zero terminal SNR), where nothing of the picture can be guided; "
                 f"let the window of guided steps begin at {step + 1}"

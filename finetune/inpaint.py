@@ -265,14 +265,18 @@ def mend(picture: torch.Tensor, prompt: str, uid: str, run: InpaintArguments, re
             break
         sources = [keyed_generator(run.seed, "inpaint", uid, number, one) for one in range(run.num_candidates)]
         candidates = put_in(picture, draw(picture.float() / 255, share, prompt, sources), share)
-        opinion = judge(reward, candidates, prompt, run)
-        best = int(opinion.objective.argmax())
-        better = float(opinion.objective[best] - said.objective[0]) > run.min_gain
-        rounds.append(Round(share, tuple(opinion.objective.tolist()), best if better else None))
+        # All in one question: alone the picture would be judged in another batch, whose rounding could decide.
+        opinion = judge(reward, torch.cat([picture[None], candidates]), prompt, run)
+        now, *scores = opinion.objective.tolist()
+        best = max(range(len(scores)), key=scores.__getitem__)
+        better = scores[best] - now > run.min_gain
+        rounds.append(Round(share, tuple(scores), best if better else None))
+        if number == 0:
+            before = said = _only(opinion, 0)
         if not better:
             why = NO_BETTER
             break
-        picture, said = candidates[best], _only(opinion, best)
+        picture, said = candidates[best], _only(opinion, best + 1)
     fixed = any(one.kept is not None for one in rounds)
     return Mended(picture, FIXED if fixed else why, before, said, tuple(rounds))
 

@@ -3,6 +3,8 @@
 Nothing is decoded here; a picture is read when it is asked for.
 """
 
+import hashlib
+import json
 import logging
 import re
 from collections import Counter, defaultdict
@@ -36,12 +38,14 @@ class Entry:
     Attributes:
         name: of the picture's file; unique in its pool, with `/` between folders.
         prompt: never blank.
+        size: bytes of the picture's file, or of all that the data set's are in.
         stamp: another one if the picture has changed.
         columns: what else the pool says of it, by column.
     """
 
     name: str
     prompt: str
+    size: int
     stamp: str
     columns: Mapping[str, Any]
 
@@ -129,6 +133,13 @@ def open_pool(place: str | Path, prompt_column: str | None = None, split: str = 
     )
 
 
+def fingerprint(pool: Pool) -> str:
+    """SHA-256 of a pool's names, prompts and sizes: the same wherever the pool was copied to, another one where
+    pictures were added, taken away, or exchanged for others that are not of the same size. No picture is read."""
+    told = json.dumps([[one.name, one.prompt, one.size] for one in pool.entries])
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
 def read_pictures(pool: Pool, places: Sequence[int]) -> list[torch.Tensor]:
     """The pictures at `places` of the pool, each (3, H, W) uint8.
 
@@ -181,14 +192,12 @@ def _open_folder(place: Path, table: Path, prompt_column: str | None) -> FolderP
         [name for name in _picture_files(place) if name not in listed],
         f"pictures of {place} have no prompts; give them a line in {table.name}, or take them away",
     )
-    stats = [(place / name).stat() for name in names]
-    return FolderPool(
-        place,
-        [
-            Entry(name, row[column], f"{stat.st_size}:{stat.st_mtime_ns}", _without(row, "file_name", column))
-            for name, row, stat in zip(names, rows, stats, strict=True)
-        ],
-    )
+    entries = []
+    for name, row in zip(names, rows, strict=True):
+        stat = (place / name).stat()
+        stamp = f"{stat.st_size}:{stat.st_mtime_ns}"
+        entries.append(Entry(name, row[column], stat.st_size, stamp, _without(row, "file_name", column)))
+    return FolderPool(place, entries)
 
 
 def _open_rows(place: Path, prompt_column: str | None, split: str) -> RowPool:
@@ -201,8 +210,11 @@ def _open_rows(place: Path, prompt_column: str | None, split: str) -> RowPool:
     table = rows.remove_columns(images)
     names = [f"{index:08d}" for index in range(len(rows))]
     _refuse_without_prompts([f"row {index}" for index in range(len(rows))], table[column][:], place, column)
-    stamp = ",".join(f"{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
-    entries = [Entry(name, row[column], stamp, _without(row, column)) for name, row in zip(names, table, strict=True)]
+    stats = [file.stat() for file in files]
+    size, stamp = sum(one.st_size for one in stats), ",".join(f"{one.st_size}:{one.st_mtime_ns}" for one in stats)
+    entries = [
+        Entry(name, row[column], size, stamp, _without(row, column)) for name, row in zip(names, table, strict=True)
+    ]
     return RowPool(place, entries, rows, images[0])
 
 

@@ -21,7 +21,7 @@ transformers.logging.set_verbosity_error()  # says on import what does not conce
 transformers.logging.disable_progress_bar()
 diffusers.logging.disable_progress_bar()
 
-from finetune.pool import TABLES, open_pool  # noqa: E402
+from finetune.pool import TABLES, fingerprint, open_pool  # noqa: E402
 from finetune.run import (  # noqa: E402
     begin,
     claimed,
@@ -117,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_adapter_files(args.part(AdapterSettings))
     table = next((str(pool.place / name) for name in TABLES if (pool.place / name).is_file()), None)
     settings = run_settings(run, args, {"data": table, "eval_prompts": run.eval_prompts})
+    settings |= {"pictures (SHA-256 of names, prompts, sizes)": fingerprint(pool)}
     beginning = begin(args, settings, console)
     if beginning.finished:
         return

@@ -109,35 +109,35 @@ def test_a_raw_push_is_classifier_guidance_and_is_limited_picture_by_picture():
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_levels_are_those_at_which_the_scheduler_adds_noise(name, spacing):
     scheduler = make(name, timestep_spacing=spacing)
     path = levels(scheduler)
-    assert len(path) == 8
+    assert len(path) == 7
     clean, noise = torch.randn(2, 1, 4, 3, 3, generator=torch.Generator().manual_seed(1))
-    for level, timestep in zip(path, scheduler.timesteps, strict=False):
+    for (level, _), timestep in zip(path, scheduler.timesteps, strict=True):
         noisy = scheduler.add_noise(clean, noise, timestep.reshape(1))
         assert torch.allclose(noisy, level.alpha * clean + level.sigma * noise, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp"])
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
-def test_a_step_told_the_truth_goes_from_level_to_level(name, prediction_type):
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_a_step_told_the_truth_goes_from_level_to_level(name, prediction_type, spacing):
     """Holds `levels`, `as_output` and `clean_and_noise` to what the scheduler itself makes of an output."""
-    scheduler = make(name, prediction_type)
+    scheduler = make(name, prediction_type, timestep_spacing=spacing)
     path = levels(scheduler)
     clean, noise = torch.randn(2, 1, 4, 3, 3, generator=torch.Generator().manual_seed(2))
     for step, timestep in enumerate(scheduler.timesteps):
-        noisy = path[step].alpha * clean + path[step].sigma * noise
+        start, end = path[step]
+        noisy = start.alpha * clean + start.sigma * noise
         scheduler.scale_model_input(noisy, timestep)
-        output = as_output(noise, noisy, path[step], prediction_type)
-        for found, truth in zip(
-            clean_and_noise(output, noisy, path[step], prediction_type), (clean, noise), strict=True
-        ):
+        output = as_output(noise, noisy, start, prediction_type)
+        for found, truth in zip(clean_and_noise(output, noisy, start, prediction_type), (clean, noise), strict=True):
             assert torch.allclose(found, truth, atol=2e-3)
-        end = scheduler.step(output, timestep, noisy, return_dict=False)[0]
-        expected = path[step + 1].alpha * clean + path[step + 1].sigma * noise
-        assert torch.allclose(end, expected, atol=5e-3), (step, float((end - expected).abs().max()))
+        found = scheduler.step(output, timestep, noisy, return_dict=False)[0]
+        expected = end.alpha * clean + end.sigma * noise
+        assert torch.allclose(found, expected, atol=5e-3), (step, float((found - expected).abs().max()))
 
 
 def test_noised_back_has_the_starts_noise():
@@ -190,7 +190,7 @@ class Gaussian(nn.Module):
 
     def forward(self, latents, timestep, return_dict=True, **conditioning):
         place = int((self.scheduler.timesteps == timestep).nonzero()[0])
-        alpha, sigma = levels(self.scheduler)[place]
+        alpha, sigma = levels(self.scheduler)[place][0]
         r = (alpha**2 + sigma**2) ** 0.5
         if not isinstance(self.scheduler, SCHEDULERS["dpmpp"] | SCHEDULERS["ddim"]):
             latents = latents * r  # Euler hands over x / r
@@ -241,7 +241,7 @@ is exact."""
 def moved_by(scheduler):
     """How far guidance moves each picture: `SHIFT`, less what would have had to be in the noise that sampling starts
     from, as the schedule does not end in pure noise: the path from there keeps all distances in proportion."""
-    alpha, sigma = levels(scheduler)[0]
+    alpha, sigma = levels(scheduler)[0][0]
     return SHIFT * (1 - alpha * STD / ((alpha * STD) ** 2 + sigma**2) ** 0.5)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,23 @@ def test_a_picture_is_never_kept_that_is_not_better():
     assert torch.equal(mended.after.objective, mended.before.objective)
     assert [one.kept for one in mended.rounds] == [None]
     assert mended.share.sum() == 16  # what was tried
+
+
+class RoundsByBatch(Blue):
+    """A reward that a picture gets more of in larger company, as rounding may have it."""
+
+    def __call__(self, images, prompts):
+        said = super().__call__(images, prompts)
+        return replace(said, total=said.total + 1e-4 * len(images))
+
+
+def test_larger_company_alone_makes_no_candidate_better():
+    picture = blue_spot()
+    same = picture[2, 4, 4].item() / 255
+    drawn = mend(picture, "a", "one", arguments(), RoundsByBatch(), lambda picture, *_: torch.stack([picture] * 3))
+    assert same == 1.0
+    assert drawn.status == NO_BETTER
+    assert drawn.rounds[0].scores == (float(drawn.before.objective),) * 3
 
 
 def test_min_gain_and_a_second_round_that_is_no_better():

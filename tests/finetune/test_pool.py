@@ -1,10 +1,11 @@
 import json
+import shutil
 
 import datasets
 import pytest
 from PIL import Image
 
-from finetune.pool import open_pool
+from finetune.pool import fingerprint, open_pool
 
 
 def test_a_folder_and_the_same_as_a_data_set_hold_the_same_pictures(write_pictures, tmp_path):
@@ -30,6 +31,16 @@ def test_a_folder_and_the_same_as_a_data_set_hold_the_same_pictures(write_pictur
         assert [other.read(place) for place in range(6)] == [pool.read(place) for place in range(6)]
     with pytest.raises(ValueError, match="no split 'train'; it has dev"):
         open_pool(tmp_path / "dict")
+
+
+def test_a_fingerprint_stays_with_a_copy_and_tells_an_exchanged_picture(write_pictures, tmp_path):
+    folder = write_pictures(tmp_path / "pictures")
+    copied = shutil.copytree(folder, tmp_path / "copied", copy_function=shutil.copy)
+    first = fingerprint(open_pool(folder))
+    assert fingerprint(open_pool(copied)) == first
+    pool = open_pool(copied)
+    Image.new("RGB", (31, 7)).save(pool.place / pool.entries[0].name)
+    assert fingerprint(open_pool(copied)) != first
 
 
 def parquet(file, prompt, count=2):

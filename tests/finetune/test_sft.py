@@ -126,6 +126,15 @@ def test_from_pictures_to_a_lora_that_plain_diffusers_loads(settings, prompt_fil
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_a_run_that_goes_on_with_pictures_that_were_exchanged_says_so(settings, caplog):
+    run = flags(**settings)
+    assert command(*run, "--max_steps", "2") == 0
+    pool = open_pool(settings["data"])
+    Image.new("RGB", (31, 7)).save(pool.place / pool.entries[0].name)
+    assert command(*run, "--max_steps", "2", "--resume_from_checkpoint", "latest") == 0
+    assert "resuming with other settings than before: pictures (SHA-256 of names, prompts, sizes)" in caplog.text
+
+
 def loss_of(trainer, visits):
     """The loss on these pictures, before or behind training."""
     with torch.no_grad():
