@@ -120,6 +120,13 @@ class DraftConfig(RewardedPolicyConfig):
     region_dilation: float = field(
         default=0.05, metadata={"help": "So far the region grows, as a share of the picture's shorter side."}
     )
+    region_gradient: Literal["picture", "region"] = field(
+        default="picture",
+        metadata={
+            "help": "Which pixels the reward may change. picture: all, held back by region_weight outside M, as was "
+            "published; region: those of M alone, so that a picture without a problem changes nothing."
+        },
+    )
 
     # Guards
     beta: float = field(
@@ -279,6 +286,7 @@ def warn_of_ignored_settings(args: DraftConfig) -> None:
         others.append("recompute_steps")
     warn_of_ignored(args, others, f"variant is {args.variant}")
     if args.region_weight == 0:
-        warn_of_ignored(args, ("region_threshold", "region_dilation"), "region_weight is 0, there is no constraint")
+        regional = ("region_threshold", "region_dilation", "region_gradient")
+        warn_of_ignored(args, regional, "region_weight is 0, there is no constraint")
     if args.beta == 0:
         warn_of_ignored(args, ("distance",), "beta is 0")

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from finetune.backprop import Drawn, Reach, Sampler
 from finetune.draft_config import DraftConfig, not_differentiable
-from finetune.region_constraint import problem_region, region_loss, region_sheet
+from finetune.region_constraint import only_within, problem_region, region_loss, region_sheet
 from reward.feedback import Reward, RewardFn, check_reward
 from rl.evaluate import HeldOut
 from rl.experience import Samples, rollout_noise
@@ -148,7 +148,10 @@ class DraftTrainer(PolicyTrainer):
         drawn = sampler.draw(inputs["prompts"], noise, reach, fresh, measure, guard)
         images = self.policy.decode(drawn.latents)
         check_pictures(drawn.latents, images, prompts, f"update {number + 1}")
-        reward = self._reward(images, prompts)
+        felt = images
+        if before is not None and args.region_gradient == "region":
+            felt = only_within(images, before.region)
+        reward = self._reward(felt, prompts)
 
         loss = -reward.objective.mean()
         if before is not None:

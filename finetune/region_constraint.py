@@ -48,6 +48,13 @@ def region_loss(images: torch.Tensor, before: torch.Tensor, region: torch.Tensor
     return ((1 - region) * (images - before)).abs().mean()
 
 
+def only_within(images: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
+    """`images` (B, 3, H, W) as they are, but that gradients reach them through M (B, 1, H, W) alone: what a reward of
+    them is raised by lies within. Ours, not Focus-N-Fix's: there the reward pulls everywhere, and the constraint holds
+    against it."""
+    return region * images + (1 - region) * images.detach()
+
+
 def region_sheet(before: torch.Tensor, region: torch.Tensor, images: torch.Tensor) -> Image.Image:
     """What the constraint does, a column a picture: before, its problem region, now, and where it has changed.
 

@@ -132,6 +132,7 @@ def test_constraint_with_a_reward_without_maps_is_refused_before_anything_is_dra
         ({"backprop_range": [1, 2]}, {"variant": "alignprop"}),
         ({"refl_steps": 2}, {"variant": "refl"}),
         ({"region_threshold": 0.1}, {"region_weight": 1.0}),
+        ({"region_gradient": "region"}, {"region_weight": 1.0}),
         ({"distance": "kl"}, {"beta": 1.0}),
     ],
 )

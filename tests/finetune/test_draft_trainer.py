@@ -180,6 +180,16 @@ def test_without_a_problem_region_the_constraint_holds_all_of_the_picture(make_t
     assert picture_change(held) < 0.1 * picture_change(free)
 
 
+def test_without_a_problem_region_nothing_changes(make_trainer):
+    """Where the reward reaches the policy through problem regions only: not a bit of any weight."""
+    how = {"optim": "sgd", "learning_rate": 1.0, "region_weight": 20.0, "region_gradient": "region"}
+    nothing = trained(make_trainer(region_threshold=0.6, **how))
+    assert_same(nothing, trained(make_trainer(region_threshold=0.6, **{**how, "learning_rate": 0.0})))
+    assert not all(
+        torch.equal(one, nothing[name]) for name, one in trained(make_trainer(region_threshold=0.2, **how)).items()
+    )
+
+
 def test_where_all_of_the_picture_is_a_problem_the_constraint_does_nothing(make_trainer):
     how = {"optim": "sgd", "learning_rate": 1.0}
     free, held = make_trainer(**how), make_trainer(region_weight=20.0, region_threshold=0.0, region_dilation=0.5, **how)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from finetune.region_constraint import problem_region, region_loss, region_sheet
+from finetune.region_constraint import only_within, problem_region, region_loss, region_sheet
 
 
 def maps(*places, size=(1, 8, 8), cost=1.0):
@@ -55,3 +55,13 @@ def test_sheet_has_a_column_a_picture():
     one, three = (region_sheet(images[:n], torch.zeros(n, 1, 16, 16), images[:n]) for n in (1, 3))
     assert three.width > 2.5 * one.width
     assert three.height == one.height
+
+
+def test_gradients_reach_pictures_within_the_region_only():
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    region = torch.zeros(2, 1, 4, 4)
+    region[0, :, 1:3, 2:] = 1
+    within = only_within(images, region)
+    assert torch.equal(within, images)
+    within.square().sum().backward()
+    assert torch.equal(images.grad, (2 * images * region).detach())
