@@ -1,5 +1,6 @@
 """The settings of a training by back-propagation through sampling."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -237,7 +238,8 @@ def check_ranges(args: DraftConfig) -> None:
     )
     require(args.num_generations >= 1, f"num_generations is {args.num_generations}; it must be at least 1")
     for name in ("beta", "region_weight", "region_threshold"):
-        require(getattr(args, name) >= 0, f"{name} is {getattr(args, name)}; it must not be negative")
+        value = getattr(args, name)
+        require(0 <= value < math.inf, f"{name} is {value}; it must be a number from 0 on")
     require(
         0 <= args.region_dilation <= 0.5,
         f"region_dilation is {args.region_dilation}; it is a share of the picture's side, in [0, 0.5]",

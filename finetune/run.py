@@ -5,6 +5,7 @@ A command's `main` calls these one after another; the training between them is i
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,7 @@ from finetune.run_arguments import EvaluationArguments
 from reward.feedback import RewardFn
 from rl.adapter import AdapterSettings
 from rl.callbacks import show_at_end
-from rl.checkpoints import Start, claim_output_dir, explained, mark_finished, plan_start
+from rl.checkpoints import Start, claim_output_dir, explained, mark_finished, plan_start, restore_before
 from rl.folder_lock import check_free, joined, open_to_ranks, taken
 from rl.interrupt import RunInterrupted
 from rl.memory import MemorySettings, OffloadedReward
@@ -65,8 +66,13 @@ def begin(args: PolicyConfig, settings: Mapping[str, Any], console: Console) -> 
     """How the run starts, see `rl.checkpoints.plan_start`. If it has finished already, that is said.
 
     Raises:
-        ValueError: it may not start there.
+        ValueError: it may not start there; or DeepSpeed lacks a launcher.
     """
+    if args.deepspeed and "RANK" not in os.environ:
+        raise ValueError(
+            "deepspeed trains in processes that a launcher starts, a single one too: accelerate launch, or torchrun "
+            f"--nproc_per_node 1 {args.command} ..."
+        )
     start = plan_start(
         args.resume_from_checkpoint, args.output_dir, settings, args.overwrite_output_dir, thorough=args.should_save
     )
@@ -141,7 +147,8 @@ def judge(
 
 @contextmanager
 def claimed(trainer: PolicyTrainer, settings: Mapping[str, Any], start: Start) -> Iterator[None]:
-    """Inside, the output folder is this run's alone; on all ranks. What another run left there is deleted, if it may.
+    """Inside, the output folder is this run's alone; on all ranks. What another run left there is set aside, if it may,
+    and comes back where this one fails before its first update; else it is deleted.
 
     Raises:
         FolderInUseError: another run is still writing there.
@@ -156,7 +163,12 @@ def claimed(trainer: PolicyTrainer, settings: Mapping[str, Any], start: Start) -
         trainer.accelerator.wait_for_everyone()
         if not trainer.args.should_save:
             stack.enter_context(joined(output_dir))
-        yield
+        try:
+            yield
+        except BaseException:
+            if trainer.args.should_save:
+                restore_before(output_dir)
+            raise
 
 
 def train(trainer: PolicyTrainer, checkpoint: Path | None, console: Console) -> None:

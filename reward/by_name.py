@@ -67,10 +67,14 @@ def check_reward_name(name: str, kwargs: Mapping[str, Any] | None = None) -> Non
         _check_callable(name, attribute)
         return
     try:
-        inspect.signature(attribute).bind(**kwargs)
+        signature = inspect.signature(attribute)
+    except ValueError:  # some that are written in C have none
+        raise ValueError(f"{name} does not say what arguments it takes, so it is no reward") from None
+    try:
+        signature.bind(**kwargs)
     except TypeError as error:
         raise ValueError(
-            f"{name} cannot be called with the arguments {kwargs}: {error}; it takes {inspect.signature(attribute)}"
+            f"{name} cannot be called with the arguments {kwargs}: {error}; it takes {signature}"
         ) from error
 
 

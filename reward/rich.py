@@ -1,5 +1,6 @@
 """The predictor's feedback as a reward: scores, heatmap-weighted penalties, words."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ class RichReward:
             "score_weights", {"overall": 1.0} if score_weights is None else score_weights, SCORES
         )
         self.penalty_weights = _checked("penalty_weights", penalty_weights or {}, HEATMAPS)
+        _check_number("word_weight", word_weight)
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
         negative = {name: value for name, value in self.penalty_weights.items() if value < 0}
         if negative or word_weight < 0:
             raise ValueError(f"penalties must not be negative, they are subtracted: {negative or word_weight}")
@@ -107,7 +111,16 @@ class RichReward:
         )
 
 
+def _check_number(what: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{what} is {value!r}; it must be a finite number")
+
+
 def _checked(what: str, weights: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"{what} is {weights!r}; it must be a mapping, name: weight")
     if unknown := sorted(set(weights) - set(names)):
         raise ValueError(f"{what} has no {', '.join(unknown)}; it may have {', '.join(names)}")
+    for name, value in weights.items():
+        _check_number(f"{what}: {name}", value)
     return {name: float(value) for name, value in weights.items()}

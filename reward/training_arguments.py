@@ -6,7 +6,7 @@ begins to train, which is late: models have been loaded, and an older run in the
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,9 +23,19 @@ def check_deepspeed_file(setting: object) -> None:
         setting: `deepspeed` of `TrainingArguments`. Only a file's path is looked into; a mapping is taken as it is.
 
     Raises:
-        ValueError: there is no such file, it is not JSON, or JSON of something else than settings.
+        ValueError: there is no such file, it is not JSON, or JSON of something else than settings; or what it says of
+            ZeRO is nothing that DeepSpeed knows.
     """
-    if not isinstance(setting, str) or setting.lstrip().startswith("{"):
+    if setting is None or isinstance(setting, Mapping):
+        _check_zero(setting or {}, "given")
+        return
+    if not isinstance(setting, str):
+        raise ValueError(f"deepspeed is {setting!r}; it takes a JSON file, such as configs/deepspeed/zero2.json")
+    if setting.lstrip().startswith("{"):
+        try:
+            _check_zero(json.loads(setting), "given")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"deepspeed is {setting!r}, which is no JSON: {error}") from error
         return
     try:
         content = json.loads(Path(setting).read_text(encoding="utf-8"))
@@ -38,6 +48,21 @@ def check_deepspeed_file(setting: object) -> None:
         raise ValueError(f"DeepSpeed's settings {setting} are not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"DeepSpeed's settings {setting} are JSON, but not a mapping of settings")
+    _check_zero(content, setting)
+
+
+def _check_zero(settings: Mapping[str, object], where: str) -> None:
+    zero = settings.get("zero_optimization", {})
+    if not isinstance(zero, Mapping):
+        raise ValueError(f"DeepSpeed's settings {where}: zero_optimization is {zero!r}; it must be a mapping")
+    if not zero:
+        return
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # takes seconds, and only these settings need it
+
+    try:
+        DeepSpeedZeroConfig(**{name: value for name, value in zero.items() if value != "auto"})
+    except ValueError as error:
+        raise ValueError(f"DeepSpeed's settings {where}: {' '.join(str(error).split())}") from error
 
 
 def check_training_arguments(args: TrainingArguments) -> None:
@@ -48,10 +73,11 @@ def check_training_arguments(args: TrainingArguments) -> None:
         ValueError: a logger that is not installed; a rate, a beta or an option that the optimizer or the schedule does
             not take; settings of DeepSpeed's that contradict these.
     """
-    installed = sorted({*get_available_reporting_integrations(), "none"})
+    installed = sorted(get_available_reporting_integrations())
     for name in [args.report_to] if isinstance(args.report_to, str) else args.report_to or []:
         if name not in installed:
-            raise ValueError(f"report_to names {name!r}, which is not installed; what is: {', '.join(installed)}")
+            there = ", ".join(installed)
+            raise ValueError(f"report_to names {name!r}, which is not installed; what is: {there}; or none")
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon"):
         value = getattr(args, name)
         if value is not None and not 0 <= value < math.inf:
@@ -59,8 +85,6 @@ def check_training_arguments(args: TrainingArguments) -> None:
     if mismatches := getattr(getattr(args, "hf_deepspeed_config", None), "mismatches", None):
         what = "; ".join(mismatch.strip().removeprefix("- ") for mismatch in mismatches)
         raise ValueError(f'DeepSpeed\'s settings contradict the others: {what}; write "auto" there')
-    if args.optim_target_modules:  # such an optimizer looks for them in the model
-        return
     number = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(()))])
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args, number)
@@ -73,6 +97,8 @@ def check_training_arguments(args: TrainingArguments) -> None:
             scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
         )
     except (ValueError, TypeError, KeyError, ImportError) as error:
+        if args.optim_target_modules and isinstance(error, ValueError):  # it looks for them in the model
+            return
         raise ValueError(
             f"no optimizer can be made of these settings: {error} (optim {getattr(args.optim, 'value', args.optim)}, "
             f"optim_args {args.optim_args}, learning_rate {args.learning_rate}, adam_beta1 {args.adam_beta1}, "

@@ -10,7 +10,7 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from reward.draw import to_array
-from rl.checkpoints import LOGS, explained
+from rl.checkpoints import LOGS, explained, forget_before
 
 if TYPE_CHECKING:
     from rl.policy_trainer import PolicyTrainer
@@ -134,6 +134,14 @@ class EvaluationsBeforeCheckpoints(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         control.should_evaluate = False
+
+
+class ForgetTheRunBefore(TrainerCallback):
+    """Deletes what an earlier run left in the folder when this one has made its first update."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.should_save:
+            forget_before(args.output_dir)
 
 
 class AverageWeights(TrainerCallback):

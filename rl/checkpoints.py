@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 MARKER = "complete.json"
 RUN_CONFIG = "run_config.json"
 BESIDE = ".incomplete"
+BEFORE = ".before"  # what an earlier run left, until the one that takes its place has made an update
 LOGS = "runs"
 SAMPLES = "samples"
 REPLACED, ABANDONED = ".replaced", ".abandoned"  # behind the name of a checkpoint that is one no more
@@ -299,7 +300,7 @@ def check_output_dir(
 
     Raises:
         ValueError: the folder holds a run of other settings (they are listed), or results of the same ones, and neither
-            `overwrite` nor `resume` is set; or both are.
+            `overwrite` nor `resume` is set; or both are; or it is no run's, but holds files of the names of theirs.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
@@ -308,8 +309,14 @@ def check_output_dir(
         raise ValueError(_BOTH)
     remedy = "give another --output_dir, --resume_from_checkpoint latest to go on, or --overwrite_output_dir"
     if not (folder / RUN_CONFIG).is_file():
-        if complete_checkpoints(folder) and not (overwrite or resume):
-            raise ValueError(f"output_dir {folder} holds checkpoints of another run; {remedy}")
+        if complete_checkpoints(folder):
+            if not (overwrite or resume):
+                raise ValueError(f"output_dir {folder} holds checkpoints of another run; {remedy}")
+        elif found := [name for name in (*RESULTS, *FOLDERS) if (folder / name).exists()]:
+            raise ValueError(
+                f"output_dir {folder} is no run's, but holds {', '.join(found)}, which a run would write over; "
+                "give another --output_dir"
+            )
         return
     changed = _changed(folder, config)
     if resume:
@@ -345,28 +352,69 @@ def check_writable(output_dir: str | Path) -> None:
 def claim_output_dir(output_dir: str | Path, config: Mapping[str, Any], resume: bool) -> None:
     """Make `output_dir` this run's and note its settings there in run_config.json; for after `check_output_dir`.
 
-    Unless `resume` is set, what an earlier run left there is deleted (only what runs write; other files stay): call it
-    when everything that can be wrong with the new run has been looked at.
+    Unless `resume` is set, what an earlier run left there is set aside (only what runs write; other files stay), until
+    `forget_before` deletes it or `restore_before` brings it back.
     """
     folder = Path(output_dir)
-    if not resume and ((folder / RUN_CONFIG).is_file() or complete_checkpoints(folder)):
-        _clear(folder)
-    with explained(f"to the output folder {folder}", folder), written_beside(folder) as beside:
-        (folder / FINISHED).unlink(missing_ok=True)
-        (beside / RUN_CONFIG).write_text(json.dumps(_as_json(config), indent=2, sort_keys=True), encoding="utf-8")
+    with explained(f"to the output folder {folder}", folder):
+        if resume:
+            forget_before(folder)
+            _keep_copies(folder, (RUN_CONFIG, FINISHED))
+        elif complete_checkpoints(folder) or any((folder / name).exists() for name in RESULTS):
+            _set_aside(folder)
+        elif (folder / RUN_CONFIG).is_file():  # begun, and nothing else
+            _clear(folder)
+        with written_beside(folder) as beside:
+            (folder / FINISHED).unlink(missing_ok=True)
+            (beside / RUN_CONFIG).write_text(json.dumps(_as_json(config), indent=2, sort_keys=True), encoding="utf-8")
+
+
+def restore_before(output_dir: str | Path) -> None:
+    """Bring back what `claim_output_dir` set aside, in place of what the new run, which failed, left instead."""
+    folder = Path(output_dir)
+    for kept in sorted((folder / BEFORE).glob("*")):
+        place = folder / kept.name
+        shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+        os.replace(kept, place)
+    forget_before(folder)
+
+
+def forget_before(output_dir: str | Path) -> None:
+    """Delete what was set aside, as the new run has something to show for itself."""
+    shutil.rmtree(Path(output_dir) / BEFORE, ignore_errors=True)
+
+
+def _set_aside(folder: Path) -> None:
+    (folder / BEFORE).mkdir(exist_ok=True)
+    for path in _written(folder):
+        place = folder / BEFORE / path.name
+        shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+        os.replace(path, place)
+
+
+def _keep_copies(folder: Path, names: Iterable[str]) -> None:
+    (folder / BEFORE).mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (folder / name).is_file():
+            shutil.copy2(folder / name, folder / BEFORE / name)
 
 
 def mark_finished(output_dir: str | Path, updates: int) -> None:
     """Note that the run in `output_dir` has ended after so many updates, with all that it writes."""
     with explained(f"to the output folder {output_dir}", output_dir), written_beside(Path(output_dir)) as beside:
         (beside / FINISHED).write_text(json.dumps({"updates": updates}), encoding="utf-8")
+    forget_before(output_dir)
 
 
 def _changed(folder: Path, config: Mapping[str, Any]) -> list[str]:
     """The settings of the run in `folder` that `config` has other values of; none where it left no run_config.json."""
     if not (folder / RUN_CONFIG).is_file():
         return []
-    return differing_keys(json.loads((folder / RUN_CONFIG).read_text(encoding="utf-8")), _as_json(config))
+    try:
+        before = dict(json.loads((folder / RUN_CONFIG).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        return [f"{RUN_CONFIG} cannot be read: {error}"]
+    return differing_keys(before, _as_json(config))
 
 
 def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -380,10 +428,13 @@ def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _clear(folder: Path) -> None:
-    for path in folder.glob("checkpoint-*"):
+    for path in _written(folder):
+        discard(path) if path.is_dir() else path.unlink()
+
+
+def _written(folder: Path) -> Iterator[Path]:
+    """What runs write into their folder and is there; run_config.json, which says whose it is, last."""
+    for path in sorted(folder.glob("checkpoint-*")):
         if re.fullmatch(rf"checkpoint-\d+({re.escape(REPLACED)}|{re.escape(ABANDONED)})?", path.name):
-            discard(path)
-    for name in FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (*RESULTS, RUN_CONFIG):
-        (folder / name).unlink(missing_ok=True)
+            yield path
+    yield from (folder / name for name in (*FOLDERS, *RESULTS, RUN_CONFIG) if (folder / name).exists())

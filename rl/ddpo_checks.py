@@ -1,6 +1,7 @@
 """What may be wrong with the settings of a DDPO run, one message each; and settings that have no effect."""
 
 import logging
+import math
 from typing import TYPE_CHECKING
 
 from rl.adapter import require
@@ -49,7 +50,7 @@ def check_ranges(args: "DDPOConfig") -> None:
     ):
         value = getattr(args, name)
         require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
-    require(args.beta >= 0, f"beta is {args.beta}; it must not be negative")
+    require(0 <= args.beta < math.inf, f"beta is {args.beta}; it must be a number from 0 on")
     require(
         not args.auto_find_batch_size,
         "auto_find_batch_size would break up groups; set a smaller per_device_train_batch_size instead",

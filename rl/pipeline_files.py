@@ -4,10 +4,13 @@ diffusers and transformers say too little: a tokenizer without its vocabulary lo
 prompt alike; weights that are cut off end in an error that does not name their file.
 """
 
+import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
+_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 _VOCABULARY = ("tokenizer.json",), ("vocab.json", "merges.txt")
 
 
@@ -43,13 +46,22 @@ def check_weight_files(folder: Path, pipeline: str) -> None:
     Raises:
         ValueError: names the folder or the file.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        others = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".ckpt", ".pt", ".pth"))
-        found = f"only {', '.join(others)}, which is not read as it may hold code" if others else "no weights"
+    name = f"{'model' if folder.name.startswith('text_encoder') else 'diffusion_pytorch_model'}.safetensors"
+    index = folder / f"{name}.index.json"
+    if (folder / name).is_file():
+        files = [folder / name]
+    elif index.is_file():
+        try:
+            parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            files = [folder / part for part in sorted(set(parts))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is no list of a model's files; fetch or save it again") from error
+    else:
+        others = sorted(file.name for file in folder.iterdir() if file.suffix in _WEIGHTS)
+        found = f"only {', '.join(others)}" if others else "no weights"
         raise ValueError(
             f"the pipeline {pipeline} lacks the weights of its part `{folder.name}`: {folder} holds {found}; what is "
-            "wanted is a file .safetensors, as `save_pretrained` writes it"
+            f"wanted is {name}, as `save_pretrained` writes it (other formats are not read: they may hold code)"
         )
     for file in files:
         try:
@@ -57,3 +69,17 @@ def check_weight_files(folder: Path, pipeline: str) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is no whole safetensors file ({error}); fetch or save it again") from error
+
+
+def check_loaded(model: torch.nn.Module, part: str, pipeline: str) -> None:
+    """Complain about a loaded model that its files lack weights of, or whose weights are not all numbers: else a policy
+    would seem to have diverged.
+
+    Raises:
+        ValueError: names the part and the first such weight.
+    """
+    for name, weight in model.named_parameters():
+        if weight.is_meta:  # diffusers leaves them there
+            raise ValueError(f"the files of the pipeline {pipeline} lack weights of its part `{part}`: {name}")
+        if not weight.isfinite().all():
+            raise ValueError(f"weights of the part `{part}` of the pipeline {pipeline} are not finite: {name}")

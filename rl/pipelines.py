@@ -11,12 +11,12 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+import transformers
+from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-from safetensors import SafetensorError
 
-from rl.pipeline_files import check_tokenizer, check_tokenizer_files, check_weight_files
+from rl.pipeline_files import check_loaded, check_tokenizer, check_tokenizer_files, check_weight_files
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ def check_pipeline_folder(path: str, families: Mapping[str, Family] = FAMILIES) 
         config = folder / part / _config_name(part)
         if not config.is_file():
             raise ValueError(f"the pipeline {path} lacks its part `{part}`: no file {config}")
+        _read_json(config)
         if part.startswith("tokenizer"):
             check_tokenizer_files(folder / part, path)
         elif part != "scheduler":
@@ -147,6 +148,8 @@ def check_network(config: Mapping[str, Any], path: str, family: Family) -> None:
         ValueError: it wants more than latents (inpainting, image editing) or the guidance scale (distilled networks).
     """
     channels, out_channels = config.get("in_channels", 4), config.get("out_channels", 4)
+    if not all(isinstance(count, int) for count in (channels, out_channels)):
+        raise ValueError(f"the config of {path}'s U-Net has in_channels {channels!r} and out_channels {out_channels!r}")
     if channels - out_channels not in family.more_channels:
         works = " or ".join(str(out_channels + more) for more in family.more_channels)
         raise ValueError(
@@ -179,16 +182,21 @@ def load_pipeline(
             `check_pipeline_folder`.
     """
     check_pipeline_folder(path, families)
-    family = _family(_read_json(_pipeline_file(path, "model_index.json")), path, families)
+    index = _read_json(_pipeline_file(path, "model_index.json"))
+    family = _family(index, path, families)
     try:
+        texts = {part: _load_text_encoder(path, part, index, dtype) for part in family.text_encoders}
         pipeline = family.pipeline.from_pretrained(
             path,
             dtype={"default": dtype, "unet": unet_dtype or dtype},
             use_safetensors=True,  # never a pickle, which may hold code
+            **texts,
             **family.left_out,
         )
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except Exception as error:  # diffusers, transformers, tokenizers and torch have no common one
         raise ValueError(f"cannot load the Stable Diffusion pipeline {path}: {error}") from error
+    for part in ("unet", "vae", *family.text_encoders):
+        check_loaded(getattr(pipeline, part), part, path)
     check_network(pipeline.unet.config, path, family)
     for part in family.parts:
         if part.startswith("tokenizer"):
@@ -196,6 +204,19 @@ def load_pipeline(
     if family.is_xl and pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
         pipeline.vae.to(torch.float32)
     return pipeline
+
+
+def _load_text_encoder(path: str, part: str, index: Mapping[str, Any], dtype: torch.dtype) -> torch.nn.Module:
+    """By itself, as diffusers would not say which weights of it are not there: transformers draws them at random."""
+    kind = getattr(transformers, index[part][1])
+    encoder, told = kind.from_pretrained(
+        path, subfolder=part, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    if missing := sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}):
+        raise ValueError(
+            f"its files lack weights of its part `{part}`: {', '.join(missing[:3])} ({len(missing)} in all)"
+        )
+    return encoder
 
 
 def load_scheduler(path: str):
@@ -209,11 +230,15 @@ def load_scheduler(path: str):
     check_pipeline_folder(path)
     index = _read_json(_pipeline_file(path, "model_index.json"))
     _family(index, path, FAMILIES)
-    name = str((index.get("scheduler") or [None])[-1])
-    if not hasattr(diffusers, name):
-        raise ValueError(f"the pipeline {path} has the scheduler {name}, which diffusers does not know")
+    named = index.get("scheduler")
+    name = str(named[-1] if isinstance(named, list) and named else named)
+    if not issubclass(getattr(diffusers, name, object), SchedulerMixin):
+        raise ValueError(f"the pipeline {path} has the scheduler {name}, which diffusers does not know as one")
     config = _read_json(_pipeline_file(path, "scheduler/scheduler_config.json"))
-    return getattr(diffusers, name).from_config(config)
+    try:
+        return getattr(diffusers, name).from_config(config)
+    except Exception as error:  # whatever its arithmetic stumbles over
+        raise ValueError(f"the scheduler of the pipeline {path} cannot be made of its config: {error}") from error
 
 
 def family_of(pipeline: DiffusionPipeline) -> Family:
@@ -250,7 +275,7 @@ def time_ids(
 
 def _family(index: Mapping[str, Any], path: str, families: Mapping[str, Family]) -> Family:
     name = index.get("_class_name")
-    if name not in families:
+    if not isinstance(name, str) or name not in families:
         known = ", ".join(f"{known} ({family.name})" for known, family in families.items())
         raise ValueError(f"{path} is a {name}; what works here is {known}")
     return families[name]
@@ -278,6 +303,9 @@ def _config_name(part: str) -> str:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is JSON, but not a mapping of settings")
+    return content

@@ -49,6 +49,8 @@ class PictureSize:
     target_size: Sequence[int] | None = None
 
     def __post_init__(self):
+        if self.resolution is not None and self.resolution < 1:
+            raise ValueError(f"resolution is {self.resolution}; it must be at least 1 pixel, e.g. 512")
         for name in ("original_size", "crops_coords_top_left", "target_size"):
             value = getattr(self, name)
             if value is not None and (len(value) != 2 or min(value) < 0):

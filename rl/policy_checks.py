@@ -25,10 +25,10 @@ LR_SCHEDULES = tuple(
 
 
 _OF_LABELS = (
-    "label_smoothing_factor", "label_names", "neftune_noise_alpha", "include_num_input_tokens_seen",
+    "label_smoothing_factor", "label_names", "include_num_input_tokens_seen",
     "prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches",
     "eval_use_gather_object", "eval_accumulation_steps", "bf16_full_eval", "fp16_full_eval", "metric_for_best_model",
-    "greater_is_better", "use_liger_kernel", "liger_kernel_config", "use_cache", "remove_unused_columns",
+    "greater_is_better", "liger_kernel_config", "use_cache", "remove_unused_columns",
 )  # fmt: skip
 """Trainer's settings for language models, and for losses on labels and what is made of them."""
 
@@ -64,6 +64,10 @@ def check_engine(args: "PolicyConfig") -> None:
         not args.torch_compile,
         "torch_compile would compile the whole network as one, and for the training only; use torch_compile_unet, "
         "which compiles its transformer blocks, for the evaluation too, and in less time",
+    )
+    require(
+        args.neftune_noise_alpha is None and not args.use_liger_kernel,
+        "neftune_noise_alpha and use_liger_kernel are for language models; leave them out",
     )
     require(
         not args.save_only_model,
@@ -114,6 +118,8 @@ def check_policy_ranges(args: "PolicyConfig") -> None:
         args.max_train_seconds is None or args.max_train_seconds > 0,
         f"max_train_seconds is {args.max_train_seconds}; it must be above 0",
     )
+    require(0 <= args.seed < 2**32, f"seed is {args.seed}; it must lie between 0 and 2**32 - 1")
+    require(bool(args.output_dir), "output_dir is empty; name a folder")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         require(getattr(args, name) >= 1, f"{name} is {getattr(args, name)}; it must be at least 1")
     require(

@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from rl.callbacks import (
     AverageWeights,
     EvaluationsBeforeCheckpoints,
+    ForgetTheRunBefore,
     ResumedLogs,
     RewardProgress,
     RunCurves,
@@ -91,6 +92,7 @@ class PolicyTrainer(ResumableTrainer):
         prompts = None if eval_on is None else list(eval_on.prompts)
         super().__init__(plan, watch, model=policy.network, args=args, eval_dataset=prompts, callbacks=callbacks)
         policy.to(args.device)
+        self.add_callback(ForgetTheRunBefore)
         self.add_callback(EvaluationsBeforeCheckpoints(self))
         self.add_callback(ResumedLogs(self))
         self.add_callback(StopWhenOutOfTime(self))
@@ -287,6 +289,11 @@ class PolicyTrainer(ResumableTrainer):
 
     def _load_average(self, state: RunState) -> None:
         if self.average is not None:
+            if "average_updates" not in state.facts:
+                raise ValueError(
+                    f"ema_decay is {self.args.ema_decay}, but the checkpoint was made without it, and holds no average "
+                    "to go on with; leave it out"
+                )
             self.average.optimization_step = state.facts["average_updates"]
             for place, weight in enumerate(self.average.shadow_params):
                 weight.copy_(state.part("average")[str(place)])

@@ -13,10 +13,12 @@ from transformers import Trainer
 
 from rl.checkpoints import (
     BESIDE,
+    MARKER,
     abandon_later,
     check_intact,
     discard_later_samples,
     explained,
+    forget_before,
     publish,
     read_marker,
     resolve_checkpoint,
@@ -149,6 +151,13 @@ class ResumableTrainer(Trainer):
         """Complain if the updates made before `checkpoint` are no whole number of this run's rollouts, or another one
         than it counted."""
         marker = read_marker(checkpoint)
+        if missing := {"rollouts", "global_step"} - set(marker):
+            raise ValueError(f"{checkpoint} is no checkpoint of this trainer: {MARKER} lacks {', '.join(missing)}")
+        if (optimizer := marker.get("optim", self.args.optim)) != self.args.optim:
+            raise ValueError(
+                f"{checkpoint} holds the state of the optimizer {optimizer}, but optim is {self.args.optim.value}; "
+                "give it the value it had"
+            )
         if marker["rollouts"] * self.plan.updates != marker["global_step"]:
             raise ValueError(
                 f"{checkpoint} was made by {marker['global_step']} updates in {marker['rollouts']} rollouts, but with "
@@ -199,6 +208,7 @@ class ResumableTrainer(Trainer):
             "global_step": self.state.global_step,
             "rollouts": self.state.global_step // self.plan.updates,
             "engine": self._engine(),
+            "optim": self.args.optim,
             "unlogged": gather_object([self._unlogged()]),
             "seconds": dict(self.clock.seconds),
             **dict(zip(("train_seconds", "processor_seconds"), self._elapsed(), strict=True)),
@@ -214,6 +224,7 @@ class ResumableTrainer(Trainer):
                     beside = Path(self._run_dir) / place.name
                     self._boundary_state().write(beside)
                     publish(beside, place, sealed(marker, beside))
+                    forget_before(self.args.output_dir)
                     rotate(self.args.output_dir, self.args.save_total_limit, self.best_checkpoint)
             self._saved_step = self.state.global_step
         finally:

@@ -1,6 +1,7 @@
 """Settings that Trainer would stumble over as it begins to train, refused before."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +26,8 @@ def arguments(tmp_path, **changes) -> TrainingArguments:
         ({"adam_beta2": 2.0}, r"Invalid beta parameter at index 1: 2.0 .*adam_beta2 2.0"),
         ({"optim_args": "x"}, r"no optimizer can be made of these settings: .*optim_args x"),
         ({"lr_scheduler_kwargs": {"x": 1}}, r"unexpected keyword argument 'x' .*lr_scheduler_kwargs {'x': 1}"),
-        ({"report_to": "no_such"}, "report_to names 'no_such', which is not installed; what is: none, tensorboard"),
+        ({"optim": "apollo_adamw", "optim_target_modules": "attn"}, "no optimizer can be made .*apollo"),
+        ({"report_to": "no_such"}, "report_to names 'no_such', which is not installed; what is: tensorboard; or none"),
     ],
 )
 def test_what_trainer_would_stumble_over_is_refused(tmp_path, changes, said):
@@ -56,6 +58,9 @@ def test_what_trainer_takes_is_taken(tmp_path, changes):
         (b'{"zero_optimization": ', "zero.json are not JSON: Expecting value"),
         (b"\xff\xfe", "zero.json are not JSON"),
         (b"[1]", "zero.json are JSON, but not a mapping"),
+        (b'{"zero_optimization": 5}', "zero.json: zero_optimization is 5; it must be a mapping"),
+        (b'{"zero_optimization": {"stage": 7}}', "zero.json: .*stage"),
+        (b'{"zero_optimization": {"stage": 2, "no_such": 1}}', "zero.json: .*no_such"),
     ],
 )
 def test_a_file_of_deepspeeds_settings_is_looked_into_first(tmp_path, content, said):
@@ -66,10 +71,18 @@ def test_a_file_of_deepspeeds_settings_is_looked_into_first(tmp_path, content, s
         check_deepspeed_file(str(file))
 
 
-def test_settings_of_deepspeed_that_are_none_pass(tmp_path):
-    file = tmp_path / "zero.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    for setting in (None, str(file), {"zero_optimization": {"stage": 2}}, '{"zero_optimization": {"stage": 2}}'):
+def test_settings_of_deepspeed_in_every_form_pass():
+    whole = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "train_batch_size": "auto"}
+    for setting in (None, {}, whole, json.dumps(whole), *map(str, Path("configs/deepspeed").glob("*.json"))):
+        check_deepspeed_file(setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [(5, "deepspeed is 5"), ([1], r"deepspeed is \[1\]"), ("{bad", "deepspeed is '{bad', which is no JSON")],
+)
+def test_settings_of_deepspeed_that_are_none(setting, said):
+    with pytest.raises(ValueError, match=said):
         check_deepspeed_file(setting)
 
 

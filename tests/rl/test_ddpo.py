@@ -271,6 +271,19 @@ def test_resuming_with_other_rollouts_is_refused(make_trainer, changes):
         make_trainer(**changes).train(resume_from_checkpoint="latest")
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"optim": "sgd"}, "holds the state of the optimizer adamw_torch.*, but optim is sgd"),
+        ({"ema_decay": 0.9}, "ema_decay is 0.9, but the checkpoint was made without it"),
+    ],
+)
+def test_resuming_with_what_the_checkpoint_lacks_is_refused(make_trainer, changes, said):
+    make_trainer(num_train_epochs=1).train()
+    with pytest.raises(ValueError, match=said):
+        make_trainer(num_train_epochs=2, **changes).train(resume_from_checkpoint="latest")
+
+
 def test_resumed_run_saves_and_logs_as_often_as_it_says_itself(make_trainer):
     settings = {"save_strategy": "steps", "save_total_limit": None}
     make_trainer(num_train_epochs=2, save_steps=1, **settings).train()

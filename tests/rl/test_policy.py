@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from rl.policy import StableDiffusionPolicy
 from rl.rollout import keyed_noise, sample
@@ -162,7 +163,47 @@ def test_missing_and_torn_weights_are_named(copied, part):
     with pytest.raises(ValueError, match=f"lacks the weights of its part `{part}`: .* holds no weights"):
         load(str(copied))
     (copied / part / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(ValueError, match=r"only pytorch_model.bin, which is not read"):
+    with pytest.raises(ValueError, match=r"holds only pytorch_model.bin; what is wanted is .*\.safetensors"):
+        load(str(copied))
+
+
+def stored(part):
+    (file,) = part.glob("*.safetensors")
+    return file, load_file(file)
+
+
+def test_weights_that_are_not_there_are_not_drawn_at_random(copied):
+    for part in ("text_encoder", "unet", "vae"):
+        file, weights = stored(copied / part)
+        lost = sorted(weights)[0]
+        save_file({name: weight for name, weight in weights.items() if name != lost}, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=f"lack weights of its part `{part}`: {lost}"):
+            load(str(copied))
+        save_file(weights, file, {"format": "pt"})
+    load(str(copied))
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+def test_weights_that_are_no_numbers_are_named(copied, part):
+    file, weights = stored(copied / part)
+    name = sorted(weights)[0]
+    save_file({**weights, name: torch.full_like(weights[name], float("nan"))}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"weights of the part `{part}` .* are not finite: {name}"):
+        load(str(copied))
+
+
+def test_files_that_nobody_reads_may_be_what_they_like(copied):
+    for part in ("text_encoder", "unet", "vae"):
+        file, _ = stored(copied / part)
+        file.with_suffix(".fp16.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+        (copied / part / "pytorch_model.bin").write_bytes(b"pickle")
+    load(str(copied))
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_files_of_settings_that_hold_none_are_named(copied, file):
+    (copied / file).write_text("[1]")
+    with pytest.raises(ValueError, match=f"{file} is JSON, but not a mapping"):
         load(str(copied))
 
 

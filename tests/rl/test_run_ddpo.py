@@ -334,6 +334,10 @@ def test_settings_of_an_evaluation_without_prompts_are_warned_about(changes, cap
         ["--warmup_steps", "-3"],
         ["--report_to", "no_such_logger"],
         ["--deepspeed", "nowhere.json"],
+        ["--neftune_noise_alpha", "5"],
+        ["--resolution", "0"],
+        ["--reward_kwargs", '{"nan_after": 1}'],
+        ["--max_grad_norm", "nan"],
     ],
 )
 def test_a_run_that_cannot_start_deletes_nothing_of_the_one_before(config, tmp_path, flags):

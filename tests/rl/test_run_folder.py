@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from rl.checkpoints import (
+    BEFORE,
     BESIDE,
     FINISHED,
     MARKER,
@@ -16,11 +17,13 @@ from rl.checkpoints import (
     claim_output_dir,
     complete_checkpoints,
     discard,
+    forget_before,
     is_complete,
     mark_finished,
     plan_start,
     publish,
     resolve_checkpoint,
+    restore_before,
     rotate,
     written_beside,
 )
@@ -134,6 +137,8 @@ def test_a_checkpoint_that_is_half_deleted_is_not_whole(tmp_path, monkeypatch, h
         doomed = tmp_path / "checkpoint-3.replaced"
     else:
         claim(tmp_path, {"seed": 1}, overwrite=True)
+        assert not complete_checkpoints(tmp_path)
+        return
     assert doomed.is_dir()
     assert not is_complete(doomed)
 
@@ -191,14 +196,68 @@ def test_files_arrive_together_or_not_at_all(tmp_path):
 
 
 def test_files_of_others_are_never_deleted(tmp_path):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/mine").write_text("keep")
     (tmp_path / "notes.txt").write_text("keep")
     claim(tmp_path, {"seed": 1}, overwrite=True)
-    assert (tmp_path / "runs/mine").exists()
     claim(tmp_path, {"seed": 2}, overwrite=True)
     assert (tmp_path / "notes.txt").exists()
     assert (tmp_path / RUN_CONFIG).exists()
+
+
+@pytest.mark.parametrize("name", ["unet", "scheduler", "samples", "README.md"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_no_runs_and_holds_what_runs_write_is_refused(tmp_path, name, overwrite):
+    """Such as the base model's own."""
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=rf"is no run's, but holds {name}, which a run would write over"):
+        claim(tmp_path, {"seed": 1}, overwrite=overwrite)
+
+
+def everything(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_overwritten_comes_back_until_it_is_forgotten(tmp_path):
+    claim(tmp_path, {"seed": 1})
+    checkpoint(tmp_path, 3)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/events", "summary.json", "notes.txt"):
+        (tmp_path / name).write_text("old")
+    before = everything(tmp_path)
+    for _ in range(2):  # the second time the first attempt's remains are there too, as after a kill
+        claim(tmp_path, {"seed": 2}, overwrite=True)
+        assert not complete_checkpoints(tmp_path)
+        assert json.loads((tmp_path / RUN_CONFIG).read_text()) == {"seed": 2}
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/others").write_text("new")
+    restore_before(tmp_path)
+    assert everything(tmp_path) == before
+    claim(tmp_path, {"seed": 2}, overwrite=True)
+    forget_before(tmp_path)
+    restore_before(tmp_path)
+    assert everything(tmp_path).keys() == {RUN_CONFIG, "notes.txt"}
+
+
+def test_a_run_that_goes_on_in_vain_leaves_its_settings_as_they_were(tmp_path):
+    claim(tmp_path, {"seed": 1})
+    checkpoint(tmp_path, 3)
+    mark_finished(tmp_path, 3)
+    before = everything(tmp_path)
+    claim(tmp_path, {"seed": 1, "lora_rank": 4}, resume=True)
+    assert not (tmp_path / FINISHED).exists()
+    restore_before(tmp_path)
+    assert everything(tmp_path) == before
+    claim(tmp_path, {"seed": 1, "num_train_epochs": 9}, resume=True)
+    mark_finished(tmp_path, 9)
+    assert everything(tmp_path).keys() == before.keys()
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "5"])
+def test_settings_of_a_run_that_cannot_be_read_are_settings_that_differ(tmp_path, content):
+    (tmp_path / RUN_CONFIG).write_text(content)
+    with pytest.raises(ValueError, match=r"holds a run of other settings .run_config.json cannot be read"):
+        claim(tmp_path, {"seed": 1})
+    claim(tmp_path, {"seed": 1}, overwrite=True)
+    assert json.loads((tmp_path / RUN_CONFIG).read_text()) == {"seed": 1}
 
 
 def test_checkpoints_without_a_config_are_somebody_elses(tmp_path):
@@ -223,7 +282,7 @@ def test_auto_starts_goes_on_and_stops_with_the_same_command(tmp_path):
     (folder / "pytorch_lora_weights.safetensors").write_text("")
     assert plan_start("auto", folder, {"seed": 1}, False) == Start(None, keep=False)
     claim_output_dir(folder, {"seed": 1}, resume=False)
-    assert {path.name for path in folder.iterdir()} == {RUN_CONFIG}
+    assert {path.name for path in folder.iterdir()} == {RUN_CONFIG, BEFORE}
     for step in (3, 4):
         checkpoint(folder, step)
     assert plan_start("AUTO", folder, {"seed": 1}, False) == Start(folder / "checkpoint-4", keep=True)
