@@ -185,9 +185,12 @@ def load_pipeline(
     index = _read_json(_pipeline_file(path, "model_index.json"))
     family = _family(index, path, families)
     try:
-        texts = {part: _load_text_encoder(path, part, index, dtype) for part in family.text_encoders}
+        folder = path
+        if not Path(path).exists():
+            folder = family.pipeline.download(path, use_safetensors=True, **family.left_out)
+        texts = {part: _load_text_encoder(Path(folder) / part, index[part][1], dtype) for part in family.text_encoders}
         pipeline = family.pipeline.from_pretrained(
-            path,
+            folder,
             dtype={"default": dtype, "unet": unet_dtype or dtype},
             use_safetensors=True,  # never a pickle, which may hold code
             **texts,
@@ -206,15 +209,14 @@ def load_pipeline(
     return pipeline
 
 
-def _load_text_encoder(path: str, part: str, index: Mapping[str, Any], dtype: torch.dtype) -> torch.nn.Module:
+def _load_text_encoder(folder: Path, kind: str, dtype: torch.dtype) -> torch.nn.Module:
     """By itself, as diffusers would not say which weights of it are not there: transformers draws them at random."""
-    kind = getattr(transformers, index[part][1])
-    encoder, told = kind.from_pretrained(
-        path, subfolder=part, dtype=dtype, use_safetensors=True, output_loading_info=True
+    encoder, told = getattr(transformers, kind).from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, output_loading_info=True
     )
     if missing := sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}):
         raise ValueError(
-            f"its files lack weights of its part `{part}`: {', '.join(missing[:3])} ({len(missing)} in all)"
+            f"its files lack weights of its part `{folder.name}`: {', '.join(missing[:3])} ({len(missing)} in all)"
         )
     return encoder
 
