@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from reward.augmentation import SIDED_WORDS, Augmentation
 from reward.feedback import HEATMAPS, SCORES
 from reward.model import check_options
-from reward.training_arguments import check_deepspeed_file, check_training_arguments
+from reward.training_arguments import check_deepspeed_settings, check_training_arguments
 
 LOSS_SETTINGS = ("score_loss_weight", "heatmap_loss_weight", "word_loss_weight", "heatmap_positive_weight")
 """Settings that go into the model's config, where the loss is computed."""
@@ -146,7 +146,7 @@ class RahfTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self._check_best_metric()
-        check_deepspeed_file(self.deepspeed)
+        check_deepspeed_settings(self.deepspeed)
         super().__post_init__()
         self.label_names = ["scores", "heatmaps", "word_labels"]
         if self.remove_unused_columns:

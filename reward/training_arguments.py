@@ -16,11 +16,11 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 
-def check_deepspeed_file(setting: object) -> None:
-    """Complain about a file of DeepSpeed's settings, before anything of DeepSpeed is started.
+def check_deepspeed_settings(setting: object) -> None:
+    """Complain about DeepSpeed's settings, before anything of DeepSpeed is started.
 
     Args:
-        setting: `deepspeed` of `TrainingArguments`. Only a file's path is looked into; a mapping is taken as it is.
+        setting: `deepspeed` of `TrainingArguments`: a file's path, JSON, a mapping, or None.
 
     Raises:
         ValueError: there is no such file, it is not JSON, or JSON of something else than settings; or what it says of

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, TypeVar
 from diffusers import DDIMScheduler
 from transformers import TrainingArguments
 
-from reward.training_arguments import check_deepspeed_file, check_training_arguments
+from reward.training_arguments import check_deepspeed_settings, check_training_arguments
 from rl.adapter import DEFAULT_LORA_TARGETS, DEFAULT_TEXT_LORA_TARGETS, AdapterSettings, require
 from rl.engines import prepare_deepspeed_on_cpu
 from rl.memory import MemorySettings
@@ -215,7 +215,7 @@ class PolicyConfig(TrainingArguments):
             if getattr(self, name) is False:  # what YAML makes of a bare `no`
                 setattr(self, name, "no")
         check_names(self)
-        check_deepspeed_file(self.deepspeed)
+        check_deepspeed_settings(self.deepspeed)
         if self.deepspeed and self.use_cpu:
             prepare_deepspeed_on_cpu()
         super().__post_init__()

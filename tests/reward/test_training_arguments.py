@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from reward.arguments import ArgumentsError, parse_arguments
-from reward.training_arguments import check_deepspeed_file, check_training_arguments
+from reward.training_arguments import check_deepspeed_settings, check_training_arguments
 
 
 def arguments(tmp_path, **changes) -> TrainingArguments:
@@ -68,13 +68,13 @@ def test_a_file_of_deepspeeds_settings_is_looked_into_first(tmp_path, content, s
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(ValueError, match=said):
-        check_deepspeed_file(str(file))
+        check_deepspeed_settings(str(file))
 
 
 def test_settings_of_deepspeed_in_every_form_pass():
     whole = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "train_batch_size": "auto"}
     for setting in (None, {}, whole, json.dumps(whole), *map(str, Path("configs/deepspeed").glob("*.json"))):
-        check_deepspeed_file(setting)
+        check_deepspeed_settings(setting)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_settings_of_deepspeed_in_every_form_pass():
 )
 def test_settings_of_deepspeed_that_are_none(setting, said):
     with pytest.raises(ValueError, match=said):
-        check_deepspeed_file(setting)
+        check_deepspeed_settings(setting)
 
 
 def test_a_contradiction_with_deepspeeds_settings_is_named(tmp_path):
