@@ -20,13 +20,13 @@ def check_deepspeed_settings(setting: object) -> None:
     """Complain about DeepSpeed's settings, before anything of DeepSpeed is started.
 
     Args:
-        setting: `deepspeed` of `TrainingArguments`: a file's path, JSON, a mapping, or None.
+        setting: `deepspeed` of `TrainingArguments`: a file's path, JSON, a mapping; None or "" for none.
 
     Raises:
         ValueError: there is no such file, it is not JSON, or JSON of something else than settings; or what it says of
             ZeRO is nothing that DeepSpeed knows.
     """
-    if setting is None or isinstance(setting, Mapping):
+    if setting in (None, "") or isinstance(setting, Mapping):
         _check_zero(setting or {}, "given")
         return
     if not isinstance(setting, str):

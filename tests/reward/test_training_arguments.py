@@ -73,7 +73,7 @@ def test_a_file_of_deepspeeds_settings_is_looked_into_first(tmp_path, content, s
 
 def test_settings_of_deepspeed_in_every_form_pass():
     whole = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "train_batch_size": "auto"}
-    for setting in (None, {}, whole, json.dumps(whole), *map(str, Path("configs/deepspeed").glob("*.json"))):
+    for setting in (None, "", {}, whole, json.dumps(whole), *map(str, Path("configs/deepspeed").glob("*.json"))):
         check_deepspeed_settings(setting)
 
 
