@@ -220,7 +220,7 @@ class Build:
     def _draw(self, known: Path | None, folder: Path) -> None:
         """Draw pictures in Pick-a-Pic's format: by the generator's variants, or its policies' behind those `known`."""
         beside = Path(f"{folder}.part")
-        for name in dict.fromkeys(split.name for split in rated.SPLITS):
+        for name in rated.split_names():
             if (folder / f"{name}.parquet").exists():
                 continue
             rows = [] if known is None else list(rated.read_pictures(known / f"{name}.parquet"))

@@ -28,7 +28,7 @@ from reward.fresh_raters import SHARES
 from reward.records import encode_map
 from tinyworld.grammar import ASSETS
 from tinyworld.judge import judge
-from tinyworld.rated import SPLITS, read_pictures
+from tinyworld.rated import read_pictures, split_names
 from tinyworld.raters import FEWEST, ceiling
 from tinyworld.scenes import SIZE
 
@@ -58,7 +58,7 @@ class FreshRatersArguments:
     def __post_init__(self):
         if self.raters < FEWEST:
             raise ValueError(f"raters must be at least {FEWEST}, not {self.raters}: fewer are no ceiling")
-        known = list(dict.fromkeys(split.name for split in SPLITS))
+        known = split_names()
         if wrong := [name for name in self.splits if name not in known]:
             raise ValueError(f"no such splits: {', '.join(wrong)}; there are {', '.join(known)}")
         if missing := [name for name in self.splits if not (Path(self.pictures) / f"{name}.parquet").is_file()]:

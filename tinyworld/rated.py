@@ -138,7 +138,7 @@ def read_pictures(file: Path) -> Iterator[tuple[str, np.ndarray, str]]:
 
 def judge_all(pickapic: Path, folder: Path) -> None:
     """Keep the judge's verdicts on the pictures of every split: `folder`/<split>.parquet, for `rate_all`."""
-    for name in _names():
+    for name in split_names():
         _, pictures, captions = zip(*read_pictures(pickapic / f"{name}.parquet"), strict=True)
         with _workers() as pool:
             verdicts = list(pool.map(judge, pictures, captions, chunksize=64))
@@ -156,7 +156,7 @@ def rate_all(pickapic: Path, folder: Path, verdicts: Path | None = None) -> None
     """
     folder.mkdir(parents=True, exist_ok=True)
     held_out: dict[str, None] = {}
-    for name in _names():
+    for name in split_names():
         uids, pictures, captions = zip(*read_pictures(pickapic / f"{name}.parquet"), strict=True)
         known = None if verdicts is None else read_verdicts(verdicts / f"{name}.parquet", pictures, captions)
         with _workers() as pool:
@@ -167,7 +167,8 @@ def rate_all(pickapic: Path, folder: Path, verdicts: Path | None = None) -> None
     (folder / "held_out.txt").write_text("\n".join(held_out) + "\n")
 
 
-def _names() -> list[str]:
+def split_names() -> list[str]:
+    """In the order of `SPLITS`, each once."""
     return list(dict.fromkeys(split.name for split in SPLITS))
 
 

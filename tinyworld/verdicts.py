@@ -1,4 +1,4 @@
-"""The judge's verdicts on pictures, kept in a file: 70 bytes a picture in place of 20 ms of judging.
+"""The judge's verdicts on pictures, kept in a file: a megabyte in place of minutes of judging (`tinyworld.build`).
 
 Kept beside the rated pictures of the repository; a test compares some of them with the judge.
 """
