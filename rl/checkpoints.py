@@ -35,6 +35,7 @@ RESULTS = (
     *("summary.json", "evaluation.json", "before_after.png", "pytorch_lora_weights.safetensors", FINISHED),
     *("README.md", "curves.png"),
 )
+LASTING = (*RESULTS, "unet")  # what a run is for
 FOLDERS = (LOGS, SAMPLES, "scheduler", "unet", BESIDE)
 
 _LATEST, _AUTO = ("latest", "true", "yes", "1"), "auto"
@@ -326,7 +327,7 @@ def check_output_dir(
         raise ValueError(f"output_dir {folder} holds a run of other settings ({'; '.join(changed)}); {remedy}")
     elif overwrite or again:
         return
-    elif any((folder / name).exists() for name in (*RESULTS, "unet")):
+    elif any((folder / name).exists() for name in LASTING):
         raise ValueError(f"output_dir {folder} holds a finished run of the same settings; {remedy}")
     elif complete_checkpoints(folder):
         raise ValueError(f"output_dir {folder} holds an unfinished run of the same settings; {remedy}")
@@ -360,7 +361,7 @@ def claim_output_dir(output_dir: str | Path, config: Mapping[str, Any], resume: 
         if resume:
             forget_before(folder)
             _keep_copies(folder, (RUN_CONFIG, FINISHED))
-        elif complete_checkpoints(folder) or any((folder / name).exists() for name in RESULTS):
+        elif complete_checkpoints(folder) or any((folder / name).exists() for name in LASTING):
             _set_aside(folder)
         elif (folder / RUN_CONFIG).is_file():  # begun, and nothing else
             _clear(folder)

@@ -237,6 +237,16 @@ def test_what_is_overwritten_comes_back_until_it_is_forgotten(tmp_path):
     assert everything(tmp_path).keys() == {RUN_CONFIG, "notes.txt"}
 
 
+def test_a_whole_unet_without_anything_else_comes_back_too(tmp_path):
+    claim(tmp_path, {"seed": 1})
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet/weights").write_text("old")
+    before = everything(tmp_path)
+    claim(tmp_path, {"seed": 2}, overwrite=True)
+    restore_before(tmp_path)
+    assert everything(tmp_path) == before
+
+
 def test_a_run_that_goes_on_in_vain_leaves_its_settings_as_they_were(tmp_path):
     claim(tmp_path, {"seed": 1})
     checkpoint(tmp_path, 3)
