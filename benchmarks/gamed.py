@@ -5,16 +5,18 @@
 Trainings on rewards that are easy to game, and the demo's own, for 20 rollouts, as the sound one. Before every rollout
 a judge that no training sees looks at the policy on held-out prompts. What was measured of each rollout is then shown
 to `rl.watch`, with its default limits: at which rollout does the first monitor cross its limit, how much has the
-judge's score fallen by then, and when has it fallen by 0.05? A monitor that measures the very thing that is rewarded
-does not count, nor does a held-out reward, which many runs have not; both are given in rows of their own. No monitor
-may cross its limit in a sound training.
+judge's score fallen by then, and when has it fallen by 0.05? Asked of three runs: one that has nothing but its
+rollouts, one with a held-out reward, and one that is evaluated before every rollout too, on the 96 prompts that the
+judge looks at (as by `eval_strategy: epoch`). The held-out reward of JPEG sizes is the predictor, that of the others
+the judge itself. A monitor that measures the very thing that is rewarded does not count. No monitor may cross its limit
+in a sound training.
 
 The trainings are kept in `--work`, and replayed in seconds: change a limit in rl/watch.py, and start this again.
 """
 
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -94,31 +96,48 @@ class Trip:
     monitors: tuple[str, ...] = field(default=())
 
 
-def first_trip(
-    watched: Sequence[Mapping[str, float]],
-    ignored: Collection[str] = (),
-    limits: Mapping[str, float | None] | None = None,
-) -> Trip:
+WAYS = {
+    "by rollouts alone": {"held_out", "agreement", "evaluated"},
+    "with a held-out reward": {"evaluated"},
+    "with evaluations too": set(),
+}
+"""What a run has -> the monitors that it therefore lacks."""
+
+
+def shown(result: Result, watch: Watch) -> Iterator[tuple[int, dict[str, float]]]:
+    """Show a watch a training as the run itself would have: (rollout, what the watch makes of it), again and again.
+
+    The evaluation of the policy that draws a rollout comes before it; the last is of what the training leaves.
+    """
+    evaluated = dict(zip(result.rollouts.tolist(), result.evaluated, strict=True))
+    for rollout in range(int(result.rollouts[-1]) + 1):
+        if rollout in evaluated:
+            yield rollout, watch.observe_evaluation(evaluated[rollout])
+        if rollout < len(result.watched):
+            yield rollout, watch.observe(result.watched[rollout])
+
+
+def first_trip(result: Result, ignored: Collection[str] = (), limits: Mapping[str, float | None] | None = None) -> Trip:
     """What `Watch` would have said of a training.
 
     Args:
-        watched: what was measured of each rollout.
         ignored: monitors that do not count.
         limits: in place of the default ones.
     """
     watch = Watch({**(limits or {}), **dict.fromkeys(ignored)}, speaks=False)
-    for rollout, measured in enumerate(watched):
-        watch.observe(measured)
+    for rollout, _ in shown(result, watch):
         if watch.over:
             return Trip(rollout, tuple(watch.over))
     return Trip(None)
 
 
 def curves(result: Result) -> dict[str, list[float]]:
-    """Monitor -> its curve `watch/<name>`, a value a rollout; of those that were measured."""
-    watch = Watch({}, speaks=False)
-    found = [watch.observe(measured) for measured in result.watched]
-    return {name: [values[name] for values in found] for name in MONITORS if name in found[0]}
+    """Monitor -> its curve `watch/<name>`, a value a rollout, or an evaluation; of those that were measured."""
+    found: dict[str, list[float]] = {}
+    for _, values in shown(result, Watch({}, speaks=False)):
+        for name, value in values.items():
+            found.setdefault(name, []).append(value)
+    return found
 
 
 def nearest_to_limit(name: str, values: Sequence[float]) -> float:
@@ -146,37 +165,26 @@ def table(found: Mapping[Training, Result]) -> list[Row]:
     rows = []
     for name, game in GAMES.items():
         results = {training.seed: result for training, result in found.items() if training.name == name}
-        seen = []  # of the seeds that were gamed, or were said to be: elsewhere there was nothing to see
+        seen: dict[str, list[float]] = {}  # way -> of the seeds that were gamed, or were said to be
         for seed, result in results.items():
-            trips = {
-                "": first_trip(result.watched, {"held_out", *game.rewarded}),
-                ", what is rewarded counting": first_trip(result.watched, {"held_out"}) if game.rewarded else None,
-                ", the held-out reward alone": first_trip(result.watched, set(MONITORS) - {"held_out"}),
-            }
-            fallen, judged = first_fall(result), int(result.judge.shape[1])
-            last = int(result.rollouts[-1])
-            for which, trip in trips.items():
-                if trip is None:
-                    continue
-                said = ", ".join(trip.monitors) or "none"
+            judged, last, fallen = int(result.judge.shape[1]), int(result.rollouts[-1]), first_fall(result)
+            never = " (never)" if fallen is None else ""
+            text = f"{name}, seed {seed}: rollout at which the judge fell by {FALL}{never}"
+            rows.append(Row(text, last if fallen is None else fallen, n=judged))
+            for way, lacks in WAYS.items():
+                trip = first_trip(result, {*lacks, *game.rewarded})
+                said, by_then = ", ".join(trip.monitors) or "none", lowest_change(result, trip.rollout)
                 told = last if trip.rollout is None else trip.rollout
-                rows.append(Row(f"{name}, seed {seed}: rollout of the first monitor{which} ({said})", told, n=judged))
-            by_then = lowest_change(result, trips[""].rollout)
-            rows.append(Row(f"{name}, seed {seed}: judge's lowest change by then", by_then, n=judged))
-            if fallen is not None or trips[""].rollout is not None:
-                seen.append(by_then)
-            fall = (
-                f"{name}, seed {seed}: rollout at which the judge fell by {FALL}{' (never)' if fallen is None else ''}"
-            )
-            rows.append(Row(fall, last if fallen is None else fallen, n=judged))
-        if seen:
-            rows.append(
-                Row(f"{name}: judge's lowest change by the first monitor, worst seed", min(seen), n=len(seen),
-                    goal=f"> -{FALL}")
-            )  # fmt: skip
+                rows.append(Row(f"{name}, seed {seed}: first monitor {way} ({said}), at rollout", told, n=judged))
+                rows.append(Row(f"{name}, seed {seed}: judge's lowest change by then, {way}", by_then, n=judged))
+                if fallen is not None or trip.rollout is not None:
+                    seen.setdefault(way, []).append(by_then)
+        for way, changes in seen.items():
+            text = f"{name}: judge's lowest change by the first monitor {way}, worst seed"
+            rows.append(Row(text, min(changes), n=len(changes), goal=f"> -{FALL}"))
     sound = [result for training, result in found.items() if training.name == SOUND]
     if sound:
-        trips = [first_trip(result.watched) for result in sound]
+        trips = [first_trip(result) for result in sound]
         said = sorted({monitor for trip in trips for monitor in trip.monitors})
         name = f"{SOUND}: trainings in which a monitor crosses its limit" + (f" ({', '.join(said)})" if said else "")
         rows.append(Row(name, sum(trip.rollout is not None for trip in trips), n=len(sound), goal="<= 0"))

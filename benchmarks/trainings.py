@@ -41,8 +41,7 @@ JUDGE = "judge"
 """The evaluation's reward whose word counts."""
 UNTRAINED = ("learning_rate", "credit", "focus_on", "focus_floor", "paid_scale", "paid_reach", "paid_weight", "epsilon",
              "epsilon_location", "importance_sampling_level", "num_train_epochs", "generation_batch_size",
-             "per_device_train_batch_size", "gradient_accumulation_steps", "train_steps", "watch_reward",
-             "save_steps")  # fmt: skip
+             "per_device_train_batch_size", "gradient_accumulation_steps", "train_steps", "save_steps")  # fmt: skip
 """Settings that change nothing about the base model and how it is looked at."""
 MODEL_WORK = ("rollout", "decode", "reward", "probe", "update")
 """The phases whose seconds are the training's own; watching is not."""
@@ -105,7 +104,9 @@ class Result:
             the wall's, and what runs beside it does not count.
         judge, satisfied: (L, P), the judge's score, and whether all is as asked for.
         reward: (L,), the mean of the reward trained on.
-        watched: what was measured of each rollout, for `rl.watch.Watch`.
+        evaluated: of each look the trained and, if there is one, the held-out reward of each prompt, for
+            `rl.watch.Watch`.
+        watched: what was measured of each rollout, likewise.
         wall: seconds of it all, the looks included.
     """
 
@@ -115,14 +116,16 @@ class Result:
     judge: np.ndarray
     satisfied: np.ndarray
     reward: np.ndarray
+    evaluated: Sequence[Mapping[str, Sequence[float]]]
     watched: Sequence[Mapping[str, float]]
     wall: float
 
     @classmethod
     def read(cls, file: Path) -> "Result":
         content = json.loads(file.read_text(encoding="utf-8"))
+        evaluated = content["looks"].pop("evaluated")
         arrays = {name: np.array(value) for name, value in content["looks"].items()}
-        return cls(**arrays, watched=content["watched"], wall=content["wall"])
+        return cls(**arrays, evaluated=evaluated, watched=content["watched"], wall=content["wall"])
 
     @property
     def gain(self) -> float:
@@ -154,7 +157,7 @@ class Looks(TrainerCallback):
         self.trainer, self.rewards, self.prompts, self.run, self.every = trainer, rewards, prompts, run, every
         self.base = base
         self.looks: dict[str, list] = {name: [] for name in ("rollouts", "pictures", "seconds", "judge", "satisfied",
-                                                             "reward")}  # fmt: skip
+                                                             "reward", "evaluated")}  # fmt: skip
         self.watched: list[dict[str, float]] = []
         observe = trainer.watch.observe
 
@@ -189,14 +192,16 @@ class Looks(TrainerCallback):
 
     def _seen(self) -> dict[str, Any]:
         args = self.trainer.args
-        found = evaluate(
+        evaluation = evaluate(
             self.trainer.policy, self.trainer.schedule, self.prompts, self.rewards, generations=1,
             seed=self.run.eval_seed, guidance_scale=args.guidance_scale, batch_size=args.per_device_eval_batch_size,
-        ).values  # fmt: skip
+        )  # fmt: skip
+        found, watched = evaluation.values, self.trainer.seen_by_watch(evaluation, self.rewards)
         return {
             "judge": [round(value, 4) for value in found[f"{JUDGE}.total"].flatten().tolist()],
             "satisfied": [round(value) for value in found[f"{JUDGE}.satisfied"].flatten().tolist()],
             "reward": float(found["reward"].mean()),
+            "evaluated": {name: [round(value, 5) for value in values] for name, values in watched.items()},
         }
 
 

@@ -1,14 +1,13 @@
 """What a training that is finished says of itself, kept beside it for when its checkpoints are deleted."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from finetune.files import write_whole
 from rl.checkpoints import complete_checkpoints
 from rl.run_state import RunState
-from rl.watch import MONITORS
 
 FACTS = "facts.json"
 
@@ -28,11 +27,8 @@ class TrainingFacts:
     wall_seconds: float
 
     @classmethod
-    def read(cls, folder: Path, limits: Mapping[str, float | None]) -> "TrainingFacts":
+    def read(cls, folder: Path) -> "TrainingFacts":
         """From a run's folder: as they were kept there, or else from its last checkpoint.
-
-        Args:
-            limits: the run's `watch_limits`.
 
         Raises:
             ValueError: neither is there.
@@ -47,16 +43,10 @@ class TrainingFacts:
         checkpoint = checkpoints[-1]
         log = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         kls = [line["kl"] for line in log if "kl" in line]
-        crossed = set(RunState.read(checkpoint).facts["watch"].get("over", []))
-        for line in log:
-            for name, monitor in MONITORS.items():
-                limit = limits.get(name, monitor.limit)
-                value = line.get(f"watch/{name}")
-                # what is judged of the held-out reward is less than its curve, see `rl.watch.Watch`
-                if value is not None and limit is not None and name != "held_out" and monitor.crossed(value, limit):
-                    crossed.add(name)
+        watch = RunState.read(checkpoint).facts["watch"]
+        crossed = watch.get("crossed", watch.get("over", []))
         seconds = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["train_seconds"]
-        return cls(kls[-1] if kls else None, [name for name in MONITORS if name in crossed], seconds)
+        return cls(kls[-1] if kls else None, crossed, seconds)
 
     def keep(self, folder: Path) -> None:
         write_whole(folder / FACTS, (json.dumps(asdict(self)) + "\n").encode())

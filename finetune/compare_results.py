@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from finetune.compare_config import Comparison
-from finetune.compare_entrants import Entrant, parse_entrant
+from finetune.compare_entrants import Entrant
 from finetune.compare_evaluate import Findings, Seen
 from finetune.compare_facts import TrainingFacts
-from finetune.compare_folder import base_findings, run_findings, run_folder, training_command, unasked
+from finetune.compare_folder import base_findings, run_findings, run_folder, unasked
 from finetune.compare_rewards import Evaluator
 from finetune.compare_runs import Failure
 
@@ -93,8 +93,6 @@ def _read_entrant(comparison: Comparison, entrant: Entrant, failures: Mapping[tu
     if entrant.spec in unasked(comparison, entrant):
         seeds = []  # there is nothing to compare its own reward with
     failed = {seed: why for (name, seed), why in failures.items() if name == entrant.name}
-    _, args = parse_entrant(entrant.command, training_command(comparison, entrant, 0)[1:])
-    limits = args.watch_limits
     found = [_evenly(Findings.read(run_findings(comparison, entrant, seed)).seen) for seed in seeds]
     looks = min(map(len, found), default=0)
     found = [one[-looks:] for one in found]  # where time decides, a seed may have one less
@@ -114,7 +112,7 @@ def _read_entrant(comparison: Comparison, entrant: Entrant, failures: Mapping[tu
         stacked(lambda seen: np.mean(seen.values[entrant.spec.key][""], axis=1)),
         stacked(lambda seen: np.mean(seen.drawn, axis=1)),
         None if base.diversity is None else stacked(lambda seen: seen.diversity),
-        [TrainingFacts.read(run_folder(comparison, entrant, seed), limits) for seed in seeds],
+        [TrainingFacts.read(run_folder(comparison, entrant, seed)) for seed in seeds],
         failed,
         [seed for seed in comparison.arguments.seeds if seed not in seeds and seed not in failed],
     )

@@ -278,7 +278,7 @@ class Work:
         if not looks:
             said = f"there is no checkpoint in {folder} to look at; delete the folder and train again"
             return Failure("evaluation", said, str(folder / "log.txt"))
-        TrainingFacts.read(folder, args.watch_limits).keep(folder)
+        TrainingFacts.read(folder).keep(folder)
         specs = list(dict.fromkeys([one.spec for one in self.comparison.evaluators] + [entrant.spec]))
         return self._evaluate("evaluation", self._job(entrant, flags, looks, specs, file), file, gpu)
 

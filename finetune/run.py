@@ -121,7 +121,8 @@ def judge(
     how: EvaluationArguments,
     console: Console,
 ) -> Judged:
-    """Evaluate the trainer's policy, on all ranks.
+    """Evaluate the trainer's policy, on all ranks, and let its monitors compare what is behind training with what was
+    before.
 
     Args:
         phase: "before" or "after", for the console.
@@ -134,7 +135,7 @@ def judge(
     bar = tqdm(total=pictures, disable=args.disable_tqdm or not args.should_save, dynamic_ncols=True)
     try:
         with bar:
-            return trainer.judge(held_out, on_batch=lambda count: bar.update(count * args.world_size))
+            judged = trainer.judge(held_out, on_batch=lambda count: bar.update(count * args.world_size))
     except KeyboardInterrupt:
         if phase == "after":
             console.print(
@@ -143,6 +144,8 @@ def judge(
                 soft_wrap=True, markup=False,
             )  # fmt: skip
         raise
+    trainer.watch_evaluation(judged[0], rewards)
+    return judged
 
 
 @contextmanager

@@ -191,10 +191,11 @@ class RewardedRunArguments(EvaluationArguments, RewardArguments, PolicyArguments
 
     def check_stop_on(self, stop_on: Sequence[str]) -> None:
         """Complain if the run is to stop by a held-out reward that there is not."""
-        if "held_out" in stop_on and not self.watch_reward:
-            raise ValueError(
-                "stop_on names held_out, but there is no such reward: name one of eval_rewards, watch_reward"
-            )
+        for name in ("held_out", "agreement"):
+            if name in stop_on and not self.watch_reward:
+                raise ValueError(
+                    f"stop_on names {name}, but there is no held-out reward: name one of eval_rewards, watch_reward"
+                )
 
     def make_rewards(self) -> dict[str, RewardFn]:
         """The reward to train on, `TRAINING_REWARD`, and those to evaluate by; none is made before all are known to be.

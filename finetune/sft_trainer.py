@@ -21,7 +21,7 @@ from rl.pipelines import Conditioning
 from rl.policy import StableDiffusionPolicy
 from rl.policy_trainer import PolicyTrainer
 from rl.rollout import keyed_generator
-from rl.watch import Watch
+from rl.watch import MONITORS, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class SftTrainer(PolicyTrainer):
         eval_on: HeldOut | None = None,
     ):
         self.pictures = pictures
-        watch = Watch({}, [], speaks=args.should_save)
+        watch = Watch(dict.fromkeys(MONITORS), speaks=False)  # no reward is trained on, so none is gamed
         super().__init__(policy, args, args.make_schedule(policy.scheduler), EveryUpdate(), watch, callbacks, eval_on)
 
     def get_train_dataloader(self) -> BucketLoader:

@@ -112,7 +112,8 @@ class DDPOTrainer(PolicyTrainer):
         self._begun: tuple[int, RunState] | None = None  # the rollout in use, and what was remembered before it
         if args.beta > 0 and not policy.has_reference:
             raise ValueError(f"beta is {args.beta}, but the policy keeps no base model; load it with keep_reference")
-        off = never_measured(args.num_generations, policy.has_reference) | never_told(reward_fn, held_out)
+        evaluates = args.eval_strategy != "no"
+        off = never_measured(args.num_generations, policy.has_reference, evaluates) | never_told(reward_fn, held_out)
         watch = Watch(args.watch_limits, args.stop_on, speaks=args.should_save, off=off)
         self.rollout_schedule = schedule
         super().__init__(policy, args, sampler, plan, watch, callbacks, eval_on)

@@ -284,4 +284,5 @@ class RewardedPolicyConfig(PolicyConfig):
     @property
     def never_measured(self) -> dict[str, str]:
         """The monitors that a run of these settings never measures, whatever its rewards -> why."""
-        return never_measured(self.num_generations, self.tune == "lora" or self.needs_reference)
+        has_base = self.tune == "lora" or self.needs_reference
+        return never_measured(self.num_generations, has_base, evaluates=self.eval_strategy != "no")

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +17,7 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
+from reward.feedback import RewardFn
 from rl.callbacks import (
     AverageWeights,
     EvaluationsBeforeCheckpoints,
@@ -69,6 +70,8 @@ class PolicyTrainer(ResumableTrainer):
     """
 
     loss_is_scaled_for_ga = False
+    held_out: RewardFn | None = None
+    """A reward that is not trained on, of those it is evaluated by, to see whether the trained one is gamed."""
 
     def __init__(
         self,
@@ -159,9 +162,23 @@ class PolicyTrainer(ResumableTrainer):
                 (sheet := sample_sheet(samples)).save(beside / place)
             show(self, {"evaluation": sheet})
         curves = figures.curves()
-        self.log(curves)
+        watched = self.watch_evaluation(figures, self.eval_on.rewards)
+        self.log(curves | {f"watch/{name}": value for name, value in watched.items()})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, curves)
         return curves
+
+    def watch_evaluation(self, figures: Evaluation, rewards: Mapping[str, RewardFn]) -> dict[str, float]:
+        """Let the monitors see an evaluation, see `Watch.observe_evaluation`; on all ranks.
+
+        Args:
+            rewards: name -> reward function, of the evaluation.
+        """
+        return self.watch.observe_evaluation(self.seen_by_watch(figures, rewards))
+
+    def seen_by_watch(self, figures: Evaluation, rewards: Mapping[str, RewardFn]) -> dict[str, list[float]]:
+        """What the monitors want to know of an evaluation: the trained and the held-out reward -> P means."""
+        names = [TRAINING_REWARD, *(f"{name}.total" for name, one in rewards.items() if one is self.held_out)]
+        return {name: figures.values[name].mean(dim=1).tolist() for name in names}
 
     @contextmanager
     def _weights_to_leave(self) -> Iterator[None]:

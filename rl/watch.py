@@ -9,6 +9,15 @@ run at it, and leaves the weights of the best checkpoint. "Of the start" is of t
                   counts only by what is beyond three standard errors (over prompts): of runs of 30 rollouts of 8
                   prompts in which nothing happens, one in a hundred crosses the limit, of 32 prompts none.
                   -0.2: a fifth of a standard deviation is what is commonly called a small effect.
+    agreement     Whether the two prefer the same of a prompt's pictures: the mean of their correlation within prompts,
+                  over the last `WINDOW` rollouts. Other prompts do not move it, and it says where training is going
+                  before it is there. It counts by the least of what the last 1, 2, .. `WINDOW` rollouts say, three
+                  standard errors above each. 0: below, what pleases the one displeases the other.
+    evaluated     The trained reward, or the held-out one, of held-out prompts fell since before training: in standard
+                  errors of the difference, of the same prompts from the same noise. Measured by evaluations, so it
+                  needs `eval_strategy`; behind training, always. -3: surely.
+    reward        The reward that is trained on fell: the run breaks what it should improve, by too large a learning
+                  rate or credit that leads elsewhere. As held_out.
     diversity     Pictures of one prompt become alike: their mean distance, of the start; between what the reward sees
                   in them where it tells (`features`), else between their pixels. 0.7: sound runs lose a tenth.
     drawn         Edges, of the start. 0.6: a policy that learns to draw less passes it on its way to nothing; sound
@@ -37,16 +46,19 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from reward.feedback import Reward, RewardFn
-from rl.monitors import dead_groups, diversity, file_size, map_entropy, saturation, standard_error
+from rl.monitors import agreement, dead_groups, diversity, file_size, map_entropy, saturation, standard_error
 from rl.scoring import score
 
 logger = logging.getLogger(__name__)
 
 WINDOW = 5
-"""Rollouts over which the held-out reward is averaged."""
+"""Rollouts over which rewards and their agreement are averaged."""
 
 ERRORS = 3
-"""Standard errors of a fall of the held-out reward that are taken for noise."""
+"""Standard errors of a fall of a reward, or of a disagreement of two, that are taken for noise."""
+
+_AVERAGED = ("reward", "held_out", "agreement")
+"""The monitors that are averaged over `WINDOW` rollouts; with `<name>_error`, a rollout's standard error of each."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,17 @@ class Monitor:
 
 MONITORS = {
     "held_out": Monitor(-0.2, below="the held-out reward falls while the trained one rises", between=(-math.inf, 0.0)),
+    "agreement": Monitor(
+        0.0,
+        below="of a prompt's pictures, the trained reward prefers those that the held-out one likes less",
+        between=(-1.0, 1.0),
+    ),
+    "evaluated": Monitor(
+        -3.0,
+        below="an evaluation finds the trained or the held-out reward lower than before training",
+        between=(-math.inf, 0.0),
+    ),
+    "reward": Monitor(-0.2, below="the reward that is trained on falls", between=(-math.inf, 0.0)),
     "diversity": Monitor(
         0.7, below="pictures of one prompt differ by {value:.0%} of what they did at the start", ratio=True
     ),
@@ -112,17 +135,20 @@ FROM_REWARD = {
 """What it means that a monitor of the reward's own was not measured, which only a rollout shows."""
 
 
-def never_measured(num_generations: int, has_base: bool) -> dict[str, str]:
+def never_measured(num_generations: int, has_base: bool, evaluates: bool) -> dict[str, str]:
     """The monitors that such a run never measures -> why.
 
     Args:
         num_generations: pictures of a prompt.
         has_base: the base model is there to be asked.
+        evaluates: in the midst of training.
     """
     off = {}
     if num_generations < 2:
         why = "num_generations is 1, and it compares pictures of one prompt"
-        off |= {"diversity": why, "dead_groups": why}
+        off |= {"agreement": why, "diversity": why, "dead_groups": why}
+    if not evaluates:
+        off["evaluated"] = "eval_strategy is no, so that only the end is compared with the start"
     if not has_base:
         off["kl"] = "tune is full and keeps no copy of the base unless beta is above 0"
     return off
@@ -130,7 +156,8 @@ def never_measured(num_generations: int, has_base: bool) -> dict[str, str]:
 
 def never_told(reward_fn: RewardFn, held_out: RewardFn | None) -> dict[str, str]:
     """The monitors that these rewards never give anything to measure -> why."""
-    off = {} if held_out is not None else {"held_out": "there is no held-out reward; name one, watch_reward"}
+    why = "there is no held-out reward; name one, watch_reward"
+    off = {} if held_out is not None else {"held_out": why, "agreement": why}
     return off if getattr(reward_fn, "ranges", None) else off | {"saturation": FROM_REWARD["saturation"]}
 
 
@@ -218,14 +245,16 @@ def measure_rollout(
         seen: (N, D) features, or (N, 3, H, W) pictures.
         std_floor: below this std, in units of the reward, a group is dead.
     """
-    found = {name: float(value.mean()) for name, value in pictures.items()}
-    found["reward"] = float(compared.mean())
+    rewards = {"reward": compared} | {name: pictures[name] for name in ("held_out",) if name in pictures}
+    found = {name: float(value.mean()) for name, value in {**pictures, **rewards}.items()}
+    for name, values in rewards.items():
+        found[f"{name}_error"] = standard_error(values, group_size)
+        found[f"{name}_spread"] = float(values.std())
     if group_size > 1:
         found["diversity"] = float(diversity(seen, group_size).mean())
         found["dead_groups"] = dead_groups(compared, group_size, std_floor)
-    if "held_out" in pictures:
-        found["held_out_error"] = standard_error(pictures["held_out"], group_size)
-        found["held_out_spread"] = float(pictures["held_out"].std())
+        if "held_out" in rewards:
+            found["agreement"], found["agreement_error"] = agreement(*rewards.values(), group_size)
     return found
 
 
@@ -247,6 +276,7 @@ class Watch:
 
     Attributes:
         over: the monitors that are across their limits, in the order of `MONITORS`.
+        crossed: those that ever were, likewise.
         best: of the checkpoints that rollouts were drawn from, the one to keep: that with the best held-out reward,
             `global_step` and `held_out`, its mean in that rollout; where none is watched, the last one of which no
             monitor of `stop_on` (of all, where it names none) was over its limit, `global_step`. None before the first.
@@ -268,12 +298,18 @@ class Watch:
         self.speaks = speaks
         self.best: dict[str, float] | None = None
         self._start: dict[str, float] = {}
+        self._evaluated: dict[str, list[float]] = {}  # before training; see `observe_evaluation`
         self._recent: list[dict[str, float]] = []
+        self._crossed: set[str] = set()
         self._judged: dict[str, float] = {}  # monitor -> what was held against its limit last
 
     @property
     def over(self) -> list[str]:
         return [name for name in MONITORS if name in self._judged and self._says(name, self._judged[name])]
+
+    @property
+    def crossed(self) -> list[str]:
+        return [name for name in MONITORS if name in self._crossed]
 
     @property
     def stopping(self) -> list[str]:
@@ -295,12 +331,19 @@ class Watch:
             self._check_first(measured)
         for name, value in measured.items():
             self._start.setdefault(name, value)
+        if "reward" in measured:  # of a rollout; KL comes by itself
+            told = {
+                name: measured[name] for name in (*_AVERAGED, *map("{}_error".format, _AVERAGED)) if name in measured
+            }
+            self._recent = [*self._recent, told][-WINDOW:]
         curves = {}
         for name, monitor in MONITORS.items():
             if name in measured:
                 value = judged = measured[name]
-                if name == "held_out":
-                    value, judged = self._held_out(measured)
+                if name == "agreement":
+                    value, judged = self._agreement()
+                elif name in _AVERAGED:
+                    value, judged = self._fall(name)
                 elif monitor.ratio:  # where there was nothing at the start, nothing can be lost
                     value = judged = measured[name] / self._start[name] if self._start[name] > 1e-8 else 1.0
                 self._judge(name, judged)
@@ -316,23 +359,54 @@ class Watch:
             if self.speaks:
                 logger.warning("stop_on all does not stop on %s: %s", name, why)
 
-    def _held_out(self, measured: Mapping[str, float]) -> tuple[float, float]:
-        """The curve, and the value that is judged: what is left of the fall beyond what may be noise."""
-        newest = {name: measured[name] for name in ("reward", "held_out", "held_out_error")}
-        self._recent = [*self._recent, newest][-WINDOW:]
-        count = len(self._recent)
-        mean = {name: sum(entry[name] for entry in self._recent) / count for name in ("reward", "held_out")}
-        spread = self._start["held_out_spread"] or 1.0
-        shift = (mean["held_out"] - self._start["held_out"]) / spread
-        variance = sum(entry["held_out_error"] ** 2 for entry in self._recent) / count**2
-        error = math.sqrt(variance + self._start["held_out_error"] ** 2) / spread
-        return shift, min(shift + ERRORS * error, 0.0) if mean["reward"] > self._start["reward"] else 0.0
+    def observe_evaluation(self, rewards: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """Take note of an evaluation, and say once what crosses its limit. The first is what others are held against.
+
+        Args:
+            rewards: the trained and, if there is one, the held-out reward -> its mean over the pictures of each prompt.
+
+        Returns:
+            as `observe`: what has fallen most, if there are prompts enough to tell.
+        """
+        self._evaluated = self._evaluated or {name: list(values) for name, values in rewards.items()}
+        falls = [
+            fall for name, values in rewards.items()
+            if (fall := paired_fall(self._evaluated.get(name, []), values)) is not None
+        ]  # fmt: skip
+        if not falls:
+            return {}
+        self._judge("evaluated", min(falls))
+        return {"evaluated": min(falls)}
+
+    def _fall(self, name: str) -> tuple[float, float]:
+        """The curve of a reward, and the value that is judged: what is left of the fall beyond what may be noise."""
+        mean, error = self._lately(name, WINDOW)
+        spread = self._start[f"{name}_spread"] or 1.0
+        shift = (mean - self._start[name]) / spread
+        noise = math.hypot(error, self._start[f"{name}_error"]) / spread
+        judged = min(shift + ERRORS * noise, 0.0)
+        if name == "held_out" and self._lately("reward", WINDOW)[0] <= self._start["reward"]:
+            judged = 0.0  # no gaming: `reward` has its own
+        return shift, judged
+
+    def _agreement(self) -> tuple[float, float]:
+        """The curve, and the value that is judged: the most that it may be."""
+        windows = [self._lately("agreement", count) for count in range(1, len(self._recent) + 1)]
+        return windows[-1][0], min(min(mean + ERRORS * error for mean, error in windows), 1.0)
+
+    def _lately(self, name: str, count: int) -> tuple[float, float]:
+        """Mean over the last `count` rollouts, fewer if there are fewer, and its standard error."""
+        recent = self._recent[-count:]
+        variance = sum(entry[f"{name}_error"] ** 2 for entry in recent) / len(recent) ** 2
+        return sum(entry[name] for entry in recent) / len(recent), math.sqrt(variance)
 
     def _judge(self, name: str, value: float) -> None:
         says = self._says(name, value)
         if says and name not in self.over and self.speaks:
             logger.warning("%s (watch/%s is %.3g, its limit %.3g)", says, name, value, self.limits[name])
         self._judged[name] = value
+        if says:
+            self._crossed.add(name)
 
     def _says(self, name: str, value: float) -> str:
         limit = self.limits[name]
@@ -352,14 +426,27 @@ class Watch:
 
     def state(self) -> dict[str, Any]:
         """Everything that it knows, as JSON can hold it (a float comes back to the bit)."""
-        known = {"start": self._start, "recent": self._recent, "judged": self._judged, "best": self.best}
+        known = {"start": self._start, "recent": self._recent, "judged": self._judged, "best": self.best,
+                 "evaluated": self._evaluated, "crossed": self.crossed}  # fmt: skip
         return {**known, "over": self.over}  # for readers; it follows from the others and the limits
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave; from nothing, as a checkpoint of an older version has it, anew."""
         self._start = dict(state.get("start", {}))
-        self._recent = list(state.get("recent", []))
+        self._recent = [entry for entry in state.get("recent", []) if "reward_error" in entry]
+        self._evaluated = state.get("evaluated") or self._evaluated
+        self._crossed = set(state.get("crossed", []))
         self._judged, self.best = dict(state.get("judged", {})), state.get("best")
+
+
+def paired_fall(before: Sequence[float], after: Sequence[float]) -> float | None:
+    """The mean of `after` less `before`, of the same prompts, in standard errors; None for fewer than two prompts, or
+    for prompts of two counts."""
+    if len(before) != len(after) or len(before) < 2:
+        return None
+    differences = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
+    error = float(differences.std()) / len(differences) ** 0.5
+    return float(differences.mean()) / error if error > 0 else 0.0
 
 
 class StopWhenGamed(TrainerCallback):

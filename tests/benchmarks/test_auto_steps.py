@@ -19,7 +19,7 @@ def few_draws(monkeypatch):
 def training_of(gain, seconds, seed):
     judged = (0.5 + gain * np.arange(4.0))[:, None] + np.random.default_rng(seed).normal(0, 0.01, 6)
     return Result(np.arange(4), 64 * np.arange(4), seconds * np.arange(4.0), judge=judged, satisfied=judged > 0.5,
-                  reward=np.zeros(4), watched=[], wall=1.0)  # fmt: skip
+                  reward=np.zeros(4), evaluated=[], watched=[], wall=1.0)  # fmt: skip
 
 
 def test_every_way_fits_the_config(tmp_path):

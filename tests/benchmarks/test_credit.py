@@ -42,7 +42,7 @@ def training_of(slope, seed, end=0.6):
     curve = np.minimum(0.5 + slope * (end - 0.5) * np.arange(LOOKS) / (LOOKS - 1), 0.9)
     judged = curve[:, None] + noise
     return Result(3 * np.arange(LOOKS), 768 * np.arange(LOOKS), np.zeros(LOOKS), judge=judged, satisfied=judged > 0.5,
-                  reward=np.zeros(LOOKS), watched=[], wall=1.0)  # fmt: skip
+                  reward=np.zeros(LOOKS), evaluated=[], watched=[], wall=1.0)  # fmt: skip
 
 
 def test_settings_are_the_commands_own(tmp_path):

@@ -2,27 +2,54 @@
 
 import numpy as np
 import pytest
-from gamed import GAMES, SOUND, Trip, first_fall, first_trip, limit_rows, lowest_change, nearest_to_limit, plan, table
+from gamed import (
+    GAMES,
+    SOUND,
+    WAYS,
+    Trip,
+    first_fall,
+    first_trip,
+    limit_rows,
+    lowest_change,
+    nearest_to_limit,
+    plan,
+    table,
+)
 from trainings import Result, Training
 
 FADING = [
-    {"reward": 0.5 + 0.1 * k, "drawn": 0.02 * (1 - 0.1 * k), "file_size": 1000.0 - 50 * k, "kl": 0.0} for k in range(8)
-]
+    {"reward": 0.5 + 0.1 * k, "reward_error": 0.01, "reward_spread": 0.1, "drawn": 0.02 * (1 - 0.1 * k),
+     "file_size": 1000.0 - 50 * k, "kl": 0.0}
+    for k in range(8)
+]  # fmt: skip
+SAME = [1.0, 2.0, 1.5, 0.5]
 
 
-def training_of(judge, watched):
+def training_of(judge, watched, evaluated=None):
     looks = len(judge)
     judged = np.repeat(np.array(judge, float)[:, None], 4, axis=1)
     return Result(np.arange(looks), 8 * np.arange(looks), np.zeros(looks), judge=judged, satisfied=judged > 0.5,
-                  reward=np.zeros(looks), watched=watched, wall=1.0)  # fmt: skip
+                  reward=np.zeros(looks), evaluated=evaluated or [{"reward": SAME}] * looks, watched=watched,
+                  wall=1.0)  # fmt: skip
 
 
 def test_the_first_monitor_is_the_watchs_own():
     """Of the start, 0.9, 0.8, ... of the edges are left: 0.6 is the limit, crossed behind rollout 4, as 0.5 < 0.6."""
-    assert first_trip(FADING) == Trip(5, ("drawn",))
-    assert first_trip(FADING, ignored={"drawn"}) == Trip(None)
-    assert first_trip(FADING, limits={"drawn": 0.85}) == Trip(2, ("drawn",))
-    assert first_trip(FADING, ignored={"drawn"}, limits={"file_size": 0.8}) == Trip(5, ("file_size",))
+    fading = training_of([0.8] * 9, FADING)
+    assert first_trip(fading) == Trip(5, ("drawn",))
+    assert first_trip(fading, ignored={"drawn"}) == Trip(None)
+    assert first_trip(fading, limits={"drawn": 0.85}) == Trip(2, ("drawn",))
+    assert first_trip(fading, ignored={"drawn"}, limits={"file_size": 0.8}) == Trip(5, ("file_size",))
+
+
+def test_an_evaluation_is_of_the_policy_that_draws_the_rollout():
+    """Before rollout 2 every prompt but one is worse; what the training leaves is evaluated too."""
+    worse = {"reward": [value - 0.5 - 0.01 * place for place, value in enumerate(SAME)]}
+    for place, trip in ((2, 2), (8, 8)):
+        evaluated = [{"reward": SAME}] * place + [worse] * (9 - place)
+        found = training_of([0.8] * 9, FADING, evaluated)
+        assert first_trip(found, ignored={"drawn"}) == Trip(trip, ("evaluated",))
+        assert first_trip(found, ignored={"drawn", "evaluated"}) == Trip(None)
 
 
 def test_the_judges_fall():
@@ -42,18 +69,27 @@ def test_a_game_holds_if_every_seed_was_seen_in_time():
     for judges, holds in (((early, early), True), ((early, late), False)):
         found = {Training(name, seed): training_of(judge, FADING) for seed, judge in enumerate(judges)}
         rows = {row.name: row for row in table(found)}
-        verdict = rows[f"{name}: judge's lowest change by the first monitor, worst seed"]
-        assert verdict.holds is holds
-        assert rows[f"{name}, seed 0: rollout of the first monitor (drawn)"].value == 5
+        for way in WAYS:
+            verdict = rows[f"{name}: judge's lowest change by the first monitor {way}, worst seed"]
+            assert verdict.holds is holds
+            assert rows[f"{name}, seed 0: first monitor {way} (drawn), at rollout"].value == 5
         assert rows[f"{name}, seed 0: rollout at which the judge fell by 0.05"].value == 6
+
+
+def test_what_a_run_lacks_does_not_count():
+    """The held-out reward is displeased by what pleases the trained one, from the first rollout on."""
+    against = [{**measured, "drawn": 0.02, "agreement": -0.5, "agreement_error": 0.1} for measured in FADING]
+    rows = {row.name: row for row in table({Training("paid, unit", 0): training_of([0.8] * 9, against)})}
+    assert rows["paid, unit, seed 0: first monitor by rollouts alone (none), at rollout"].value == 8
+    for way in ("with a held-out reward", "with evaluations too"):
+        assert rows[f"paid, unit, seed 0: first monitor {way} (agreement), at rollout"].value == 0
 
 
 def test_what_is_rewarded_does_not_count():
     sizes = [{**measured, "drawn": 0.02, "file_size": 1000.0 - 80 * k} for k, measured in enumerate(FADING)]
     found = {Training("small files", 0): training_of([0.8] * 9, sizes)}
     names = [row.name for row in table(found)]
-    assert "small files, seed 0: rollout of the first monitor (none)" in names
-    assert "small files, seed 0: rollout of the first monitor, what is rewarded counting (file_size)" in names
+    assert all(f"small files, seed 0: first monitor {way} (none), at rollout" in names for way in WAYS)
     assert "small files, seed 0: rollout at which the judge fell by 0.05 (never)" in names
     assert not any("worst seed" in name for name in names)  # nothing fell, so there was nothing to see
 

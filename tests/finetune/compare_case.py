@@ -15,6 +15,7 @@ from finetune.compare_folder import AGREEMENT, base_findings, claim, run_finding
 from reward.draw import to_image
 from reward.feedback import Reward
 from rl.run_state import RunState
+from rl.watch import MONITORS
 
 REDNESS, PLAIN = "tests.rl.toy_rewards:Redness", "tests.rl.toy_rewards:Plain"
 JUDGE, STEADY = "tests.finetune.compare_case:Judge", "tests.finetune.compare_case:Steady"
@@ -129,10 +130,11 @@ class Figures:
         self._findings(run_findings(self.comparison, entrant, seed), looks, list(dict.fromkeys(specs)), number)
         checkpoint = folder / "checkpoint-2"
         checkpoint.mkdir()
-        log = [{"kl": 1e-4, "watch/drawn": 1.0, "step": 1}, {"kl": 2e-4, "watch/drawn": drawn, "step": 2}]
+        log = [{"kl": 1e-4, "step": 1}, {"kl": 2e-4, "step": 2}]
         (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": log}))
         (checkpoint / "complete.json").write_text(json.dumps({"train_seconds": 6.0, "global_step": 2, "rollouts": 2}))
-        RunState({"watch": {"over": []}}).write(checkpoint)
+        crossed = ["drawn"] if drawn < MONITORS["drawn"].limit else []
+        RunState({"watch": {"over": [], "crossed": crossed}}).write(checkpoint)
 
     def _findings(self, file: Path, looks: list, specs: list, number: int) -> None:
         prompts, pictures = self.comparison.held_out, self.comparison.arguments.generations

@@ -187,7 +187,7 @@ def test_checkpoints_may_be_deleted_and_facts_are_kept(reported):
     before = json.loads((folder / "report.json").read_text())
     command = ["--config", str(folder.parent / "comparison.yaml"), "--report_only", "true"]
     for run in folder.glob("runs/*/*"):
-        TrainingFacts.read(run, {}).keep(run)
+        TrainingFacts.read(run).keep(run)
         shutil.rmtree(run / "checkpoint-2")
     main(command)
     after = json.loads((folder / "report.json").read_text())

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 
 from finetune.run import watch_facts
 from finetune.run_arguments import RewardedRunArguments
@@ -14,11 +15,21 @@ from reward.arguments import parse_arguments
 from reward.feedback import Reward
 from reward.others import PickScore
 from rl.ddpo_config import DDPOConfig
-from rl.monitors import dead_groups, diversity, edge_energy, file_size, map_entropy, saturation, standard_error
+from rl.evaluate import HeldOut
+from rl.monitors import (
+    agreement,
+    dead_groups,
+    diversity,
+    edge_energy,
+    file_size,
+    map_entropy,
+    saturation,
+    standard_error,
+)
 from rl.run_state import RunState
 from rl.scoring import RewardError, features
 from rl.sde import kl_map, step_mean
-from rl.watch import MONITORS, WINDOW, Watch, check_watch
+from rl.watch import ERRORS, MONITORS, WINDOW, Watch, check_watch, paired_fall
 from tests.rl.toy_rewards import Plain
 from tests.test_house import ROOT
 
@@ -66,6 +77,36 @@ def test_group_figures_by_hand():
     # group means 1, 1, 1.01, 4
     assert standard_error(values, 2) == pytest.approx(torch.tensor([1.0, 1.0, 1.01, 4.0]).std().item() / 2)
     assert standard_error(values, 8) == pytest.approx(values.std().item() / 8**0.5)  # one group: its pictures
+
+
+def test_agreement_is_the_mean_of_scipys_correlations_whatever_the_prompts():
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 6, 5, generator=generator)
+    wanted = sum(stats.pearsonr(*pair).statistic for pair in zip(first, second, strict=True)) / 6
+    found, error = agreement(first.flatten(), second.flatten(), 5)
+    assert found == pytest.approx(wanted)
+    assert error == pytest.approx(24**-0.5)
+    easy = torch.randn(6, 1, generator=generator) * 50  # what a prompt adds to its pictures, and how much it stretches
+    assert agreement((first * 3 + easy).flatten(), (second - easy).flatten(), 5)[0] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_who_sees_no_difference_neither_agrees_nor_disagrees():
+    second = torch.tensor([1.0, 2.0, 3.0, 3.0, 2.0, 1.0])
+    assert agreement(torch.tensor([0.7, 0.7, 0.7, 0.1, 0.2, 0.3]), second, 3)[0] == pytest.approx(-0.5)
+    assert agreement(second, torch.full((6,), 0.1), 3)[0] == 0
+
+
+def test_the_error_of_agreement_is_what_chance_makes_of_it():
+    generator = torch.Generator().manual_seed(1)
+    found = [agreement(*torch.randn(2, 32, generator=generator), 4) for _ in range(1000)]
+    assert torch.tensor([value for value, _ in found]).std().item() == pytest.approx(found[0][1], rel=0.06)
+
+
+def test_a_paired_fall_is_scipys_t():
+    before, after = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)).tolist()
+    assert paired_fall(before, after) == pytest.approx(stats.ttest_rel(after, before).statistic)
+    assert paired_fall(before, before) == 0
+    assert paired_fall(before, after[1:]) is paired_fall([0.0], [1.0]) is None
 
 
 def test_diversity_of_features():
@@ -125,7 +166,8 @@ def test_default_limits(name, values, over):
 
 
 def rollout(reward, held_out, error=0.05, spread=1.0):
-    return {"reward": reward, "held_out": held_out, "held_out_error": error, "held_out_spread": spread}
+    return {"reward": reward, "reward_error": 1e9, "reward_spread": 1.0, "held_out": held_out, "held_out_error": error,
+            "held_out_spread": spread}  # fmt: skip
 
 
 def test_held_out_counts_what_is_beyond_three_standard_errors():
@@ -172,6 +214,65 @@ def test_a_fall_with_the_trained_reward_is_no_gaming():
     assert not watch.over
 
 
+def ours(reward, error=0.1, spread=2.0, **more):
+    """Of a run without a held-out reward."""
+    return {"reward": reward, "reward_error": error, "reward_spread": spread, **more}
+
+
+def test_a_trained_reward_that_falls_beyond_its_noise_is_said():
+    watch = Watch({}, speaks=False)
+    watch.observe(ours(1.0, error=0.0))
+    assert watch.observe(ours(-0.2, error=0.2))["reward"] == pytest.approx(-0.3)
+    assert not watch.over  # three errors of 0.2 / 2 / 2 are half of it
+    assert watch.observe(ours(-0.2, error=0.2))["reward"] == pytest.approx(-0.4)
+    assert watch.over == ["reward"]  # -0.4 + 3 * (2 * 0.2^2)^0.5 / 3 / 2 < -0.2
+
+
+def test_agreement_counts_by_the_worst_window_beyond_its_error():
+    """Four rollouts of agreement, then of -0.5: the last one alone says enough."""
+    watch, error = Watch({}, speaks=False), 0.16
+    for _ in range(4):
+        watch.observe(ours(0.0, agreement=0.6, agreement_error=error))
+    curve = watch.observe(ours(0.0, agreement=-0.5, agreement_error=error))["agreement"]
+    assert curve == pytest.approx((4 * 0.6 - 0.5) / WINDOW)
+    assert -0.5 + ERRORS * error < 0 < curve
+    assert watch.over == ["agreement"]
+    slow = Watch({}, speaks=False)
+    for count in range(1, WINDOW + 1):  # each too little by itself
+        slow.observe(ours(0.0, agreement=-0.3, agreement_error=error))
+        assert (slow.over == ["agreement"]) == (-0.3 + ERRORS * error / count**0.5 < 0)
+    assert slow.over
+
+
+def test_rewards_that_have_nothing_to_do_with_each_other_seldom_disagree():
+    """100 runs of 30 rollouts of 8 prompts with 4 pictures."""
+    generator, tripped = torch.Generator().manual_seed(0), 0
+    for _ in range(100):
+        watch, over = Watch({}, speaks=False), False
+        for _ in range(30):
+            value, error = agreement(*torch.randn(2, 32, generator=generator), 4)
+            watch.observe(ours(0.0, agreement=value, agreement_error=error))
+            over |= bool(watch.over)
+        tripped += over
+    assert tripped <= 10
+
+
+def test_evaluations_are_compared_in_pairs_with_the_first():
+    watch = Watch({}, speaks=False)
+    start = {"reward": [0.1, 0.9, 0.5, 0.4], "judge.total": [1.0, 2.0, 3.0, 4.0]}
+    assert watch.observe_evaluation(start) == {"evaluated": 0.0}
+    fallen = [one - change for one, change in zip(start["judge.total"], (0.10, 0.11, 0.09, 0.10), strict=True)]
+    rest = Watch({}, speaks=False)
+    rest.load_state(json.loads(json.dumps(watch.state())))
+    for one in (watch, rest):
+        found = one.observe_evaluation(start | {"judge.total": fallen})["evaluated"]
+        assert found == pytest.approx(stats.ttest_rel(fallen, start["judge.total"]).statistic)
+        assert one.over == ["evaluated"]
+        one.observe_evaluation(start)
+        assert (one.over, one.crossed) == ([], ["evaluated"])
+    assert Watch({}).observe_evaluation({"reward": [0.5]}) == {}  # one prompt tells nothing
+
+
 def test_limits_may_be_moved_or_taken_away_and_curves_stay():
     watch = Watch({"drawn": 0.9, "kl": None}, speaks=False)
     watch.observe({"drawn": 1.0})
@@ -196,7 +297,10 @@ def test_who_does_not_speak_says_nothing(caplog):
 def test_a_resumed_watch_is_the_uninterrupted_one_to_the_bit(cut, caplog):
     generator = torch.Generator().manual_seed(1)
     shown = [
-        {name: float(torch.rand(1, generator=generator) + 0.1) for name in (*MONITORS, *rollout(0, 0))}
+        {
+            name: float(torch.rand(1, generator=generator) + 0.1)
+            for name in (*MONITORS, *rollout(0, 0), "agreement_error")
+        }
         for _ in range(8)
     ]
     whole, part, rest = Watch({}), Watch({}, speaks=False), Watch({})
@@ -283,7 +387,8 @@ def test_a_reward_that_is_gamed_trips_its_monitors_and_a_sound_one_none(make_tra
     assert any("learning to draw less" in line for line in said) == gamed
     assert bool(said) == gamed
     shown = {name.removeprefix("watch/") for name in trainer.state.log_history[-2] if name.startswith("watch/")}
-    assert shown == set(MONITORS) - {"saturation", "map_entropy"}  # these rewards have neither ranges nor maps
+    told_by_none = {"saturation", "map_entropy"}  # these rewards have neither ranges nor maps
+    assert shown == set(MONITORS) - told_by_none - {"evaluated"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("ddpo_*.yaml")), ids=lambda path: path.name)
@@ -314,6 +419,33 @@ def fading(trainer, contrasts):
 
     trainer.policy.decode = faded
     return trainer
+
+
+def test_an_evaluation_that_finds_less_than_before_training_ends_the_run(make_trainer, caplog):
+    """The second is of pictures that have faded; what is trained on is the contrast, as is what is held out."""
+    rewards = {"reward": edges, "other": no_edges}
+    trainer = make_trainer(
+        edges, held_out=no_edges, eval_on=HeldOut(["a red star", "a blue circle", "a green square"], rewards),
+        eval_strategy="epoch", stop_on=["evaluated"], watch_limits={"reward": None}, num_train_epochs=9,
+        save_strategy="no", learning_rate=1e-9,
+    )  # fmt: skip
+    fading(trainer, [1.0, 1.0, 0.5]).train()
+    assert trainer.state.global_step == 2
+    assert trainer.watch.stopping == ["evaluated"]
+    values = logged(trainer, "watch/evaluated")
+    assert values[0] == 0
+    assert values[1] < -3
+    assert "the trained or the held-out reward lower than before training" in caplog.text
+
+
+def test_what_the_command_finds_before_training_is_what_evaluations_are_held_against(make_trainer):
+    trainer = make_trainer(edges, eval_on=HeldOut(["a red star", "a blue circle"], {"reward": edges}))
+    fading(trainer, [1.0, 0.5])
+    figures, _ = trainer.judge(trainer.eval_on)
+    assert trainer.watch_evaluation(figures, trainer.eval_on.rewards) == {"evaluated": 0.0}
+    trainer.state.global_step = 1
+    figures, _ = trainer.judge(trainer.eval_on)
+    assert trainer.watch_evaluation(figures, trainer.eval_on.rewards)["evaluated"] < -3
 
 
 def test_stop_on_ends_the_run_and_keeps_the_best_checkpoint(make_trainer, caplog):
@@ -415,7 +547,7 @@ def test_a_resumed_run_watches_as_the_uninterrupted_one_to_the_bit(make_trainer,
     whole = run("whole", 4)
     run("part", 2)
     rest = run("part", 4, resume_from_checkpoint="latest")
-    for name in set(MONITORS) - {"saturation"}:
+    for name in set(MONITORS) - {"saturation", "evaluated"}:
         assert logged(whole, f"watch/{name}") == logged(rest, f"watch/{name}"), name
         assert len(logged(whole, f"watch/{name}")) == 4, name
     assert whole.watch.state() == rest.watch.state()
@@ -486,20 +618,27 @@ ONE = {"num_generations": 1, "advantage_baseline": "batch"}
     [
         ("diversity", ONE, "num_generations is 1"),
         ("dead_groups", ONE, "num_generations is 1"),
+        ("agreement", ONE, "num_generations is 1"),
         ("kl", {"tune": "full"}, "tune is full and keeps no copy of the base"),
+        ("evaluated", {}, "eval_strategy is no"),
     ],
 )
 def test_what_settings_never_measure_cannot_end_a_run(make_args, name, settings, why):
     assert make_args(stop_on=["all"], **settings).never_measured[name].startswith(why)
     with pytest.raises(ValueError, match=f"stop_on names {name}, which this run never measures: {why}"):
         make_args(stop_on=["drawn", name], **settings)
-    assert not make_args(stop_on=[name]).never_measured
-    assert not make_args(stop_on=["kl"], tune="full", beta=0.1).never_measured
+    evaluated = {"eval_strategy": "epoch"}
+    assert not make_args(stop_on=[name], **evaluated).never_measured
+    assert not make_args(stop_on=["kl"], tune="full", beta=0.1, **evaluated).never_measured
 
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("held_out", "there is no held-out reward"), ("saturation", "the reward does not tell the `ranges`")],
+    [
+        ("held_out", "there is no held-out reward"),
+        ("agreement", "there is no held-out reward"),
+        ("saturation", "the reward does not tell the `ranges`"),
+    ],
 )
 def test_what_rewards_never_tell_cannot_end_a_run(make_trainer, name, why):
     with pytest.raises(ValueError, match=f"stop_on names {name}, which this run never measures: {why}"):
