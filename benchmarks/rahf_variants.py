@@ -1,14 +1,15 @@
 """RAHF's variants and heads on the small world, side by side: parameters, time, and each metric's share of its ceiling.
 
-    python benchmarks/rahf_variants.py [--variants default sequence] [--epochs N] [--jobs N] [--quick] [--json FILE]
-        [--seeds N]
+    python benchmarks/rahf_variants.py [--variants default sequence] [--new_heads] [--epochs N] [--jobs N] [--quick]
+        [--json FILE] [--seeds N]
 
 Trains each as its config says (for `--epochs`, if given: all alike, warm-up and decay included), once a seed, from the
 pretrained encoders and what fits of the heads that were pretrained with them, those of words and of implausible places
 (`tinyworld/pretrain.py`). The default, `pooled` and `marked` keep both, `augmented` and `paper` that of words,
 `sequence` that of implausible places: its decoder is new, and learns at the backbone's rate. `finer` keeps all heads,
 of which all but those of aesthetics and overall were pretrained. So this says what to take with these checkpoints, not
-what is better in itself.
+what is better in itself. With `--new_heads` all but `finer` begin with the pretrained encoders alone, and none has a
+head start.
 
 It evaluates with `reward.evaluate` on the test split against fresh raters. A value is the mean over
 seeds, its interval Student's over seeds; "less the default's" is paired by seed. It needs what
@@ -20,6 +21,7 @@ AVX2; of augmented prompts and of the paper's heads 4 and 8 times as long.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -30,6 +32,8 @@ import numpy as np
 import torch
 from long_runs import write_json
 from report import Row, flags, over_seeds, publish
+from safetensors.torch import load_file, save_file
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from reward import evaluate
 from reward.feedback import SCORES
@@ -61,6 +65,18 @@ GOALS = {
 MOST_LOWER = 0.05  # on held-out compositions
 PICTURES = 64
 SETTINGS = "asked.json"
+
+
+def encoders_alone(pretrained: Path, folder: Path) -> Path:
+    """`folder`, with the checkpoint `pretrained` but for its heads."""
+    if not folder.exists():
+        beside = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        shutil.copytree(pretrained, beside)
+        weights = load_file(beside / SAFE_WEIGHTS_NAME)
+        kept = {name: weight for name, weight in weights.items() if "_head" not in name.partition(".")[0]}
+        save_file(kept, beside / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        beside.rename(folder)
+    return folder
 
 
 def train(folder: Path, settings: list[str], seed: int, options) -> None:
@@ -155,6 +171,7 @@ def main() -> None:
     parser = flags(__doc__.splitlines()[0])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS)[:-1], choices=list(VARIANTS))
     parser.add_argument("--epochs", type=int, help="of each training (default: the config's)")
+    parser.add_argument("--new_heads", action="store_true", help="take the encoders alone from --pretrained")
     parser.add_argument("--data", type=Path, default=Path("build/tinyworld/feedback"))
     parser.add_argument("--pretrained", type=Path, default=Path("build/tinyworld/rahf_pretrained"))
     parser.add_argument("--pictures", type=Path, default=Path("tinyworld/assets/pickapic"), help="those of --data")
@@ -163,6 +180,10 @@ def main() -> None:
     options = parser.parse_args()
     began, seeds = time.perf_counter(), range(1 if options.quick else options.seeds)
     work = options.work / "quick" if options.quick else options.work
+    if options.new_heads:
+        work /= "new_heads"
+        work.mkdir(parents=True, exist_ok=True)
+        options.pretrained = encoders_alone(options.pretrained, work / "encoders")
     raters, held_out = work / "fresh_raters", options.data.parent / "rated" / "held_out.txt"
     if not raters.exists():
         fresh_raters.main(["--out", str(raters), "--pictures", str(options.pictures)])

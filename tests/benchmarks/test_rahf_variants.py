@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import rahf_variants
-from rahf_variants import GOALS, VARIANTS, metric_rows
+import torch
+from rahf_variants import GOALS, VARIANTS, encoders_alone, metric_rows
 
 from reward.arguments import parse_arguments
-from reward.train import COMPLETE
+from reward.model import RahfModel
+from reward.train import COMPLETE, build_model
 from reward.train_config import RahfArguments, RahfTrainingArguments
 from tests.test_house import ROOT
 
@@ -65,3 +67,16 @@ def test_a_finished_training_is_kept_and_a_killed_one_goes_on(tmp_path, monkeypa
     assert started == [("killed", True, "1"), ("early", False, "1"), ("new", False, "1")]
     with pytest.raises(SystemExit, match="holds a training with other epochs, settings; give another --work"):
         rahf_variants.train(new, VARIANTS["pooled"], 0, SimpleNamespace(**{**vars(options), "epochs": 10}))
+
+
+def test_without_its_heads_a_checkpoint_is_its_encoders(tmp_path):
+    """The command takes it, and calls every head new, and nothing else."""
+    whole = ROOT / "tinyworld/assets/rahf"
+    folder = encoders_alone(whole, tmp_path / "encoders")
+    assert encoders_alone(tmp_path / "nowhere", folder) == folder  # it is there
+    model, _, new = build_model(RahfArguments(model=str(folder), data="unused"))
+    heads = {name for name, _ in model.named_parameters() if "_head" in name.partition(".")[0]}
+    assert {name.partition(".")[0] for name in heads} == {"word_head", "score_heads", "heatmap_heads"}
+    assert new == heads
+    kept = RahfModel.from_pretrained(whole).state_dict()
+    assert all(torch.equal(weight, kept[name]) for name, weight in model.state_dict().items() if name not in heads)
