@@ -57,7 +57,7 @@ def check_reward_name(name: str, kwargs: Mapping[str, Any] | None = None) -> Non
 
     Raises:
         ValueError: see `find_attribute`; `kwargs` that the class does not take, or given to what is not a class; what
-            is named cannot be called.
+            is named cannot be called with pictures and prompts.
     """
     attribute = find_attribute(name)
     kwargs = dict(kwargs or {})
@@ -66,6 +66,8 @@ def check_reward_name(name: str, kwargs: Mapping[str, Any] | None = None) -> Non
             raise ValueError(f"{name} is not a class, so it takes no arguments, but {kwargs} are given")
         _check_callable(name, attribute)
         return
+    if any("__call__" in vars(base) for base in attribute.__mro__):
+        _check_takes_two(name, attribute.__call__, "self")
     try:
         signature = inspect.signature(attribute)
     except ValueError:  # some that are written in C have none
@@ -148,9 +150,31 @@ def _read_weight(place: str, weight: Any) -> float:
     return number
 
 
+_A_REWARD = "a reward takes images (B, 3, H, W) and prompts and returns a reward.feedback.Reward"
+
+
 def _check_callable(name: str, reward: Any) -> None:
+    """Complain about what cannot be called with pictures and prompts.
+
+    Raises:
+        ValueError: it is that.
+    """
     if not callable(reward):
-        raise ValueError(
-            f"{name} is a {type(reward).__name__}, which cannot be called; "
-            "a reward takes images (B, 3, H, W) and prompts and returns a reward.feedback.Reward"
-        )
+        raise ValueError(f"{name} is a {type(reward).__name__}, which cannot be called; {_A_REWARD}")
+    _check_takes_two(name, reward)
+
+
+def _check_takes_two(name: str, call: Any, *before: object) -> None:
+    """Complain if `call` does not take pictures and prompts behind the arguments `before`.
+
+    Raises:
+        ValueError: it does not.
+    """
+    try:
+        signature = inspect.signature(call)
+    except (ValueError, TypeError):  # some that are written in C have none; they will be heard when they are called
+        return
+    try:
+        signature.bind(*before, "images", "prompts")
+    except TypeError as error:
+        raise ValueError(f"{name} takes {signature}; {_A_REWARD}") from error

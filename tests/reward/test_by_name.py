@@ -20,6 +20,8 @@ def test_rewards_are_named_by_module_and_attribute():
         ("tests.rl.toy_rewards:torch", {"a": 1}, "not a class"),
         ("tests.rl.toy_rewards:torch", {}, "is a module, which cannot be called"),
         ("tests.rl.toy_rewards:Uncallable", {}, "is a Uncallable, which cannot be called"),
+        ("math:sqrt", {}, r"math:sqrt takes \(x, /\); a reward takes images"),
+        ("tests.rl.toy_rewards:OfPicturesAlone", {}, r"OfPicturesAlone takes \(self, images\); a reward takes"),
         ("builtins:dict", {"a": 1}, "does not say what arguments it takes"),
         (3, {}, "3 does not name a reward"),
     ],

@@ -36,6 +36,16 @@ class Uncallable:
     """No reward: it is missing what would make it one."""
 
 
+class OfPicturesAlone:
+    """No reward: it does not take prompts; and it must not be made before that is known."""
+
+    def __init__(self):
+        raise AssertionError("made too early")
+
+    def __call__(self, images):
+        return Reward(images.mean(dim=(1, 2, 3)))
+
+
 class Plain:
     """A total and nothing else."""
 
