@@ -260,11 +260,10 @@ def report_rows(found: Mapping[tuple[str, int], Result], kinds: Sequence[str], b
 
 def over_limits(result: Result) -> list[str]:
     """The monitors that crossed their limits anywhere in a training."""
-    watch, ever = Watch({}, speaks=False), set()
+    watch = Watch({}, speaks=False)
     for measured in result.watched:
         watch.observe(measured)
-        ever |= set(watch.over)
-    return sorted(ever)
+    return watch.crossed
 
 
 # ---- The command ----

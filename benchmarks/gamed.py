@@ -6,10 +6,10 @@ Trainings on rewards that are easy to game, and the demo's own, for 20 rollouts,
 a judge that no training sees looks at the policy on held-out prompts. What was measured of each rollout is then shown
 to `rl.watch`, with its default limits: at which rollout does the first monitor cross its limit, how much has the
 judge's score fallen by then, and when has it fallen by 0.05? Asked of three runs: one that has nothing but its
-rollouts, one with a held-out reward, and one that is evaluated before every rollout too, on the 96 prompts that the
-judge looks at (as by `eval_strategy: epoch`). The held-out reward of JPEG sizes is the predictor, that of the others
-the judge itself. A monitor that measures the very thing that is rewarded does not count. No monitor may cross its limit
-in a sound training.
+rollouts, one with a held-out reward, and one that is evaluated before every rollout too (as by `eval_strategy: epoch`),
+on 96 held-out prompts that the judge is not asked about. The held-out reward of JPEG sizes is the predictor; where the
+predictor is trained on there is none, so that the judge is nobody's monitor. One that measures the very thing that is
+rewarded does not count. No monitor may cross its limit in a sound training.
 
 The trainings are kept in `--work`, and replayed in seconds: change a limit in rl/watch.py, and start this again.
 """
@@ -59,10 +59,8 @@ def _files(reward: str) -> Game:
 GAMES = {
     "small files": _files("reward.others:JpegCompressibility"),
     "large files": _files("reward.others:JpegIncompressibility"),
-    "predictor, 10 x the learning rate": Game({"learning_rate": 3e-2, "watch_reward": "judge"}),
-    "paid, unit": Game(
-        {"credit": "paid", "paid_scale": "unit", "importance_sampling_level": "location", "watch_reward": "judge"}
-    ),
+    "predictor, 10 x the learning rate": Game({"learning_rate": 3e-2}),
+    "paid, unit": Game({"credit": "paid", "paid_scale": "unit", "importance_sampling_level": "location"}),
 }
 SOUND = "demo"
 SIZE = {"num_train_epochs": 12, "generation_batch_size": 128, "gradient_accumulation_steps": 4}
@@ -74,11 +72,12 @@ def plan(seeds: int, quick: bool) -> list[Training]:
     planned = []
     for seed in range(seeds):
         for name, game in GAMES.items():
-            planned.append(Training(name, seed, SIZE | dict(game.changes), count=96, every=1))
-        planned.append(Training(SOUND, seed, {"watch_reward": "judge", "num_train_epochs": 20}, count=96, every=5))
+            planned.append(Training(name, seed, SIZE | dict(game.changes), count=96, every=1, evaluated=96))
+        sound = {"watch_reward": "judge", "num_train_epochs": 20}  # the judge, so that these monitors can err too
+        planned.append(Training(SOUND, seed, sound, count=96, every=1, evaluated=96))
     if quick:
         planned = [
-            replace(one, changes=dict(one.changes) | QUICK, count=16)
+            replace(one, changes=dict(one.changes) | QUICK, count=16, evaluated=16)
             for one in planned
             if one.name in ("small files", SOUND)
         ]
@@ -111,7 +110,7 @@ def shown(result: Result, watch: Watch) -> Iterator[tuple[int, dict[str, float]]
     """
     evaluated = dict(zip(result.rollouts.tolist(), result.evaluated, strict=True))
     for rollout in range(int(result.rollouts[-1]) + 1):
-        if rollout in evaluated:
+        if evaluated.get(rollout):
             yield rollout, watch.observe_evaluation(evaluated[rollout])
         if rollout < len(result.watched):
             yield rollout, watch.observe(result.watched[rollout])
@@ -132,11 +131,12 @@ def first_trip(result: Result, ignored: Collection[str] = (), limits: Mapping[st
 
 
 def curves(result: Result) -> dict[str, list[float]]:
-    """Monitor -> its curve `watch/<name>`, a value a rollout, or an evaluation; of those that were measured."""
+    """Monitor -> what is held against its limit, a value a rollout, or an evaluation; of those that were measured."""
     found: dict[str, list[float]] = {}
-    for _, values in shown(result, Watch({}, speaks=False)):
-        for name, value in values.items():
-            found.setdefault(name, []).append(value)
+    watch = Watch({}, speaks=False)
+    for _, measured in shown(result, watch):
+        for name in measured:
+            found.setdefault(name, []).append(watch.judged[name])
     return found
 
 

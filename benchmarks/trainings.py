@@ -31,7 +31,7 @@ from finetune.command_line import as_flags
 from finetune.run import load_policy
 from reward.arguments import parse_arguments, read_prompt_file
 from rl.ddpo import DDPOConfig, DDPOTrainer
-from rl.evaluate import evaluate
+from rl.evaluate import Evaluation, evaluate
 from rl.timing import PhaseClock
 from run_ddpo import RunArguments
 
@@ -57,6 +57,8 @@ class Training:
         changes: settings of run_ddpo.py in place of the config's.
         judged: file of the prompts that the judge looks at, `count` of them, evenly spread, a picture of each.
         every: rollouts from one look to the next; the first is before any update, the last behind all.
+        evaluated: so many other prompts of that file are what the run itself is evaluated on at each look, for its
+            monitors; as by `eval_strategy`.
         config: what the settings are, but for the changes.
     """
 
@@ -66,12 +68,13 @@ class Training:
     judged: str = HELD_OUT
     count: int = 256
     every: int = 3
+    evaluated: int = 0
     config: str = CONFIG
 
     @property
     def file(self) -> str:
         """The name of its result's file: other settings or other assets, another file."""
-        looked = self.name, self.seed, self.judged, self.count, self.every
+        looked = self.name, self.seed, self.judged, self.count, self.every, self.evaluated
         key = digest(looked, self._settings, assets_digest())
         return f"{re.sub(r'[^a-z0-9]+', '_', self.name.lower())}-seed{self.seed}-{key}.json"
 
@@ -79,7 +82,7 @@ class Training:
     def base_file(self) -> str:
         """The name of the file of the look at the base model, the same for every training that begins with it."""
         told = {name: value for name, value in self._settings.items() if name not in UNTRAINED}
-        return f"base-{digest(told, self.judged, self.count, assets_digest())}.json"
+        return f"base-{digest(told, self.judged, self.count, self.evaluated, assets_digest())}.json"
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -104,8 +107,7 @@ class Result:
             the wall's, and what runs beside it does not count.
         judge, satisfied: (L, P), the judge's score, and whether all is as asked for.
         reward: (L,), the mean of the reward trained on.
-        evaluated: of each look the trained and, if there is one, the held-out reward of each prompt, for
-            `rl.watch.Watch`.
+        evaluated: of each look what the run's own evaluation finds, for `rl.watch.Watch`; empty without one.
         watched: what was measured of each rollout, likewise.
         wall: seconds of it all, the looks included.
     """
@@ -152,10 +154,10 @@ class Looks(TrainerCallback):
     again, and what it does not hold is left there.
     """
 
-    def __init__(self, trainer: DDPOTrainer, rewards: Mapping[str, Any], prompts: Sequence[str], run: RunArguments,
-                 every: int, base: Path | None):  # fmt: skip
-        self.trainer, self.rewards, self.prompts, self.run, self.every = trainer, rewards, prompts, run, every
-        self.base = base
+    def __init__(self, trainer: DDPOTrainer, rewards: Mapping[str, Any], prompts: Sequence[str],
+                 evaluated: Sequence[str], run: RunArguments, every: int, base: Path | None):  # fmt: skip
+        self.trainer, self.rewards, self.prompts, self.evaluated = trainer, rewards, prompts, evaluated
+        self.run, self.every, self.base = run, every, base
         self.looks: dict[str, list] = {name: [] for name in ("rollouts", "pictures", "seconds", "judge", "satisfied",
                                                              "reward", "evaluated")}  # fmt: skip
         self.watched: list[dict[str, float]] = []
@@ -191,18 +193,24 @@ class Looks(TrainerCallback):
             self.looks[name].append(value)
 
     def _seen(self) -> dict[str, Any]:
-        args = self.trainer.args
-        evaluation = evaluate(
-            self.trainer.policy, self.trainer.schedule, self.prompts, self.rewards, generations=1,
-            seed=self.run.eval_seed, guidance_scale=args.guidance_scale, batch_size=args.per_device_eval_batch_size,
-        )  # fmt: skip
-        found, watched = evaluation.values, self.trainer.seen_by_watch(evaluation, self.rewards)
+        found = self._evaluate(self.prompts, self.rewards).values
+        watched: dict[str, list[float]] = {}
+        if self.evaluated:
+            own = {name: one for name, one in self.rewards.items() if name in ("reward", self.run.watch_reward)}
+            watched = self.trainer.seen_by_watch(self._evaluate(self.evaluated, own), own)
         return {
             "judge": [round(value, 4) for value in found[f"{JUDGE}.total"].flatten().tolist()],
             "satisfied": [round(value) for value in found[f"{JUDGE}.satisfied"].flatten().tolist()],
             "reward": float(found["reward"].mean()),
             "evaluated": {name: [round(value, 5) for value in values] for name, values in watched.items()},
         }
+
+    def _evaluate(self, prompts: Sequence[str], rewards: Mapping[str, Any]) -> Evaluation:
+        args = self.trainer.args
+        return evaluate(
+            self.trainer.policy, self.trainer.schedule, prompts, rewards, generations=1, seed=self.run.eval_seed,
+            guidance_scale=args.guidance_scale, batch_size=args.per_device_eval_batch_size,
+        )  # fmt: skip
 
 
 def train(training: Training, work: Path | None = None) -> dict[str, Any]:
@@ -214,20 +222,26 @@ def train(training: Training, work: Path | None = None) -> dict[str, Any]:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         run, args = parse_arguments([RunArguments, DDPOConfig], training.argv(folder))
-        prompts = read_prompt_file(training.judged)
-        count = min(training.count, len(prompts))
-        prompts = [prompts[place * len(prompts) // count] for place in range(count)]
+        everything = read_prompt_file(training.judged)
+        prompts = _spread(everything, training.count)
+        evaluated = _spread([prompt for prompt in everything if prompt not in set(prompts)], training.evaluated)
         rewards = run.make_rewards()
         held_out = rewards[run.watch_reward] if run.watch_reward else None
         policy = load_policy(run.policy, args)
         trainer = DDPOTrainer(policy, rewards["reward"], args, read_prompt_file(run.prompts), held_out=held_out)
         trainer.clock = ProcessorClock()
-        looks = Looks(trainer, rewards, prompts, run, training.every, work and work / training.base_file)
+        looks = Looks(trainer, rewards, prompts, evaluated, run, training.every, work and work / training.base_file)
         trainer.add_callback(looks)
         trainer.train()
         looks.look()
     wall = round(time.perf_counter() - began, 1)
     return {"training": asdict(training), "wall": wall, "looks": looks.looks, "watched": looks.watched}
+
+
+def _spread(prompts: Sequence[str], count: int) -> list[str]:
+    """So many of them, evenly spread; all if there are fewer."""
+    count = min(count, len(prompts))
+    return [prompts[place * len(prompts) // count] for place in range(count)]
 
 
 # ---- Many of them ----

@@ -121,8 +121,7 @@ def judge(
     how: EvaluationArguments,
     console: Console,
 ) -> Judged:
-    """Evaluate the trainer's policy, on all ranks, and let its monitors compare what is behind training with what was
-    before.
+    """Evaluate the trainer's policy, on all ranks; what is before training, its monitors hold later ones against.
 
     Args:
         phase: "before" or "after", for the console.
@@ -144,7 +143,8 @@ def judge(
                 soft_wrap=True, markup=False,
             )  # fmt: skip
         raise
-    trainer.watch_evaluation(judged[0], rewards)
+    if phase == "before":
+        trainer.watch_evaluation(judged[0], rewards)
     return judged
 
 

@@ -92,19 +92,20 @@ def dead_groups(values: torch.Tensor, group_size: int, std_floor: float) -> floa
 
 def agreement(first: torch.Tensor, second: torch.Tensor, group_size: int) -> tuple[float, float]:
     """Whether two rewards (N,), (N,) prefer the same of a prompt's pictures: mean over prompts of their correlation
-    among the G >= 2 pictures of one, in [-1, 1]; where one of them sees no difference, 0. What a prompt's pictures have
-    in common, and so the choice of prompts, does not touch it.
+    among the G >= 2 pictures of one, in [-1, 1]; where one of them sees no difference, 0. What all pictures of a prompt
+    have in common does not touch it.
 
     Returns:
-        it, and its standard deviation over rollouts in which the two have nothing to do with each other: (N / G *
-        (G - 1)) ** -0.5, as the correlation of G independent pairs has the variance 1 / (G - 1).
+        it, and its standard error: what prompts differ by tells it, if that is more than what chance alone makes of the
+        correlation of G independent pairs, whose variance is 1 / (G - 1).
     """
     groups = [values.double().view(-1, group_size) for values in (first, second)]
     a, b = (values - values.mean(dim=1, keepdim=True) for values in groups)
     scale = a.norm(dim=1) * b.norm(dim=1)
     told = scale > 1e-12 * groups[0].norm(dim=1) * groups[1].norm(dim=1)  # below, it is rounding
     found = torch.where(told, (a * b).sum(dim=1) / torch.where(told, scale, torch.ones_like(scale)), 0.0)
-    return float(found.mean()), (len(found) * (group_size - 1)) ** -0.5
+    spread = max(float(found.std()) if len(found) > 1 else 0.0, (group_size - 1) ** -0.5)
+    return float(found.mean()), spread / len(found) ** 0.5
 
 
 def standard_error(values: torch.Tensor, group_size: int) -> float:

@@ -177,7 +177,8 @@ class PolicyTrainer(ResumableTrainer):
 
     def seen_by_watch(self, figures: Evaluation, rewards: Mapping[str, RewardFn]) -> dict[str, list[float]]:
         """What the monitors want to know of an evaluation: the trained and the held-out reward -> P means."""
-        names = [TRAINING_REWARD, *(f"{name}.total" for name, one in rewards.items() if one is self.held_out)]
+        held_out = [name for name, one in rewards.items() if one is self.held_out and name != TRAINING_REWARD]
+        names = [TRAINING_REWARD, *(f"{name}.total" for name in held_out)]
         return {name: figures.values[name].mean(dim=1).tolist() for name in names}
 
     @contextmanager

@@ -10,12 +10,13 @@ run at it, and leaves the weights of the best checkpoint. "Of the start" is of t
                   prompts in which nothing happens, one in a hundred crosses the limit, of 32 prompts none.
                   -0.2: a fifth of a standard deviation is what is commonly called a small effect.
     agreement     Whether the two prefer the same of a prompt's pictures: the mean of their correlation within prompts,
-                  over the last `WINDOW` rollouts. Other prompts do not move it, and it says where training is going
-                  before it is there. It counts by the least of what the last 1, 2, .. `WINDOW` rollouts say, three
-                  standard errors above each. 0: below, what pleases the one displeases the other.
-    evaluated     The trained reward, or the held-out one, of held-out prompts fell since before training: in standard
-                  errors of the difference, of the same prompts from the same noise. Measured by evaluations, so it
-                  needs `eval_strategy`; behind training, always. -3: surely.
+                  over the last `WINDOW` rollouts. That one prompt is easier than another does not move it, and it says
+                  where training is going before it is there. It counts by the least of what the last 1, 2, .. `WINDOW`
+                  rollouts say, three standard errors above each. 0: below, what pleases the one displeases the other.
+    evaluated     The trained reward, or the held-out one, fell since before training, of the same held-out prompts from
+                  the same noise: in standard errors, those of few prompts taken for as much less as Student's t says.
+                  Measured by the evaluations in the midst of training, `eval_strategy`. -3: of 400 evaluations in which
+                  neither reward changes, about one is below.
     reward        The reward that is trained on fell: the run breaks what it should improve, by too large a learning
                   rate or credit that leads elsewhere. As held_out.
     diversity     Pictures of one prompt become alike: their mean distance, of the start; between what the reward sees
@@ -39,10 +40,13 @@ import difflib
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from scipy import stats
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from reward.feedback import Reward, RewardFn
@@ -148,7 +152,7 @@ def never_measured(num_generations: int, has_base: bool, evaluates: bool) -> dic
         why = "num_generations is 1, and it compares pictures of one prompt"
         off |= {"agreement": why, "diversity": why, "dead_groups": why}
     if not evaluates:
-        off["evaluated"] = "eval_strategy is no, so that only the end is compared with the start"
+        off["evaluated"] = "eval_strategy is no"
     if not has_base:
         off["kl"] = "tune is full and keeps no copy of the base unless beta is above 0"
     return off
@@ -299,7 +303,7 @@ class Watch:
         self.best: dict[str, float] | None = None
         self._start: dict[str, float] = {}
         self._evaluated: dict[str, list[float]] = {}  # before training; see `observe_evaluation`
-        self._recent: list[dict[str, float]] = []
+        self._recent: list[dict[str, float]] = []  # rollouts, the newest last
         self._crossed: set[str] = set()
         self._judged: dict[str, float] = {}  # monitor -> what was held against its limit last
 
@@ -310,6 +314,11 @@ class Watch:
     @property
     def crossed(self) -> list[str]:
         return [name for name in MONITORS if name in self._crossed]
+
+    @property
+    def judged(self) -> dict[str, float]:
+        """Monitor -> what was held against its limit last; of `held_out`, `reward` and `agreement` not the curve."""
+        return dict(self._judged)
 
     @property
     def stopping(self) -> list[str]:
@@ -396,7 +405,7 @@ class Watch:
 
     def _lately(self, name: str, count: int) -> tuple[float, float]:
         """Mean over the last `count` rollouts, fewer if there are fewer, and its standard error."""
-        recent = self._recent[-count:]
+        recent = [entry for entry in self._recent if f"{name}_error" in entry][-count:]
         variance = sum(entry[f"{name}_error"] ** 2 for entry in recent) / len(recent) ** 2
         return sum(entry[name] for entry in recent) / len(recent), math.sqrt(variance)
 
@@ -428,25 +437,31 @@ class Watch:
         """Everything that it knows, as JSON can hold it (a float comes back to the bit)."""
         known = {"start": self._start, "recent": self._recent, "judged": self._judged, "best": self.best,
                  "evaluated": self._evaluated, "crossed": self.crossed}  # fmt: skip
-        return {**known, "over": self.over}  # for readers; it follows from the others and the limits
+        known["over"] = self.over  # for readers; it follows from the others and the limits
+        return deepcopy(known)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave; from nothing, as a checkpoint of an older version has it, anew."""
+        """Go on from what `state` gave; from nothing, as a checkpoint of an older version has it, anew.
+
+        Evaluations are held against the one that this process made before, if it did: they are of the same prompts.
+        """
         self._start = dict(state.get("start", {}))
-        self._recent = [entry for entry in state.get("recent", []) if "reward_error" in entry]
-        self._evaluated = state.get("evaluated") or self._evaluated
+        self._recent = list(state.get("recent", []))
+        self._evaluated = self._evaluated or dict(state.get("evaluated", {}))
         self._crossed = set(state.get("crossed", []))
         self._judged, self.best = dict(state.get("judged", {})), state.get("best")
 
 
 def paired_fall(before: Sequence[float], after: Sequence[float]) -> float | None:
-    """The mean of `after` less `before`, of the same prompts, in standard errors; None for fewer than two prompts, or
-    for prompts of two counts."""
+    """The mean of `after` less `before`, of the same P prompts, in standard errors: Student's t of P - 1 degrees of
+    freedom, as the number that a normal variable is above, or below, as seldom; between -37 and 37. None for fewer
+    than two prompts, or where their counts differ."""
     if len(before) != len(after) or len(before) < 2:
         return None
-    differences = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
-    error = float(differences.std()) / len(differences) ** 0.5
-    return float(differences.mean()) / error if error > 0 else 0.0
+    differences = np.subtract(after, before)
+    mean, error = differences.mean(), differences.std(ddof=1) / len(differences) ** 0.5
+    chance = stats.t.sf(abs(mean) / max(error, 1e-12), len(differences) - 1)
+    return float(np.copysign(stats.norm.isf(max(chance, 1e-300)), mean))
 
 
 class StopWhenGamed(TrainerCallback):

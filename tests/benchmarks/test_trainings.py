@@ -18,7 +18,7 @@ TINY = {
 def result(judge=(0.5, 0.6), wall=1.0):
     looks = {
         "rollouts": [0, 1], "pictures": [0, 8], "seconds": [0, 1], "judge": [[value] * 2 for value in judge],
-        "satisfied": [[0, 1]] * 2, "reward": [0, 1],
+        "satisfied": [[0, 1]] * 2, "reward": [0, 1], "evaluated": [{}, {}],
     }  # fmt: skip
     return {"wall": wall, "looks": looks, "watched": []}
 
@@ -85,7 +85,7 @@ def test_a_training_that_fails_ends_it(tmp_path, started):
 
 def test_a_training_is_looked_at_before_between_and_behind(tmp_path):
     """The real thing, on the small world's pipeline, as few of everything as there can be."""
-    training = Training("tiny", 0, TINY, count=2, every=1)
+    training = Training("tiny", 0, TINY | {"watch_reward": "judge"}, count=2, every=1, evaluated=3)
     done = trainings.train(training)
     write_json(tmp_path / training.file, done)
     found = Result.read(tmp_path / training.file)
@@ -96,6 +96,10 @@ def test_a_training_is_looked_at_before_between_and_behind(tmp_path):
     assert (found.seconds[1:] > found.seconds[:-1]).all()
     assert found.judge.shape == found.satisfied.shape == (3, 2)
     assert found.reward[0] != found.reward[2]
+    assert [{name: len(values) for name, values in one.items()} for one in found.evaluated] == [
+        {"reward": 3, "judge.total": 3}
+    ] * 3
+    assert found.evaluated[0] != found.evaluated[2]
     assert len(found.watched) == 2
     assert all({"reward", "kl", "drawn", "dead_groups"} <= set(measured) for measured in found.watched)
     assert found.watched[0]["kl"] == 0 < found.watched[1]["kl"]
@@ -123,5 +127,14 @@ def test_another_base_is_looked_at_by_itself():
         one.base_file
     )
     others = [replace(one, changes={"guidance_scale": 2}), replace(one, changes={"reward": "a:B"}),
-              replace(one, count=8), replace(one, judged="other.txt")]  # fmt: skip
-    assert len({other.base_file for other in [one, *others]}) == 5
+              replace(one, count=8), replace(one, judged="other.txt"), replace(one, evaluated=8),
+              replace(one, changes={"watch_reward": "judge"})]  # fmt: skip
+    assert len({other.base_file for other in [one, *others]}) == 7
+
+
+def test_a_run_is_evaluated_on_prompts_that_the_judge_is_not_asked_about(monkeypatch):
+    asked = []
+    monkeypatch.setattr(trainings.Looks, "look", lambda self: asked.append((set(self.prompts), set(self.evaluated))))
+    trainings.train(Training("tiny", 0, TINY | {"num_train_epochs": 1}, count=96, evaluated=96))
+    assert [len(prompts) for prompts in asked[0]] == [96, 96]
+    assert not set.intersection(*asked[0])

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,6 +24,7 @@ from reward.arguments import main_guard
 from reward.feedback import HEATMAPS, SCORES, check_reward
 from reward.predict import RichFeedbackPredictor
 from rl.folder_lock import taken
+from rl.watch import paired_fall
 from tests.reward.test_http import serving
 from tests.rl.conftest import PROMPTS, put_in_hub_cache
 from tests.rl.toy_rewards import Plain
@@ -252,6 +254,18 @@ def test_stop_on_ends_the_run_in_order_and_names_the_best_checkpoint(config, tmp
     assert (tmp_path / "run/checkpoint-1/complete.json").exists()
     assert (tmp_path / "run/pytorch_lora_weights.safetensors").exists()
     assert f"best checkpoint by judge, {best['held_out']:.4f} in its rollout: {best['path']}" in capsys.readouterr().out
+
+
+def test_evaluations_are_held_against_the_one_before_training(config, tmp_path):
+    """Not against the first in the midst of it, which would be no different from itself."""
+    flags = ["--eval_strategy", "epoch", "--watch_reward", "judge", "--learning_rate", "0.1", "--warmup_steps", "0"]
+    assert command("--config", config, *flags, "--num_train_epochs", "1") == 0
+    log = json.loads((tmp_path / "run/checkpoint-1/trainer_state.json").read_text())["log_history"]
+    (found,) = [entry["watch/evaluated"] for entry in log if "watch/evaluated" in entry]
+    told = json.loads((tmp_path / "run/evaluation.json").read_text())  # behind training: the same weights
+    means = {name: [np.mean(told[when][name], axis=1) for when in ("before", "after")] for name in told["before"]}
+    assert found == pytest.approx(min(paired_fall(*means[name]) for name in ("reward", "judge.total")))
+    assert found != 0
 
 
 def test_what_a_run_leaves_is_pushed_once_and_whole(config, tmp_path, monkeypatch):
