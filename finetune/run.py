@@ -259,7 +259,8 @@ def best_checkpoint(trainer: PolicyTrainer, watch_reward: str | None) -> dict[st
     reward it is named where a monitor is over its limit: else it is as good as the last update."""
     best = trainer.watch.best
     if best and "held_out" in best:
-        what = f"best checkpoint by {watch_reward}, {best['held_out']:.4f} in its rollout"
+        where = "evaluation" if best.get("evaluated") else "rollout"
+        what = f"best checkpoint by {watch_reward}, {best['held_out']:.4f} in its {where}"
     elif best and trainer.watch.over:
         what = "last checkpoint without a monitor over its limit"
     else:

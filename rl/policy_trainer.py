@@ -173,13 +173,15 @@ class PolicyTrainer(ResumableTrainer):
         Args:
             rewards: name -> reward function, of the evaluation.
         """
-        return self.watch.observe_evaluation(self.seen_by_watch(figures, rewards))
+        return self.watch.observe_evaluation(self.seen_by_watch(figures, rewards), self.state.global_step)
 
     def seen_by_watch(self, figures: Evaluation, rewards: Mapping[str, RewardFn]) -> dict[str, list[float]]:
-        """What the monitors want to know of an evaluation: the trained and the held-out reward -> P means."""
-        held_out = [name for name, one in rewards.items() if one is self.held_out and name != TRAINING_REWARD]
-        names = [TRAINING_REWARD, *(f"{name}.total" for name in held_out)]
-        return {name: figures.values[name].mean(dim=1).tolist() for name in names}
+        """What the monitors want to know of an evaluation: `reward` and, if there is one, `held_out` -> P means."""
+        seen = {"reward": figures.values[TRAINING_REWARD]}
+        for name, one in rewards.items():
+            if one is self.held_out and name != TRAINING_REWARD:
+                seen["held_out"] = figures.values[f"{name}.total"]
+        return {name: values.mean(dim=1).tolist() for name, values in seen.items()}
 
     @contextmanager
     def _weights_to_leave(self) -> Iterator[None]:

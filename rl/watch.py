@@ -282,8 +282,9 @@ class Watch:
         over: the monitors that are across their limits, in the order of `MONITORS`.
         crossed: those that ever were, likewise.
         best: of the checkpoints that rollouts were drawn from, the one to keep: that with the best held-out reward,
-            `global_step` and `held_out`, its mean in that rollout; where none is watched, the last one of which no
-            monitor of `stop_on` (of all, where it names none) was over its limit, `global_step`. None before the first.
+            `global_step` and `held_out`, its mean in that rollout, or, with `evaluated`, in the evaluation of these
+            weights, which comes before any rollout's; where none is watched, the last one of which no monitor of
+            `stop_on` (of all, where it names none) was over its limit, `global_step`. None before the first.
     """
 
     def __init__(
@@ -303,6 +304,7 @@ class Watch:
         self.best: dict[str, float] | None = None
         self._start: dict[str, float] = {}
         self._evaluated: dict[str, list[float]] = {}  # before training; see `observe_evaluation`
+        self._asked: dict[str, float] = {}  # what the held-out reward said in the last evaluation, and when
         self._recent: list[dict[str, float]] = []  # rollouts, the newest last
         self._crossed: set[str] = set()
         self._judged: dict[str, float] = {}  # monitor -> what was held against its limit last
@@ -368,16 +370,20 @@ class Watch:
             if self.speaks:
                 logger.warning("stop_on all does not stop on %s: %s", name, why)
 
-    def observe_evaluation(self, rewards: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    def observe_evaluation(self, rewards: Mapping[str, Sequence[float]], global_step: int = 0) -> dict[str, float]:
         """Take note of an evaluation, and say once what crosses its limit. The first is what others are held against.
 
         Args:
-            rewards: the trained and, if there is one, the held-out reward -> its mean over the pictures of each prompt.
+            rewards: `reward`, the trained one, and `held_out`, if there is one -> its mean over the pictures of each
+                prompt.
+            global_step: updates before it.
 
         Returns:
             as `observe`: what has fallen most, if there are prompts enough to tell.
         """
         self._evaluated = self._evaluated or {name: list(values) for name, values in rewards.items()}
+        if "held_out" in rewards:
+            self._asked = {"global_step": global_step, "held_out": sum(rewards["held_out"]) / len(rewards["held_out"])}
         falls = [
             fall for name, values in rewards.items()
             if (fall := paired_fall(self._evaluated.get(name, []), values)) is not None
@@ -430,13 +436,21 @@ class Watch:
         if held_out is None:
             if not (self.stopping if self.stop_on else self.over):
                 self.best = {"global_step": global_step}
-        elif self.best is None or held_out > self.best.get("held_out", -math.inf):
-            self.best = {"global_step": global_step, "held_out": held_out}
+            return
+        found = {"global_step": global_step, "held_out": held_out}
+        if self._asked and self._asked["global_step"] == global_step:
+            found = self._asked | {"evaluated": True}
+
+        def worth(checkpoint: Mapping[str, float]) -> tuple[bool, float]:
+            return bool(checkpoint.get("evaluated")), checkpoint.get("held_out", -math.inf)
+
+        if self.best is None or worth(found) > worth(self.best):
+            self.best = found
 
     def state(self) -> dict[str, Any]:
         """Everything that it knows, as JSON can hold it (a float comes back to the bit)."""
         known = {"start": self._start, "recent": self._recent, "judged": self._judged, "best": self.best,
-                 "evaluated": self._evaluated, "crossed": self.crossed}  # fmt: skip
+                 "evaluated": self._evaluated, "asked": self._asked, "crossed": self.crossed}  # fmt: skip
         known["over"] = self.over  # for readers; it follows from the others and the limits
         return deepcopy(known)
 
@@ -448,7 +462,7 @@ class Watch:
         self._start = dict(state.get("start", {}))
         self._recent = list(state.get("recent", []))
         self._evaluated = self._evaluated or dict(state.get("evaluated", {}))
-        self._crossed = set(state.get("crossed", []))
+        self._asked, self._crossed = dict(state.get("asked", {})), set(state.get("crossed", []))
         self._judged, self.best = dict(state.get("judged", {})), state.get("best")
 
 

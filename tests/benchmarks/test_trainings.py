@@ -97,7 +97,7 @@ def test_a_training_is_looked_at_before_between_and_behind(tmp_path):
     assert found.judge.shape == found.satisfied.shape == (3, 2)
     assert found.reward[0] != found.reward[2]
     assert [{name: len(values) for name, values in one.items()} for one in found.evaluated] == [
-        {"reward": 3, "judge.total": 3}
+        {"reward": 3, "held_out": 3}
     ] * 3
     assert found.evaluated[0] != found.evaluated[2]
     assert len(found.watched) == 2

@@ -256,7 +256,7 @@ def test_stop_on_ends_the_run_in_order_and_names_the_best_checkpoint(config, tmp
     assert f"best checkpoint by judge, {best['held_out']:.4f} in its rollout: {best['path']}" in capsys.readouterr().out
 
 
-def test_evaluations_are_held_against_the_one_before_training(config, tmp_path):
+def test_evaluations_are_held_against_the_one_before_training(config, tmp_path, capsys):
     """Not against the first in the midst of it, which would be no different from itself."""
     flags = ["--eval_strategy", "epoch", "--watch_reward", "judge", "--learning_rate", "0.1", "--warmup_steps", "0"]
     assert command("--config", config, *flags, "--num_train_epochs", "1") == 0
@@ -266,6 +266,11 @@ def test_evaluations_are_held_against_the_one_before_training(config, tmp_path):
     means = {name: [np.mean(told[when][name], axis=1) for when in ("before", "after")] for name in told["before"]}
     assert found == pytest.approx(min(paired_fall(*means[name]) for name in ("reward", "judge.total")))
     assert found != 0
+    assert command("--config", config, *flags, "--resume_from_checkpoint", "latest") == 0  # two rollouts
+    best = json.loads((tmp_path / "run/summary.json").read_text())["watch"]["best_checkpoint"]
+    assert (best["global_step"], best["evaluated"]) == (1, True)
+    assert best["held_out"] == pytest.approx(means["judge.total"][1].mean())
+    assert f"best checkpoint by judge, {best['held_out']:.4f} in its evaluation" in capsys.readouterr().out
 
 
 def test_what_a_run_leaves_is_pushed_once_and_whole(config, tmp_path, monkeypatch):

@@ -282,14 +282,14 @@ def test_rewards_that_have_nothing_to_do_with_each_other_seldom_disagree():
 
 def test_evaluations_are_compared_in_pairs_with_the_first():
     watch = Watch({}, speaks=False)
-    start = {"reward": [0.1, 0.9, 0.5, 0.4], "judge.total": [1.0, 2.0, 3.0, 4.0]}
+    start = {"reward": [0.1, 0.9, 0.5, 0.4], "held_out": [1.0, 2.0, 3.0, 4.0]}
     assert watch.observe_evaluation(start) == {"evaluated": 0.0}
-    fallen = [one - change for one, change in zip(start["judge.total"], (0.10, 0.11, 0.09, 0.10), strict=True)]
+    fallen = [one - change for one, change in zip(start["held_out"], (0.10, 0.11, 0.09, 0.10), strict=True)]
     rest = Watch({}, speaks=False)
     rest.load_state(json.loads(json.dumps(watch.state())))
     for one in (watch, rest):
-        found = one.observe_evaluation(start | {"judge.total": fallen})["evaluated"]
-        assert found == paired_fall(start["judge.total"], fallen)
+        found = one.observe_evaluation(start | {"held_out": fallen})["evaluated"]
+        assert found == paired_fall(start["held_out"], fallen)
         assert one.over == ["evaluated"]
         one.observe_evaluation(start)
         assert (one.over, one.crossed) == ([], ["evaluated"])
@@ -300,10 +300,10 @@ def test_this_process_own_evaluation_before_training_comes_before_a_checkpoints(
     """It is of the same prompts, also where the run goes on with others, or with a held-out reward that is new."""
     part, rest = Watch({}, speaks=False), Watch({}, speaks=False)
     part.observe_evaluation({"reward": [0.1, 0.2, 0.3]})
-    rest.observe_evaluation({"reward": [0.8, 0.9, 0.7], "other.total": [1.0, 2.0, 3.0]})
+    rest.observe_evaluation({"reward": [0.8, 0.9, 0.7], "held_out": [1.0, 2.0, 3.0]})
     rest.load_state(part.state())
-    fallen = {"reward": [0.8, 0.9, 0.7], "other.total": [0.5, 1.51, 2.49]}
-    assert rest.observe_evaluation(fallen)["evaluated"] == paired_fall([1.0, 2.0, 3.0], fallen["other.total"])
+    fallen = {"reward": [0.8, 0.9, 0.7], "held_out": [0.5, 1.51, 2.49]}
+    assert rest.observe_evaluation(fallen)["evaluated"] == paired_fall([1.0, 2.0, 3.0], fallen["held_out"])
 
 
 def test_a_run_goes_on_with_a_held_out_reward_that_it_had_not():
@@ -375,6 +375,24 @@ def test_the_best_checkpoint_is_the_first_of_the_best():
     for step, value in ((1, 0.5), (2, 0.7), (3, 0.7), (4, 0.6)):
         watch.note_checkpoint(step, value)
     assert watch.best == {"global_step": 2, "held_out": 0.7}
+
+
+def test_an_evaluation_chooses_among_checkpoints_and_a_rollout_only_without_one():
+    """Rollouts from 1 .. 4 find more and more; evaluations, made of 2 and 4, find 4 worse."""
+    watch, best = Watch({}, speaks=False), []
+    for step, drawn, evaluated in ((1, 0.1, None), (2, 0.2, 0.6), (3, 0.3, None), (4, 0.4, 0.5)):
+        if evaluated is not None:
+            watch.observe_evaluation({"reward": [0.0, 0.0], "held_out": [evaluated - 0.1, evaluated + 0.1]}, step)
+        rest = Watch({}, speaks=False)
+        rest.load_state(json.loads(json.dumps(watch.state())))
+        watch = rest
+        watch.note_checkpoint(step, drawn)
+        best.append(watch.best)
+    assert (
+        best
+        == [{"global_step": 1, "held_out": 0.1}]
+        + [{"global_step": 2, "held_out": pytest.approx(0.6), "evaluated": True}] * 3
+    )
 
 
 @pytest.mark.parametrize(
