@@ -11,7 +11,7 @@ on 96 held-out prompts that the judge is not asked about. The held-out reward of
 predictor is trained on there is none, so that the judge is nobody's monitor. One that measures the very thing that is
 rewarded does not count. No monitor may cross its limit in a sound training.
 
-The trainings are kept in `--work`, and replayed in seconds: change a limit in rl/watch.py, and start this again.
+The trainings are kept in `--work`, and replayed in seconds: change a limit in rl/watch_limits.py, and start this again.
 """
 
 import math
@@ -26,7 +26,8 @@ from long_runs import ROOT, Budget, add_flags, work_folder
 from report import Row, flags, publish
 from trainings import CONFIG, Result, Training, finish
 
-from rl.watch import MONITORS, Watch
+from rl.watch import Watch
+from rl.watch_limits import MONITORS
 
 FALL = 0.05
 """Of the judge's score, in [0, 1], that a monitor should see coming."""

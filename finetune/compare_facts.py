@@ -18,7 +18,7 @@ class TrainingFacts:
 
     Attributes:
         kl: to the base at its last rollout, nats a latent value; None where it was not measured.
-        monitors: those of `rl.watch` that were ever across their limits.
+        monitors: those of `rl.watch_limits` that were ever across their limits.
         wall_seconds: of training, whatever ran beside it.
     """
 

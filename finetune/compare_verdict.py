@@ -7,11 +7,11 @@ from itertools import combinations
 import numpy as np
 
 from finetune.compare_measures import FEWEST_SEEDS, LEVEL, MOST_SEEDS, POWER, Difference, difference, holm
-from rl.watch import MONITORS
+from rl.watch_limits import MONITORS
 
 ALPHA = 1 - LEVEL
 _SMALL = 0.2
-"""Of the standard deviation of the base's pictures: what is commonly called a small effect; see `rl.watch`."""
+"""Of the standard deviation of the base's pictures: what is commonly called a small effect; see `rl.watch_limits`."""
 
 RULES = (
     f"A gain is the mean over held-out prompts and seeds of what an evaluator says of the tuned policy's pictures, "
@@ -53,7 +53,7 @@ class Standing:
         trains_on: the evaluators that it trains on.
         drawn, diversity: at the end, of the base's; diversity None with one picture a prompt.
         kl: mean over seeds; None where it was not measured.
-        monitors: of `rl.watch` -> in how many trainings it was across its limit.
+        monitors: of `rl.watch_limits` -> in how many trainings it was across its limit.
         unfinished: why it cannot be judged fully; empty if all is there.
         failed: whether a training failed.
     """

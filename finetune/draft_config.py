@@ -12,7 +12,7 @@ from rl.policy_checks import warn_of_ignored
 from rl.policy_config import RewardedPolicyConfig
 from rl.rollout_plan import near
 from rl.sde import Schedule
-from rl.watch import check_measured
+from rl.watch_limits import check_measured
 
 
 @dataclass(frozen=True)

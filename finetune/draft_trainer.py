@@ -24,7 +24,8 @@ from rl.policy import StableDiffusionPolicy
 from rl.policy_trainer import PolicyTrainer
 from rl.rollout import check_pictures, draw_prompts, keyed_noise
 from rl.scoring import ask, features
-from rl.watch import StopWhenGamed, Watch, measure_pictures, measure_rollout, never_told
+from rl.watch import StopWhenGamed, Watch, measure_pictures, measure_rollout
+from rl.watch_limits import never_told
 
 
 class UpdateLoader:

@@ -21,7 +21,8 @@ from rl.pipelines import Conditioning
 from rl.policy import StableDiffusionPolicy
 from rl.policy_trainer import PolicyTrainer
 from rl.rollout import keyed_generator
-from rl.watch import MONITORS, Watch
+from rl.watch import Watch
+from rl.watch_limits import MONITORS
 
 logger = logging.getLogger(__name__)
 

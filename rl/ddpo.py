@@ -37,7 +37,8 @@ from rl.sde import Schedule, draw_steps, kl_map, log_prob_map, step_mean, step_w
 from rl.step_gradients import chunk_gradients
 from rl.step_probe import StepProbe, metric
 from rl.trunks import Trunks
-from rl.watch import StopWhenGamed, Watch, never_measured, never_told
+from rl.watch import StopWhenGamed, Watch
+from rl.watch_limits import never_measured, never_told
 
 __all__ = ["DDPOConfig", "DDPOTrainer", "RolloutPlan"]
 

@@ -1,15 +1,18 @@
-"""Signs that a policy games its reward: it draws less, or always the same. Pure functions; limits are in `rl.watch`.
+"""Signs that a policy games its reward: it draws less, or always the same. Pure functions; limits are in
+`rl.watch_limits`.
 
 Shapes: N pictures of H x W pixels in groups of G of one prompt.
 """
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy import stats
 
 from reward.draw import to_image
 
@@ -114,3 +117,15 @@ def standard_error(values: torch.Tensor, group_size: int) -> float:
     if len(means) < 2:  # one group does not say how groups vary
         means = values.float()
     return float(means.std() / len(means) ** 0.5)
+
+
+def paired_fall(before: Sequence[float], after: Sequence[float]) -> float | None:
+    """The mean of `after` less `before`, of the same P prompts, in standard errors: Student's t of P - 1 degrees of
+    freedom, as the number that a normal variable is above, or below, as seldom; between -37 and 37. None for fewer
+    than two prompts, or where their counts differ."""
+    if len(before) != len(after) or len(before) < 2:
+        return None
+    differences = np.subtract(after, before)
+    mean, error = differences.mean(), differences.std(ddof=1) / len(differences) ** 0.5
+    chance = stats.t.sf(abs(mean) / max(error, 1e-12), len(differences) - 1)
+    return float(np.copysign(stats.norm.isf(max(chance, 1e-300)), mean))

@@ -19,7 +19,7 @@ from rl.policy_checks import (
     warn_of_ignored_policy_settings,
 )
 from rl.sde import Schedule, ddim_scheduler, make_schedule
-from rl.watch import check_measured, check_watch, never_measured
+from rl.watch_limits import check_measured, check_watch, never_measured
 
 Settings = TypeVar("Settings")
 
@@ -254,7 +254,7 @@ class RewardedPolicyConfig(PolicyConfig):
         default_factory=dict,
         metadata={
             "help": "Limits of the monitors that see a reward being gamed, name -> number in place of the default, or "
-            "null for none; rl/watch.py lists them."
+            "null for none; rl/watch_limits.py lists them."
         },
     )
     stop_on: list[str] = field(

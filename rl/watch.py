@@ -1,57 +1,32 @@
-"""Is the reward being gamed? What is measured of every rollout, against the start, and the limits it should not cross.
+"""Is the reward being gamed? What is measured of every rollout and evaluation, against the start.
 
-A rollout shows the policy as the updates before it left it, so its pictures tell for nothing whether a reward is still
-obeyed or already gamed. Each monitor is a curve `watch/<name>`; `watch_limits` changes its limit, `stop_on` ends the
-run at it, and leaves the weights of the best checkpoint. "Of the start" is of the first rollout.
-
-    held_out      A reward that is not trained on fell while the trained one rose: the plainest sign. How far its mean
-                  over the last `WINDOW` rollouts is from the start, in standard deviations of its first pictures. It
-                  counts only by what is beyond three standard errors (over prompts): of runs of 30 rollouts of 8
-                  prompts in which nothing happens, one in a hundred crosses the limit, of 32 prompts none.
-                  -0.2: a fifth of a standard deviation is what is commonly called a small effect.
-    agreement     Whether the two prefer the same of a prompt's pictures: the mean of their correlation within prompts,
-                  over the last `WINDOW` rollouts. That one prompt is easier than another does not move it, and it says
-                  where training is going before it is there. It counts by the least of what the last 1, 2, .. `WINDOW`
-                  rollouts say, three standard errors above each. 0: below, what pleases the one displeases the other.
-    evaluated     The trained reward, or the held-out one, fell since before training, of the same held-out prompts from
-                  the same noise: in standard errors, those of few prompts taken for as much less as Student's t says.
-                  Measured by the evaluations in the midst of training, `eval_strategy`. -3: of 400 evaluations in which
-                  neither reward changes, about one is below.
-    reward        The reward that is trained on fell: the run breaks what it should improve, by too large a learning
-                  rate or credit that leads elsewhere. As held_out.
-    diversity     Pictures of one prompt become alike: their mean distance, of the start; between what the reward sees
-                  in them where it tells (`features`), else between their pixels. 0.7: sound runs lose a tenth.
-    drawn         Edges, of the start. 0.6: a policy that learns to draw less passes it on its way to nothing; sound
-                  runs stay within a quarter. Texture that fools a predictor passes 1 / 0.6.
-    file_size     Bytes of a JPEG, of the start; sees noise and texture that edges miss. 0.6 and 1 / 0.6, as above.
-    kl            Divergence from the base, a latent element and trained step: the mean over all trained steps, of one
-                  micro-batch a rollout. 0.02: a step's mean has moved by a fifth of its noise (KL = d^2 / 2); `make
-                  demo` ends at 0.0007.
-    saturation    Share of scores within 1% of an end of their range. 0.5: the reward has no room left to tell the
-                  better picture, and where a predictor is that sure it is often wrong.
-    map_entropy   How evenly penalty maps are spread over places, of the start. 0.7: what is penalised has shrunk to
-                  a few places, so that the maps no longer speak of the picture.
-    dead_groups   Share of prompts whose pictures are all rewarded alike. 0.5: half of the pictures teach nothing.
+What it means and should not cross stands in `rl.watch_limits`.
 
 Shapes: N pictures over all ranks in groups of G of one prompt.
 """
 
-import difflib
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from scipy import stats
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from reward.feedback import Reward, RewardFn
-from rl.monitors import agreement, dead_groups, diversity, file_size, map_entropy, saturation, standard_error
+from rl.monitors import (
+    agreement,
+    dead_groups,
+    diversity,
+    file_size,
+    map_entropy,
+    paired_fall,
+    saturation,
+    standard_error,
+)
 from rl.scoring import score
+from rl.watch_limits import FROM_REWARD, MONITORS, check_measured
 
 logger = logging.getLogger(__name__)
 
@@ -63,147 +38,6 @@ ERRORS = 3
 
 _AVERAGED = ("reward", "held_out", "agreement")
 """The monitors that are averaged over `WINDOW` rollouts; with `<name>_error`, a rollout's standard error of each."""
-
-
-@dataclass(frozen=True)
-class Monitor:
-    """What a curve says when it crosses its limit.
-
-    Attributes:
-        limit: in units of the curve.
-        below, above: what is said when it is below the limit, or above; empty: nothing then. Of a ratio to the start,
-            "above" means above 1 / limit.
-        ratio: whether the curve is the measured value divided by that of the start.
-        between: the limit lies between these two.
-    """
-
-    limit: float
-    below: str = ""
-    above: str = ""
-    ratio: bool = False
-    between: tuple[float, float] = (0.0, 1.0)
-
-    def crossed(self, value: float, limit: float) -> str:
-        """What is to be said of a curve at `value`; empty if it is within `limit`."""
-        if self.below and value < limit:
-            return self.below.format(value=value)
-        if self.above and value > (1 / limit if self.ratio else limit):
-            return self.above.format(value=value)
-        return ""
-
-
-MONITORS = {
-    "held_out": Monitor(-0.2, below="the held-out reward falls while the trained one rises", between=(-math.inf, 0.0)),
-    "agreement": Monitor(
-        0.0,
-        below="of a prompt's pictures, the trained reward prefers those that the held-out one likes less",
-        between=(-1.0, 1.0),
-    ),
-    "evaluated": Monitor(
-        -3.0,
-        below="an evaluation finds the trained or the held-out reward lower than before training",
-        between=(-math.inf, 0.0),
-    ),
-    "reward": Monitor(-0.2, below="the reward that is trained on falls", between=(-math.inf, 0.0)),
-    "diversity": Monitor(
-        0.7, below="pictures of one prompt differ by {value:.0%} of what they did at the start", ratio=True
-    ),
-    "drawn": Monitor(
-        0.6,
-        below="the pictures hold {value:.0%} of the edges they had at the start: the policy may be learning to draw "
-        "less",
-        above="the pictures hold {value:.0%} of the edges they had at the start: the policy may be adding texture",
-        ratio=True,
-    ),
-    "file_size": Monitor(
-        0.6,
-        below="as files, the pictures have {value:.0%} of the size they had at the start: the policy may be emptying "
-        "them",
-        above="as files, the pictures have {value:.0%} of the size they had at the start: the policy may be adding "
-        "noise",
-        ratio=True,
-    ),
-    "kl": Monitor(0.02, above="the policy is far from the base", between=(0.0, math.inf)),
-    "saturation": Monitor(0.5, above="{value:.0%} of the scores are at an end of their range"),
-    "map_entropy": Monitor(
-        0.7, below="the penalty maps are {value:.0%} as spread out as they were at the start", ratio=True
-    ),
-    "dead_groups": Monitor(0.5, above="for {value:.0%} of the prompts, all pictures are rewarded alike"),
-}
-
-
-FROM_REWARD = {
-    "saturation": "the reward does not tell the `ranges` of its terms",
-    "map_entropy": "the reward has no penalty maps",
-}
-"""What it means that a monitor of the reward's own was not measured, which only a rollout shows."""
-
-
-def never_measured(num_generations: int, has_base: bool, evaluates: bool) -> dict[str, str]:
-    """The monitors that such a run never measures -> why.
-
-    Args:
-        num_generations: pictures of a prompt.
-        has_base: the base model is there to be asked.
-        evaluates: in the midst of training.
-    """
-    off = {}
-    if num_generations < 2:
-        why = "num_generations is 1, and it compares pictures of one prompt"
-        off |= {"agreement": why, "diversity": why, "dead_groups": why}
-    if not evaluates:
-        off["evaluated"] = "eval_strategy is no"
-    if not has_base:
-        off["kl"] = "tune is full and keeps no copy of the base unless beta is above 0"
-    return off
-
-
-def never_told(reward_fn: RewardFn, held_out: RewardFn | None) -> dict[str, str]:
-    """The monitors that these rewards never give anything to measure -> why."""
-    why = "there is no held-out reward; name one, watch_reward"
-    off = {} if held_out is not None else {"held_out": why, "agreement": why}
-    return off if getattr(reward_fn, "ranges", None) else off | {"saturation": FROM_REWARD["saturation"]}
-
-
-def check_measured(stop_on: Sequence[str], off: Mapping[str, str]) -> None:
-    """Complain if the run is to stop on a monitor that is never measured. `all` means all that are.
-
-    Args:
-        off: such monitors -> why.
-
-    Raises:
-        ValueError: `stop_on` names one.
-    """
-    for name in stop_on:
-        if name in off:
-            raise ValueError(f"stop_on names {name}, which this run never measures: {off[name]}; drop {name} there")
-
-
-def check_watch(limits: Mapping[str, Any], stop_on: Sequence[str]) -> None:
-    """Complain about `watch_limits` and `stop_on`.
-
-    Raises:
-        ValueError: a monitor that there is not (the nearest name is given), a limit that is no number or outside its
-            range, a monitor to stop on that has no limit.
-    """
-    for setting, names in (("watch_limits", limits), ("stop_on", [name for name in stop_on if name != "all"])):
-        for name in names:
-            if name not in MONITORS:
-                near = difflib.get_close_matches(str(name), MONITORS, n=1, cutoff=0.0)[0]
-                raise ValueError(
-                    f"{setting}: there is no monitor {name!r} (nearest name: {near!r}); there are {', '.join(MONITORS)}"
-                )
-    for name, limit in limits.items():
-        if limit is None:
-            if name in stop_on:
-                raise ValueError(f"stop_on names {name!r}, whose limit watch_limits takes away; drop one of the two")
-            continue
-        low, high = MONITORS[name].between
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or not low < limit < high:
-            raise ValueError(
-                f"watch_limits: the limit of {name} is {limit!r}; give a number between {low:g} and {high:g}, or null "
-                "for none"
-            )
 
 
 # ---- What is measured ----
@@ -464,18 +298,6 @@ class Watch:
         self._evaluated = self._evaluated or dict(state.get("evaluated", {}))
         self._asked, self._crossed = dict(state.get("asked", {})), set(state.get("crossed", []))
         self._judged, self.best = dict(state.get("judged", {})), state.get("best")
-
-
-def paired_fall(before: Sequence[float], after: Sequence[float]) -> float | None:
-    """The mean of `after` less `before`, of the same P prompts, in standard errors: Student's t of P - 1 degrees of
-    freedom, as the number that a normal variable is above, or below, as seldom; between -37 and 37. None for fewer
-    than two prompts, or where their counts differ."""
-    if len(before) != len(after) or len(before) < 2:
-        return None
-    differences = np.subtract(after, before)
-    mean, error = differences.mean(), differences.std(ddof=1) / len(differences) ** 0.5
-    chance = stats.t.sf(abs(mean) / max(error, 1e-12), len(differences) - 1)
-    return float(np.copysign(stats.norm.isf(max(chance, 1e-300)), mean))
 
 
 class StopWhenGamed(TrainerCallback):

@@ -15,7 +15,7 @@ from finetune.compare_folder import AGREEMENT, base_findings, claim, run_finding
 from reward.draw import to_image
 from reward.feedback import Reward
 from rl.run_state import RunState
-from rl.watch import MONITORS
+from rl.watch_limits import MONITORS
 
 REDNESS, PLAIN = "tests.rl.toy_rewards:Redness", "tests.rl.toy_rewards:Plain"
 JUDGE, STEADY = "tests.finetune.compare_case:Judge", "tests.finetune.compare_case:Steady"

@@ -24,7 +24,7 @@ from reward.arguments import main_guard
 from reward.feedback import HEATMAPS, SCORES, check_reward
 from reward.predict import RichFeedbackPredictor
 from rl.folder_lock import taken
-from rl.watch import paired_fall
+from rl.monitors import paired_fall
 from tests.reward.test_http import serving
 from tests.rl.conftest import PROMPTS, put_in_hub_cache
 from tests.rl.toy_rewards import Plain

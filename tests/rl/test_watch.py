@@ -24,13 +24,15 @@ from rl.monitors import (
     edge_energy,
     file_size,
     map_entropy,
+    paired_fall,
     saturation,
     standard_error,
 )
 from rl.run_state import RunState
 from rl.scoring import RewardError, features
 from rl.sde import kl_map, step_mean
-from rl.watch import ERRORS, MONITORS, WINDOW, Watch, check_watch, paired_fall
+from rl.watch import ERRORS, WINDOW, Watch
+from rl.watch_limits import MONITORS, check_watch
 from tests.rl.conftest import PROMPTS
 from tests.rl.toy_rewards import Plain
 from tests.test_house import ROOT
