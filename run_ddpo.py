@@ -7,6 +7,7 @@ A YAML names code (`reward: package.module:Attribute`): run only those you trust
 """
 
 import logging
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from finetune.run import (  # noqa: E402
 )
 from finetune.run_arguments import RewardedRunArguments  # noqa: E402
 from reward.arguments import main_guard, parse_arguments, read_prompt_file  # noqa: E402
+from reward.feedback import RewardFn  # noqa: E402
 from reward.training_arguments import whole_models  # noqa: E402
 from rl.adapter import AdapterSettings, check_adapter_files  # noqa: E402
 from rl.ddpo import DDPOConfig, DDPOTrainer  # noqa: E402
@@ -65,28 +67,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     eval_prompts = read_prompt_file(run.eval_prompts) if run.eval_prompts else []
     run.check_stop_on(args.stop_on)
     run.check_eval_strategy(args.eval_strategy.value)
-    args.plan(args.steps_per_rollout(read_schedule(run.policy, args)))
+    plan = args.plan(args.steps_per_rollout(read_schedule(run.policy, args)))
     if (given := given_by(run.named_rewards())) is not None:
         check_credit_is_told(args, given)
     check_adapter_files(args.part(AdapterSettings))
     settings = run_settings(run, args, {"prompts": run.prompts, "eval_prompts": run.eval_prompts})
-    beginning = begin(args, settings, console)
+    if run.dry_run:
+        dry_run(run, args, prompts, eval_prompts, console)
+        return
+    beginning = begin(args, settings, plan.updates, console)
     if beginning.finished:
         return
 
-    console.print("[bold]loading[/] policy and rewards")
-    with whole_models(args):
-        rewards = {name: place_reward(reward, args) for name, reward in run.make_rewards().items()}
-        policy = load_policy(run.policy, args)
-    held_out = rewards[run.watch_reward] if run.watch_reward else None
-    eval_on = run.held_out(eval_prompts, rewards) if eval_prompts else None
-    trainer = DDPOTrainer(policy, rewards[TRAINING_REWARD], args, prompts, held_out=held_out, eval_on=eval_on)
-
-    if run.dry_run:
-        costs = measure(trainer)  # on all ranks
-        print_costs(console, costs)
-        trainer.accelerator.end_training()
-        return
+    trainer, rewards = load(run, args, prompts, eval_prompts, console)
 
     before = judge("before", trainer, eval_prompts, rewards, run, console) if eval_prompts else None
     with claimed(trainer, settings, beginning):  # only now that nothing else can be wrong: it may delete what is there
@@ -103,6 +96,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         judged = (before, after) if before and after else None
         leave(trainer, settings, DDPO, judged, facts, start, console, best_checkpoint(trainer, run.watch_reward))
+
+
+def load(
+    run: RunArguments, args: DDPOConfig, prompts: Sequence[str], eval_prompts: Sequence[str], console: Console
+) -> tuple[DDPOTrainer, dict[str, RewardFn]]:
+    """The trainer, with all that it trains and asks, and the rewards by name."""
+    console.print("[bold]loading[/] policy and rewards")
+    with whole_models(args):
+        rewards = {name: place_reward(reward, args) for name, reward in run.make_rewards().items()}
+        policy = load_policy(run.policy, args)
+    held_out = rewards[run.watch_reward] if run.watch_reward else None
+    eval_on = run.held_out(eval_prompts, rewards) if eval_prompts else None
+    trainer = DDPOTrainer(policy, rewards[TRAINING_REWARD], args, prompts, held_out=held_out, eval_on=eval_on)
+    return trainer, rewards
+
+
+def dry_run(
+    run: RunArguments, args: DDPOConfig, prompts: Sequence[str], eval_prompts: Sequence[str], console: Console
+) -> None:
+    """Say what the run would cost, on all ranks; its folder is not touched, whatever lies there."""
+    with tempfile.TemporaryDirectory() as folder:  # a Trainer makes the one that it is given
+        args.output_dir = folder
+        trainer, _ = load(run, args, prompts, eval_prompts, console)
+        print_costs(console, measure(trainer))
+        trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

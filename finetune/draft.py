@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.check_schedule(read_schedule(run.policy, args))
     check_adapter_files(args.part(AdapterSettings))
     settings = run_settings(run, args, {"prompts": run.prompts, "eval_prompts": run.eval_prompts})
-    beginning = begin(args, settings, console)
+    beginning = begin(args, settings, updates=1, console=console)
     if beginning.finished:
         return
 

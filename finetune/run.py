@@ -24,6 +24,7 @@ from rl.adapter import AdapterSettings
 from rl.callbacks import show_at_end
 from rl.checkpoints import Start, claim_output_dir, explained, mark_finished, plan_start, restore_before
 from rl.folder_lock import check_free, joined, open_to_ranks, taken
+from rl.going_on import check_goes_on
 from rl.interrupt import RunInterrupted
 from rl.memory import MemorySettings, OffloadedReward
 from rl.model_card import Method, write_model_card
@@ -62,11 +63,14 @@ def run_settings(arguments: object, args: PolicyConfig, files: Mapping[str, str 
     return asdict(arguments) | args.to_dict() | {"processes": args.world_size} | contents
 
 
-def begin(args: PolicyConfig, settings: Mapping[str, Any], console: Console) -> Start:
+def begin(args: PolicyConfig, settings: Mapping[str, Any], updates: int, console: Console) -> Start:
     """How the run starts, see `rl.checkpoints.plan_start`. If it has finished already, that is said.
 
+    Args:
+        updates: between two places where it can stop.
+
     Raises:
-        ValueError: it may not start there; or DeepSpeed lacks a launcher.
+        ValueError: it may not start there, or cannot go on from there; or DeepSpeed lacks a launcher.
     """
     if args.deepspeed and "RANK" not in os.environ:
         raise ValueError(
@@ -79,7 +83,10 @@ def begin(args: PolicyConfig, settings: Mapping[str, Any], console: Console) -> 
     if start.finished:
         console.print(f"nothing to do: the run in {args.output_dir} has finished", soft_wrap=True, markup=False)
         PartialState().destroy_process_group()
-    elif args.should_save:
+        return start
+    if start.checkpoint is not None:
+        check_goes_on(start.checkpoint, args, updates)
+    if args.should_save:
         check_free(args.output_dir)
     return start
 
@@ -227,13 +234,14 @@ def leave(
         facts = {"seconds": seconds, "wall_seconds": time.perf_counter() - began, **facts}
         figures = before, after
         with explained(f"the report to {args.output_dir}", args.output_dir):
-            paths |= write_report(args.output_dir, *figures, samples=(old_samples, new_samples), facts=facts)
+            rollouts = trainer.state.global_step // trainer.plan.updates
+            samples = old_samples, new_samples
+            paths |= write_report(args.output_dir, *figures, samples=samples, rollouts=rollouts, facts=facts)
         show_at_end(trainer, "before_after", before_after_sheet(old_samples, new_samples))
         print_table(console, *figures)
+    named = settings | {"hub_model_id": trainer.hub_model_id} if args.push_to_hub else settings
     with explained(f"the model card to {args.output_dir}", args.output_dir):
-        paths |= write_model_card(args.output_dir, settings, trainer.state.log_history, figures, method)
-    if args.push_to_hub:
-        trainer.push_to_hub()
+        paths |= write_model_card(args.output_dir, named, trainer.state.log_history, figures, method)
     mark_finished(args.output_dir, trainer.state.global_step)
     console.print("seconds of training: " + json.dumps({name: round(value, 1) for name, value in seconds.items()}))
     for what_it_is, path in paths.items():
@@ -243,6 +251,8 @@ def leave(
         soft_wrap=True,
         markup=False,
     )
+    if args.push_to_hub:
+        trainer.push_to_hub()
 
 
 def watch_facts(trainer: PolicyTrainer) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = next((str(pool.place / name) for name in TABLES if (pool.place / name).is_file()), None)
     settings = run_settings(run, args, {"data": table, "eval_prompts": run.eval_prompts})
     settings |= {"pictures (SHA-256 of names, prompts, sizes)": fingerprint(pool)}
-    beginning = begin(args, settings, console)
+    beginning = begin(args, settings, updates=1, console=console)
     if beginning.finished:
         return
 

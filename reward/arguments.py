@@ -166,8 +166,16 @@ def _split_off_config(argv: list[str]) -> tuple[list[str], str | None]:
     return rest, path
 
 
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
 class _NoTwins(yaml.SafeLoader):
-    """`yaml.SafeLoader`, to which a key that is given twice is an error instead of its last value."""
+    """`yaml.SafeLoader`, to which a key that is given twice is an error instead of its last value, and `1:3` a text:
+    YAML 1.1 reads it as 63, in base 60."""
+
+    def resolve(self, kind: type, value: str, implicit: object) -> str:
+        tag = super().resolve(kind, value, implicit)
+        return self.DEFAULT_SCALAR_TAG if tag in _NUMBERS and ":" in value else tag
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)

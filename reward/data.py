@@ -92,7 +92,7 @@ def unread_words(tokens: Sequence[Sequence[str]], word_positions: torch.Tensor) 
     ]
 
 
-def describe_unread(unread: Sequence[Sequence[str]], max_length: int, most: int = 10) -> str | None:
+def describe_unread(unread: Sequence[Sequence[str]], max_length: int, most: int = 100) -> str | None:
     """What to tell the user about `unread_words` of some prompts, the first `most` of them by name; None if none is."""
     lost = [word for words in unread for word in words]
     if not lost:

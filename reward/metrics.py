@@ -11,7 +11,7 @@ import torch
 from scipy.stats import rankdata
 
 EPS = 1e-7
-"""Regularisation of KLD, and the spread below which an array counts as constant."""
+"""Regularisation of KLD, and the spread, of its largest value, below which an array counts as constant."""
 
 ArrayLike = np.ndarray | torch.Tensor | Sequence
 
@@ -75,7 +75,7 @@ def map_metrics(predicted: ArrayLike, true: ArrayLike) -> dict[str, float]:
         "cc": _pearson(p, g),
         "sim": float(np.minimum(p_share, g_share).sum()),
         "kld": float((g_share * np.log(EPS + g_share / (EPS + p_share))).sum()),
-        "nss": float((p[marked].mean() - p.mean()) / spread) if spread > EPS else 0.0,
+        "nss": 0.0 if _is_constant(p) else float((p[marked].mean() - p.mean()) / spread),
         "auc_judd": _auc(p, marked),
     }
 
@@ -112,10 +112,15 @@ def _array(values: ArrayLike) -> np.ndarray:
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> float:
-    if a.size < 2 or a.std() <= EPS or b.std() <= EPS:
+    if a.size < 2 or _is_constant(a) or _is_constant(b):
         return 0.0
     a, b = a - a.mean(), b - b.mean()
     return float(np.clip((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()), -1, 1))
+
+
+def _is_constant(values: np.ndarray) -> bool:
+    """Whatever their unit."""
+    return bool(values.std() <= EPS * np.abs(values).max())
 
 
 def _shares(values: np.ndarray) -> np.ndarray:

@@ -24,8 +24,8 @@ _BROKEN = (
 )
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image as 8-bit RGB: what is transparent lies on white, 16 bit are scaled (Pillow would clip them), CMYK and
+def to_rgb(image: Image.Image, ground: str = "white") -> Image.Image:
+    """Any image as 8-bit RGB: what is transparent lies on `ground`, 16 bit are scaled (Pillow would clip them), CMYK and
     palettes are converted.
 
     Raises:
@@ -38,8 +38,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("its pixels are floats, whose range is unknown")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(ground, image).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
     return image.convert("RGB")
 
 
@@ -84,13 +83,15 @@ def as_rgb_file(data: bytes) -> bytes:
 
 
 def as_map_file(data: bytes) -> bytes:
-    """An encoded map as one-channel 8-bit PNG: the same bytes if it is that already.
+    """An encoded map as one-channel 8-bit PNG: the same bytes if it is that already. What is transparent is not marked.
 
     Raises:
         ValueError: as `decode` and `to_rgb`.
     """
     image = decode(data)
-    return data if image.format == "PNG" and image.mode == "L" else encode_png(to_rgb(image).convert("L"))
+    return (
+        data if image.format == "PNG" and image.mode == "L" else encode_png(to_rgb(image, ground="black").convert("L"))
+    )
 
 
 def encode_png(image: Image.Image) -> bytes:

@@ -334,7 +334,8 @@ def _batches(
             for batch in stream:
                 yield batch.select(names)
         return
-    with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20) as table:  # without a buffer, a whole column is read
+    # Without a buffer a whole column is read, and ahead of its use a whole row group, which may be the file.
+    with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
         for group in range(table.num_row_groups):
             uids = table.read_row_group(group, columns=list(keys)).to_pydict()
             if any(_any_wanted(column, wanted) for column in uids.values()):  # else its pictures are not even read

@@ -46,6 +46,7 @@ from reward.metrics import heatmap_metrics, score_metrics, word_metrics
 from reward.model import RahfConfig, RahfModel, RahfOutput
 from reward.panels import ExamplePanels
 from reward.predict import check_model_folder, load_tokenizer, save_whole
+from reward.t5_family import check_text_config
 from reward.train_config import LOSS_SETTINGS, RahfArguments, RahfTrainingArguments
 from reward.training_arguments import whole_models
 from reward.vision import is_staged
@@ -233,13 +234,13 @@ def build_model(arguments: RahfArguments) -> tuple[RahfModel, PreTrainedTokenize
         if astray := sorted(key for key in new if "_head" not in (part := key.split(".")[0]) and part != "detail"):
             raise ValueError(f"{arguments.model} lacks weights of the encoders: {astray[:3]} ({len(astray)} in all)")
     else:
-        options = {"heatmap_head": "paper", "score_head": "paper", **arguments.model_options}
         with _backbones_named(arguments, OSError, ValueError):
-            for backbone in (arguments.vision_model, arguments.text_model):
-                AutoConfig.from_pretrained(backbone)
+            _, text = map(AutoConfig.from_pretrained, (arguments.vision_model, arguments.text_model))
+        check_text_config(text)
+        with _backbones_named(arguments, OSError, ValueError):
             tokenizer = AutoTokenizer.from_pretrained(arguments.text_model)
         with _backbones_named(arguments, OSError):  # ValueErrors are our own here
-            model = RahfModel.from_backbones(arguments.vision_model, arguments.text_model, **options)
+            model = RahfModel.from_backbones(arguments.vision_model, arguments.text_model, **arguments.model_options)
     adopt_tokenizer(model, tokenizer)
     return model, tokenizer, new
 

@@ -48,8 +48,10 @@ class RahfArguments:
         default=None, metadata={"help": "pretrained vision encoder, where there is no RAHF"}
     )
     text_model: str | None = field(default=None, metadata={"help": "pretrained T5, with its tokenizer"})
-    heatmap_head: str | None = field(default=None, metadata={"help": "paper or light; unset: the model's own"})
-    score_head: str | None = field(default=None, metadata={"help": "paper or light; unset: the model's own"})
+    heatmap_head: str | None = field(
+        default=None, metadata={"help": "paper or light; unset: what --model has, or light"}
+    )
+    score_head: str | None = field(default=None, metadata={"help": "paper or light; unset: what --model has, or light"})
     head_width: float | None = field(default=None, metadata={"help": "factor on the heads' channels"})
     image_pooling: int | None = field(
         default=None, metadata={"help": "T5 reads one token for each so many patches, along height and width; 1: all"}
@@ -148,6 +150,10 @@ class RahfTrainingArguments(TrainingArguments):
         self._check_best_metric()
         check_deepspeed_settings(self.deepspeed)
         super().__post_init__()
+        if self.label_names is not None:
+            raise ValueError(
+                f"label_names is {self.label_names}; leave it out: what RAHF learns from has its own names"
+            )
         self.label_names = ["scores", "heatmaps", "word_labels"]
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: the collator reads columns that the model does not")
@@ -156,6 +162,9 @@ class RahfTrainingArguments(TrainingArguments):
         zero = self.hf_deepspeed_config if self.deepspeed else None
         if zero and zero.is_zero3() and not zero.is_true(_GATHER):
             raise ValueError(f"with ZeRO-3, {_GATHER} must be true in {self.deepspeed}, or no whole model can be saved")
+        for name in ("label_smoothing_factor", "prediction_loss_only"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}; leave it out: it is for losses of one label")
         check_training_arguments(self)
         _check_least(self, (*LOSS_SETTINGS, "backbone_learning_rate"), 0)
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")

@@ -62,6 +62,7 @@ class AdapterSettings:
             "rollout dropped, so the ratio of the first pass would not be 1; leave it at 0, and hold the LoRA back by "
             "weight_decay, a smaller lora_rank or, where there is a KL term, beta",
         )
+        require(self.init_adapter != "", "init_adapter is empty; name a LoRA's folder, or leave it out")
         name = str(self.init_lora_weights).lower()
         require(
             name not in _REFUSED_INITS,

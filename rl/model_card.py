@@ -78,17 +78,16 @@ def write_model_card(
     """
     base = settings["policy"]
     reward = settings.get("reward") or ("a sum of rewards, see below" if settings.get("rewards") else None)
-    model = settings.get("reward_kwargs", {}).get("model")
-    theirs = licence_of(model) if model else "see its code"
     tags = ["text-to-image", "diffusers", *(["lora"] if _is_lora(settings) else []), *method.tags]
-    data = ModelCardData(base_model=str(base), library_name="diffusers", pipeline_tag="text-to-image", tags=tags)
+    on_hub = None if Path(base).exists() else str(base)  # the hub refuses a card whose base is none of its models
+    data = ModelCardData(base_model=on_hub, library_name="diffusers", pipeline_tag="text-to-image", tags=tags)
     lines = [
         "---", data.to_yaml(), "---", "",
         f"# {Path(folder).name}", "",
         f"`{base}`, fine-tuned by {method.name}{f' {method.reward_is} `{reward}`' if reward else ''}. "
         f"What was trained is {_what(settings)}.", "",
         "```python", *_usage(settings, folder), "```", "",
-        f"Licences: base: {licence_of(base)}{f'; reward: {theirs}' if reward else ''}.", "",
+        f"Licences: {'; '.join(_licences(settings))}.", "",
     ]  # fmt: skip
     if figures is not None:
         lines += _figures(*figures)
@@ -98,6 +97,19 @@ def write_model_card(
         (beside / "README.md").write_text("\n".join(lines), encoding="utf-8")
         _draw_curves(history, method.curves, beside / "curves.png")
     return {"model card": Path(folder) / "README.md"}
+
+
+def _licences(settings: Mapping[str, Any]) -> list[str]:
+    """What is known of the base's and each reward's."""
+    found = [f"base: {licence_of(settings['policy'])}"]
+    rewards = {f"reward {name}": entry for name, entry in (settings.get("rewards") or {}).items()}
+    if not rewards and settings.get("reward"):
+        rewards = {"reward": {"kwargs": settings.get("reward_kwargs")}}
+    for name, entry in rewards.items():
+        kwargs = entry.get("kwargs") if isinstance(entry, Mapping) else None  # a reward's name alone is an entry too
+        model = (kwargs or {}).get("model")
+        found.append(f"{name}: {licence_of(model) if model else 'see its code'}")
+    return found
 
 
 def _is_lora(settings: Mapping[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """What may be wrong with the settings of any training of a policy, one message each; and settings without effect."""
 
 import logging
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
@@ -107,6 +108,7 @@ def _is_zero3(args: "PolicyConfig") -> bool:
 
 
 def check_policy_ranges(args: "PolicyConfig") -> None:
+    require(math.isfinite(args.num_train_epochs), f"num_train_epochs is {args.num_train_epochs}; give a finite number")
     require(0 <= args.eta <= 1, f"eta is {args.eta}; it must lie in [0, 1]")
     require(args.num_inference_steps >= 1, f"num_inference_steps is {args.num_inference_steps}; at least 1")
     require(args.guidance_scale >= 0, f"guidance_scale is {args.guidance_scale}; it must not be negative")
@@ -133,6 +135,9 @@ def check_policy_ranges(args: "PolicyConfig") -> None:
 
 def warn_of_ignored_policy_settings(args: "PolicyConfig") -> None:
     warn_of_ignored(args, _OF_LABELS, "it is for other losses than this training's")
+    checkpointing = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+    warn_of_ignored(args, checkpointing, "diffusers' blocks are computed again in their own way")
+    warn_of_ignored(args, ("hub_strategy", "hub_always_push"), "what a run leaves is pushed once, when all is there")
     # TrainingArguments change pin_memory by themselves, where there is no GPU.
     unused = [name for name in _OF_LOADERS if name not in (*args.loader_settings, "dataloader_pin_memory")]
     warn_of_ignored(args, unused, "this training chooses and loads its data itself")

@@ -29,9 +29,10 @@ from rl.callbacks import (
     StopWhenOutOfTime,
     show,
 )
-from rl.checkpoints import SAMPLES, explained, is_complete, newest_whole, written_beside
+from rl.checkpoints import explained, is_complete, newest_whole, sample_file, written_beside
 from rl.evaluate import TRAINING_REWARD, Evaluation, HeldOut, evaluate, look
 from rl.experience import Samples
+from rl.going_on import AVERAGE_UPDATES
 from rl.pictures import sample_sheet
 from rl.policy import StableDiffusionPolicy
 from rl.policy_config import PolicyConfig
@@ -156,9 +157,9 @@ class PolicyTrainer(ResumableTrainer):
         with self.clock("evaluation"), self._weights_to_leave():
             figures, samples = self.judge(self.eval_on)
         if self.args.should_save:
-            place = f"{SAMPLES}/rollout-{self.state.global_step // self.plan.updates:06}.png"
+            place = sample_file(self.state.global_step // self.plan.updates)
             with explained(place, self.args.output_dir), written_beside(Path(self.args.output_dir)) as beside:
-                (beside / SAMPLES).mkdir()
+                (beside / place).parent.mkdir()
                 (sheet := sample_sheet(samples)).save(beside / place)
             show(self, {"evaluation": sheet})
         curves = figures.curves()
@@ -300,7 +301,7 @@ class PolicyTrainer(ResumableTrainer):
         if self.average is None:
             return state
         average = {f"average.{place}": weight for place, weight in enumerate(self.average.shadow_params)}
-        facts = {**state.facts, "average_updates": self.average.optimization_step}
+        facts = {**state.facts, AVERAGE_UPDATES: self.average.optimization_step}
         return RunState(facts, {**state.tensors, **average})
 
     def _load_state(self, state: RunState) -> None:
@@ -309,12 +310,7 @@ class PolicyTrainer(ResumableTrainer):
 
     def _load_average(self, state: RunState) -> None:
         if self.average is not None:
-            if "average_updates" not in state.facts:
-                raise ValueError(
-                    f"ema_decay is {self.args.ema_decay}, but the checkpoint was made without it, and holds no average "
-                    "to go on with; leave it out"
-                )
-            self.average.optimization_step = state.facts["average_updates"]
+            self.average.optimization_step = state.facts[AVERAGE_UPDATES]
             for place, weight in enumerate(self.average.shadow_params):
                 weight.copy_(state.part("average")[str(place)])
 
@@ -354,6 +350,34 @@ class PolicyTrainer(ResumableTrainer):
         folder = output_dir or self.args.output_dir
         with explained(f"the {self.policy.trained.what} to {folder}", self.args.output_dir):
             super().save_model(folder, _internal_call=True)  # or it would be pushed before the rest is there
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """As the Trainer's.
+
+        Raises:
+            ValueError: the hub is not there, or does not let this user make the repository.
+        """
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except OSError as error:
+            raise ValueError(
+                f"push_to_hub: cannot make the repository {self.args.hub_model_id or self.args.output_dir} on the hub "
+                f"({error}); log in with `hf auth login`, or leave push_to_hub out and upload the folder later"
+            ) from error
+
+    def push_to_hub(self, *args, **kwargs) -> Any:
+        """As the Trainer's.
+
+        Raises:
+            ValueError: the hub does not take it. The folder is whole.
+        """
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the run is whole in {self.args.output_dir}, but the hub did not take it ({error}); upload it with "
+                f"`hf upload {self.hub_model_id} {self.args.output_dir}`"
+            ) from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: checkpoints are written beside their place, where the Trainer would upload them half-made. What a

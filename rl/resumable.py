@@ -13,7 +13,6 @@ from transformers import Trainer
 
 from rl.checkpoints import (
     BESIDE,
-    MARKER,
     abandon_later,
     check_intact,
     discard_later_samples,
@@ -24,6 +23,7 @@ from rl.checkpoints import (
     resolve_checkpoint,
     rotate,
 )
+from rl.going_on import check_goes_on
 from rl.interrupt import RunInterrupted, StopSignal
 from rl.manifest import sealed
 from rl.run_state import RunState
@@ -80,7 +80,8 @@ class ResumableTrainer(Trainer):
         """
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
-            self._check_place(checkpoint)
+            check_goes_on(checkpoint, self.args, self.plan.updates)
+            self._check_engine(checkpoint)
             if self.args.should_save:
                 check_intact(checkpoint)
         self._resumed = read_marker(checkpoint) if checkpoint is not None else {}
@@ -147,24 +148,9 @@ class ResumableTrainer(Trainer):
         if self._stop_asked() and self.state.global_step % self.plan.updates == 0:
             raise StopAtBoundaryError
 
-    def _check_place(self, checkpoint: Path) -> None:
-        """Complain if the updates made before `checkpoint` are no whole number of this run's rollouts, or another one
-        than it counted."""
-        marker = read_marker(checkpoint)
-        if missing := {"rollouts", "global_step"} - set(marker):
-            raise ValueError(f"{checkpoint} is no checkpoint of this trainer: {MARKER} lacks {', '.join(missing)}")
-        if (optimizer := marker.get("optim", self.args.optim)) != self.args.optim:
-            raise ValueError(
-                f"{checkpoint} holds the state of the optimizer {optimizer}, but optim is {self.args.optim.value}; "
-                "give it the value it had"
-            )
-        if marker["rollouts"] * self.plan.updates != marker["global_step"]:
-            raise ValueError(
-                f"{checkpoint} was made by {marker['global_step']} updates in {marker['rollouts']} rollouts, but with "
-                f"these settings a rollout has {self.plan.updates} updates; give gradient_accumulation_steps, "
-                "num_iterations, train_steps, the batch sizes and the number of processes the values they had"
-            )
-        if (engine := marker.get("engine", self._engine())) != self._engine():
+    def _check_engine(self, checkpoint: Path) -> None:
+        """Complain if another engine holds the optimizer's state."""
+        if (engine := read_marker(checkpoint).get("engine", self._engine())) != self._engine():
             raise ValueError(
                 f"{checkpoint} holds the optimizer's state as {engine} leaves it, but this run has {self._engine()}; "
                 "give deepspeed and the number of processes the values they had"

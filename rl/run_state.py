@@ -30,9 +30,14 @@ class RunState:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
             save_file(tensors, folder / TENSORS)
 
+    @staticmethod
+    def read_facts(folder: Path) -> dict[str, Any]:
+        """The facts alone."""
+        return json.loads((folder / FACTS).read_text(encoding="utf-8"))
+
     @classmethod
     def read(cls, folder: Path) -> "RunState":
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts = cls.read_facts(folder)
         return cls(facts, load_file(folder / TENSORS) if (folder / TENSORS).exists() else {})
 
     def part(self, prefix: str) -> dict[str, torch.Tensor]:

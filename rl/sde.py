@@ -26,6 +26,8 @@ from diffusers import DDIMScheduler
 logger = logging.getLogger(__name__)
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+DISTILLED = ("LCMScheduler", "TCDScheduler")
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,9 @@ def ddim_scheduler(scheduler, start_timestep: int | None = None) -> DDIMSchedule
             steps are even if `start_timestep + 1` is a multiple of the number of steps.
 
     Raises:
-        ValueError: a scheduler of flow matching or without discrete betas, dynamic thresholding (the step would not be
-            Gaussian around a mean that is reproducible from one latent's location), an unknown `prediction_type`, or a
-            `start_timestep` outside the schedule.
+        ValueError: a scheduler of flow matching, without discrete betas or of betas that DDIM does not know, dynamic
+            thresholding (the step would not be Gaussian around a mean that is reproducible from one latent's location),
+            an unknown `prediction_type`, or a `start_timestep` outside the schedule.
     """
     config = dict(scheduler.config)
     name = type(scheduler).__name__
@@ -72,6 +74,17 @@ def ddim_scheduler(scheduler, start_timestep: int | None = None) -> DDIMSchedule
         raise ValueError(
             f"{name} has no discrete noise schedule of betas, and cannot be turned into a stochastic DDIM step; "
             "use a pipeline trained with DDPM-type noise (Stable Diffusion 1.x and the like)"
+        )
+    if config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous":
+        setting = "use_flow_sigmas" if config.get("use_flow_sigmas") else "timestep_type: continuous"
+        raise ValueError(
+            f"{name} has {setting}, so its network was trained on other noise than DDPM's discrete steps, and a "
+            "stochastic DDIM step would feed it what it does not know"
+        )
+    if not config.get("trained_betas") and config["beta_schedule"] not in BETA_SCHEDULES:
+        raise ValueError(
+            f"{name} has beta_schedule {config['beta_schedule']!r}, which is none of {', '.join(BETA_SCHEDULES)}; "
+            "write its betas into the scheduler_config.json as `trained_betas`"
         )
     if config.get("thresholding"):
         raise ValueError(
@@ -87,6 +100,8 @@ def ddim_scheduler(scheduler, start_timestep: int | None = None) -> DDIMSchedule
         # DDIM's default is to clip, which is wrong for latents; a scheduler without the option never clipped.
         changes["clip_sample"] = config.get("clip_sample", False)
         logger.warning("the pipeline's %s is converted to DDIM: only its steps are Gaussian with a known std", name)
+        if name in DISTILLED:
+            logger.warning("%s is for networks that were distilled to its few steps; others suit them badly", name)
     if start_timestep is not None:
         total = config["num_train_timesteps"]
         if not 0 < start_timestep < total:

@@ -31,6 +31,11 @@ class FrozenReward:
     differentiable = True
     name: str
 
+    @classmethod
+    def gives(cls, **kwargs: object) -> set[str]:
+        """Neither `penalties` nor `word_penalties`: it is one number a picture."""
+        return set()
+
     def __init__(self, batch_size: int, dtype: str):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")

@@ -22,6 +22,11 @@ class JpegIncompressibility:
     name = "jpeg_incompressibility"
     sign = 1.0
 
+    @classmethod
+    def gives(cls, **kwargs: object) -> set[str]:
+        """Neither `penalties` nor `word_penalties`: it is one number a picture."""
+        return set()
+
     def __init__(self, quality: int = 95):
         if not 1 <= quality <= 100:
             raise ValueError(f"quality is {quality}; a JPEG's lies in 1..100")

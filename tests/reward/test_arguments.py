@@ -56,6 +56,14 @@ def test_a_merged_key_that_is_given_again_is_no_twin(config):
     assert model.weights == {"x": 1, "y": 3}
 
 
+def test_a_slice_is_no_number_of_base_60(config):
+    """Which YAML 1.1 makes of a bare 1:3."""
+    model, _ = parse(["--config", config("model: 1:3\n")])
+    assert model.model == "1:3"
+    model, _ = parse(["--config", config("model: 1:30.5\n")])
+    assert model.model == "1:30.5"
+
+
 def test_mapping_and_list_on_the_command_line():
     model, training = parse(["--model", "a", "--weights", '{"y": 2}', "--train_steps", "4", "5"])
     assert model.weights == {"y": 2}

@@ -337,6 +337,16 @@ def test_backbones_that_are_not_there(refused, commands, tmp_path, empty):
     assert f"--vision_model {tmp_path}/nowhere or --text_model nowhere cannot be loaded" in said
 
 
+def test_a_backbone_of_another_kind(refused, commands, tmp_path):
+    """A vision model where text is wanted."""
+    ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4).save_pretrained(
+        tmp_path
+    )
+    main, words = commands["train"]
+    said = refused(main, *words[2:], "--vision_model", tmp_path, "--text_model", tmp_path)
+    assert "the text model is a 'vit'; RAHF is built on one of t5" in said
+
+
 # Places for results --------------------------------------------------------------------------------------------------
 
 

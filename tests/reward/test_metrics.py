@@ -88,6 +88,15 @@ def test_constant_predictions_have_defined_values(value):
     assert found["kld"] == pytest.approx(np.log(0.5 * 16), abs=1e-4)
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+def test_correlation_and_nss_do_not_know_the_unit(rng, unit):
+    p, g = rng.random((8, 8)), rng.random((8, 8)) * (rng.random((8, 8)) < 0.5)
+    found, wanted = map_metrics(unit * p, g), map_metrics(p, g)
+    for name in ("cc", "nss", "auc_judd"):
+        assert found[name] == pytest.approx(wanted[name]), name
+    assert score_metrics(unit * p[0], g[0]) == pytest.approx(score_metrics(p[0], g[0]))
+
+
 def test_a_true_map_without_background_is_defined():
     found = map_metrics(np.eye(3), np.ones((3, 3)))
     assert (found["cc"], found["auc_judd"]) == (0, 0.5)

@@ -61,6 +61,12 @@ def test_a_palette_with_a_transparent_colour():
     assert rgb_of(encoded(image, transparency=1)).tolist() == [[[0, 0, 255], [255, 255, 255]]]
 
 
+def test_what_is_transparent_in_a_map_is_not_marked():
+    image = Image.new("LA", (3, 1), (200, 0))
+    image.putpixel((1, 0), (200, 255))
+    assert np.array(decode(as_map_file(encoded(image)))).tolist() == [[0, 200, 0]]
+
+
 def test_sixteen_bits_are_scaled_not_clipped():
     values = np.array([[0, 257, 25700, 65535]], dtype=np.uint16)
     data = encoded(Image.fromarray(values))

@@ -139,6 +139,9 @@ def test_backbone_and_heads_have_their_own_rates(model):
         ({"hue": 0.7}, "hue must be in"),
         ({"heatmap_positive_weight": -1}, "heatmap_positive_weight must be a number from 0 on, not -1"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1; leave it out"),
+        ({"prediction_loss_only": True}, "prediction_loss_only is True; leave it out"),
+        ({"label_names": ["a"]}, "label_names is .*; leave it out"),
         ({"resume_from_checkpoint": "last"}, "no whole checkpoint"),
     ],
 )

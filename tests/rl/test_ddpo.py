@@ -275,7 +275,9 @@ def test_resuming_with_other_rollouts_is_refused(make_trainer, changes):
     ("changes", "said"),
     [
         ({"optim": "sgd"}, "holds the state of the optimizer adamw_torch.*, but optim is sgd"),
-        ({"ema_decay": 0.9}, "ema_decay is 0.9, but the checkpoint was made without it"),
+        ({"ema_decay": 0.9}, "ema_decay is 0.9, but .*checkpoint-1 was made without it"),
+        ({"lora_rank": 5}, "lora_rank is 5, but the LoRA in .*checkpoint-1 has the rank 2"),
+        ({"tune": "full"}, "tune is full, but .*checkpoint-1 holds no folder unet"),
     ],
 )
 def test_resuming_with_what_the_checkpoint_lacks_is_refused(make_trainer, changes, said):

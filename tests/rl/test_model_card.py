@@ -32,6 +32,17 @@ def test_a_run_without_evaluation_has_a_card_too(tmp_path):
     assert "a sum of rewards" in card
 
 
+def test_card_says_the_licence_of_every_reward_and_no_base_that_the_hub_does_not_know(tmp_path):
+    for name in ("base", "first"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(f"---\nlicense: {name}-1.0\n---\n")
+    rewards = {"one": {"reward": "my:Reward", "kwargs": {"model": str(tmp_path / "first")}}, "two": "my:other"}
+    write_model_card(tmp_path, {"policy": str(tmp_path / "base"), "rewards": rewards}, [])
+    card = (tmp_path / "README.md").read_text()
+    assert "Licences: base: base-1.0; reward one: first-1.0; reward two: see its code." in card
+    assert "base_model" not in card.split("---")[1]
+
+
 def used(folder, **settings):
     write_model_card(folder, {**SETTINGS, **settings}, [])
     card = (folder / "README.md").read_text()

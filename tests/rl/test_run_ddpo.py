@@ -62,7 +62,8 @@ def test_from_yaml_to_lora_figures_and_pictures(config, tmp_path, capsys, pipeli
     for phase in ("before", "after"):
         assert {"reward", "judge.satisfied", "diversity", "n"} <= summary[phase].keys()
     assert {"rollout", "decode", "reward", "update", "rest", "total"} <= summary["seconds"].keys()
-    for name in ("before_after.png", "evaluation.json", "run_config.json", "runs", "checkpoint-1"):
+    sheets = ("samples/rollout-000000.png", "samples/rollout-000001.png")
+    for name in ("before_after.png", "evaluation.json", "run_config.json", "runs", "checkpoint-1", *sheets):
         assert (folder / name).exists(), name
     said = capsys.readouterr().out
     for phrase in ("evaluating before", "training for 1 rollouts of 8 pictures", "judge.satisfied", "tensorboard"):
@@ -126,6 +127,8 @@ def test_whole_unet_from_yaml_to_folder(config, tmp_path, capsys):
         (["--eval_rewards", '{"reward": "tests.rl.toy_rewards:Plain"}'], ["eval_rewards"]),
         (["--eval_rewards", '{"judge": 3}'], ["3 does not name a reward"]),
         (["--init_adapter", "nowhere"], ["there is no LoRA folder nowhere"]),
+        (["--init_adapter", ""], ["init_adapter is empty"]),
+        (["--num_train_epochs", "inf"], ["num_train_epochs is inf"]),
         (["--base_adapters", "nowhere"], ["there is no LoRA folder nowhere"]),
         (["--init_lora_weights", "eva"], ["eva", "pissa"]),
         (["--train_text_encoder", "true", "--tune", "full"], ["train_text_encoder", "set tune to lora"]),
@@ -173,6 +176,8 @@ def nothing_is_loaded(monkeypatch):
         (["--gradient_accumulation_steps", "3"], {}, "does not divide the 4 micro-batches"),
         (["--train_steps", "99"], {}, "names step 99; the 3 steps are 0 to 2"),
         ([], {"thresholding": True}, "dynamic thresholding"),
+        ([], {"use_flow_sigmas": True}, "has use_flow_sigmas"),
+        ([], {"timestep_type": "continuous"}, "has timestep_type: continuous"),
         (["--policy", "some/other"], {}, "cannot read model_index.json of the pipeline some/other"),
     ],
 )
@@ -209,6 +214,31 @@ def test_rewards_that_cannot_give_what_credit_goes_by_are_not_loaded(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora_rank", "5"], "lora_rank is 5, but the LoRA in"),
+        (["--optim", "sgd"], "holds the state of the optimizer adamw_torch"),
+        (["--gradient_accumulation_steps", "2"], "with these settings a rollout has 2 updates"),
+        (["--ema_decay", "0.5"], "holds no average to go on with"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_what_cannot_go_on_is_not_loaded(config, capsys, monkeypatch, flags, message):
+    assert command("--config", config, "--num_train_epochs", "1", "--eval_prompts", "", "--eval_rewards", "{}") == 0
+    monkeypatch.setattr(run_ddpo, "load_policy", lambda *_: pytest.fail("the policy was loaded"))
+    monkeypatch.setattr(run_ddpo.RunArguments, "make_rewards", lambda _: pytest.fail("the reward was loaded"))
+    assert command("--config", config, "--resume_from_checkpoint", "latest", *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("reward", "kwargs"), [("JpegCompressibility", "{}"), ("PickScore", '{"model": "nowhere"}')])
+def test_a_reward_of_one_number_gives_no_credit_by_place(config, capsys, nothing_is_loaded, reward, kwargs):
+    flags = ["--credit", "focus", "--reward", f"reward.others:{reward}", "--reward_kwargs", kwargs]
+    assert command("--config", config, *flags) == 2
+    assert "credit focus on maps needs a reward with penalty maps" in capsys.readouterr().err
+
+
 def test_one_command_starts_goes_on_and_finds_that_nothing_is_left(config, tmp_path, capsys):
     folder, line = tmp_path / "run", ("--config", config, "--num_train_epochs", "1", "--resume_from_checkpoint", "auto")
     assert command(*line) == 0
@@ -238,7 +268,11 @@ def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(config, tmp_path, 
     said = capsys.readouterr().out
     assert "nothing was written" in said
     assert "the whole run: about 0 h" in said
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
+    assert command("--config", config, "--num_train_epochs", "1") == 0
+    kept = sorted((tmp_path / "run").rglob("*"))
+    assert command("--config", config, "--dry_run", "true") == 0  # beside a run that is there, too
+    assert sorted((tmp_path / "run").rglob("*")) == kept
 
 
 def test_stop_on_ends_the_run_in_order_and_names_the_best_checkpoint(config, tmp_path, capsys):
@@ -292,7 +326,29 @@ def test_what_a_run_leaves_is_pushed_once_and_whole(config, tmp_path, monkeypatc
     results = {"pytorch_lora_weights.safetensors", "before_after.png", "curves.png", "summary.json", "evaluation.json"}
     assert results <= files
     assert 'pipe.load_lora_weights("me/mine")' in card
+    assert "base_model" not in card  # a folder here is nothing that the hub knows
     assert (tmp_path / "run/finished.json").exists()
+
+
+def test_a_hub_that_takes_nothing_loses_nothing(config, tmp_path, monkeypatch, capsys):
+    class Hub:
+        def create_repo(self, name, **settings):
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, **settings):
+            raise ConnectionError("no route")
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    flags = ["--config", config, "--num_train_epochs", "1", "--push_to_hub", "true"]
+    assert command(*flags) == 2
+    assert f"but the hub did not take it (no route); upload it with `hf upload me/run {tmp_path / 'run'}`" in (
+        capsys.readouterr().err
+    )
+    assert 'pipe.load_lora_weights("me/run")' in (tmp_path / "run/README.md").read_text()
+    assert (tmp_path / "run/finished.json").exists()
+    monkeypatch.setattr(Hub, "create_repo", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no route")))
+    assert command(*flags, "--overwrite_output_dir") == 2
+    assert "push_to_hub: cannot make the repository" in capsys.readouterr().err
 
 
 def weighted(url):

@@ -1,6 +1,14 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 
 from rl.rollout import keyed_generator
 from rl.sde import (
@@ -43,6 +51,52 @@ def test_every_step_is_the_one_diffusers_takes(prediction_type, changes, eta):
         mean, std = step_mean(output, latents, torch.full((2,), step), schedule)
         theirs = scheduler.step(output, timestep, latents, eta=eta, variance_noise=noise).prev_sample
         torch.testing.assert_close(mean + std * noise, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_with_eta_of_one_every_step_but_the_last_is_ddpms(prediction_type, spacing):
+    """Its variance is the posterior's ("fixed_small"), which is DDIM's at eta = 1; its last step adds none."""
+    settings = {"clip_sample": False, "beta_schedule": "scaled_linear", "prediction_type": prediction_type,
+                "timestep_spacing": spacing}  # fmt: skip
+    scheduler = DDPMScheduler(**settings)
+    scheduler.set_timesteps(7)
+    schedule = make_schedule(ddim_scheduler(scheduler), 7, 1.0)
+    assert schedule.timesteps.tolist() == scheduler.timesteps.tolist()
+    generator = torch.Generator().manual_seed(0)
+    for step, timestep in enumerate(scheduler.timesteps[:-1]):
+        latents, output = torch.randn(2, 2, 4, 5, 6, generator=generator)
+        noise = torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(step))
+        theirs = scheduler.step(output, timestep, latents, generator=torch.Generator().manual_seed(step)).prev_sample
+        mean, std = step_mean(output, latents, torch.full((2,), step), schedule)
+        torch.testing.assert_close(mean + std * noise, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (DDPMScheduler(beta_schedule="sigmoid"), "beta_schedule 'sigmoid', which is none of linear"),
+        (UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), "has use_flow_sigmas"),
+        (
+            EulerDiscreteScheduler(timestep_type="continuous"),
+            "timestep_type: continuous",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_noise_that_is_not_ddpms_is_refused(scheduler, message):
+    with pytest.raises(ValueError, match=message):
+        ddim_scheduler(scheduler)
+
+
+def test_betas_that_are_given_need_no_schedule():
+    scheduler = DDPMScheduler(beta_schedule="sigmoid", trained_betas=[0.1, 0.2, 0.3])
+    assert ddim_scheduler(scheduler).betas.tolist() == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_a_distilled_networks_scheduler_is_warned_about(caplog):
+    ddim_scheduler(LCMScheduler())
+    assert "LCMScheduler is for networks that were distilled to its few steps" in caplog.text
 
 
 def test_rows_of_one_batch_may_be_at_different_steps():
