@@ -25,8 +25,8 @@ _BROKEN = (
 
 
 def to_rgb(image: Image.Image, ground: str = "white") -> Image.Image:
-    """Any image as 8-bit RGB: what is transparent lies on `ground`, 16 bit are scaled (Pillow would clip them), CMYK and
-    palettes are converted.
+    """Any image as 8-bit RGB: what is transparent lies on `ground`, 16 bit are scaled (Pillow would clip them), CMYK
+    and palettes are converted.
 
     Raises:
         ValueError: the pixels are floats, whose range is unknown.
