@@ -110,7 +110,8 @@ def train(folder: Path, settings: list[str], seed: int, options) -> None:
 
 
 def figures(folder: Path, raters: Path, held_out: Path, options) -> dict[tuple[str, str], dict[str, float]]:
-    """(kind, group of pictures) -> metric of `GOALS` -> figure; kinds are "of ceiling" and "predictor"."""
+    """(kind, group of pictures) -> metric -> figure, all that `reward.evaluate` reports; kinds are "of ceiling" and
+    "predictor"."""
     told = folder / "report.json"
     if not told.exists():
         places = {"--model": folder, "--data": options.data, "--raters": raters, "--out": folder}
@@ -123,7 +124,7 @@ def figures(folder: Path, raters: Path, held_out: Path, options) -> dict[tuple[s
             values = {f"{metric} {name}": one for name, of in row["scores"].items() for metric, one in of.items()}
             values |= {f"{metric} {name}": one for name, of in row["heatmaps"].items() for metric, one in of.items()}
             values |= {f"{metric} words": one for metric, one in row["words"].items()}
-            found[row["kind"], row["group"]] = {name: values[name]["value"] for name in GOALS}
+            found[row["kind"], row["group"]] = {name: one["value"] for name, one in values.items()}
     return found
 
 
@@ -151,12 +152,14 @@ def metric_rows(variant: str, kept: dict[str, list], whole: bool) -> list[Row]:
     """
     known, held_out, plain = ("of ceiling", "other prompts"), ("of ceiling", "listed prompts"), ("predictor", "all")
     table = []
-    for name, goal in GOALS.items():
+    for name in kept[variant][0][plain]:
+        own = [one[plain][name] for one in kept[variant]]
+        table.append(Row(f"{variant}: {name}", *over_seeds(own), len(own)))
+        if name not in kept[variant][0][known]:  # an error, of which there is no share
+            continue
         shares = [one[known][name] for one in kept[variant]]
         lower = [one[known][name] - one[held_out][name] for one in kept[variant]]
-        own = [one[plain][name] for one in kept[variant]]
-        goals = (f">= {goal}", f"<= {MOST_LOWER}") if whole else (None, None)
-        table.append(Row(f"{variant}: {name}", *over_seeds(own), len(own)))
+        goals = (f">= {GOALS[name]}", f"<= {MOST_LOWER}") if whole and name in GOALS else (None, None)
         table.append(Row(f"{variant}: {name}, of the ceiling", *over_seeds(shares), len(own), goals[0]))
         table.append(Row(f"{variant}: {name}, lower on held-out", *over_seeds(lower), len(own), goals[1]))
         if variant != "default" and "default" in kept:
