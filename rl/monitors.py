@@ -119,13 +119,18 @@ def standard_error(values: torch.Tensor, group_size: int) -> float:
     return float(means.std() / len(means) ** 0.5)
 
 
-def paired_fall(before: Sequence[float], after: Sequence[float]) -> float | None:
+def paired_fall(before: Sequence[float], after: Sequence[float], choices: int = 1) -> float | None:
     """The mean of `after` less `before`, of the same P prompts, in standard errors: Student's t of P - 1 degrees of
     freedom, as the number that a normal variable is above, or below, as seldom; between -37 and 37. None for fewer
-    than two prompts, or where their counts differ."""
+    than two prompts, or where their counts differ.
+
+    Args:
+        choices: `before` was chosen among so many, so that what happens is taken for so many times as likely
+            (Bonferroni).
+    """
     if len(before) != len(after) or len(before) < 2:
         return None
     differences = np.subtract(after, before)
     mean, error = differences.mean(), differences.std(ddof=1) / len(differences) ** 0.5
     chance = stats.t.sf(abs(mean) / max(error, 1e-12), len(differences) - 1)
-    return float(np.copysign(stats.norm.isf(max(chance, 1e-300)), mean))
+    return float(np.copysign(stats.norm.isf(min(max(choices * chance, 1e-300), 0.5)), mean))

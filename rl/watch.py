@@ -138,6 +138,8 @@ class Watch:
         self.best: dict[str, float] | None = None
         self._start: dict[str, float] = {}
         self._evaluated: dict[str, list[float]] = {}  # before training; see `observe_evaluation`
+        self._best_evaluated: dict[str, list[float]] = {}
+        self._evaluations = 0
         self._asked: dict[str, float] = {}  # what the held-out reward said in the last evaluation, and when
         self._recent: list[dict[str, float]] = []  # rollouts, the newest last
         self._crossed: set[str] = set()
@@ -205,7 +207,8 @@ class Watch:
                 logger.warning("stop_on all does not stop on %s: %s", name, why)
 
     def observe_evaluation(self, rewards: Mapping[str, Sequence[float]], global_step: int = 0) -> dict[str, float]:
-        """Take note of an evaluation, and say once what crosses its limit. The first is what others are held against.
+        """Take note of an evaluation, and say once what crosses its limit. It is held against the first and, of each
+        reward, the best so far.
 
         Args:
             rewards: `reward`, the trained one, and `held_out`, if there is one -> its mean over the pictures of each
@@ -213,15 +216,19 @@ class Watch:
             global_step: updates before it.
 
         Returns:
-            as `observe`: what has fallen most, if there are prompts enough to tell.
+            as `observe`: what has fallen most surely, if there are prompts enough to tell.
         """
         self._evaluated = self._evaluated or {name: list(values) for name, values in rewards.items()}
         if "held_out" in rewards:
             self._asked = {"global_step": global_step, "held_out": sum(rewards["held_out"]) / len(rewards["held_out"])}
-        falls = [
-            fall for name, values in rewards.items()
-            if (fall := paired_fall(self._evaluated.get(name, []), values)) is not None
-        ]  # fmt: skip
+        falls = []
+        for name, values in rewards.items():
+            best = self._best_evaluated.get(name, [])
+            falls += [paired_fall(self._evaluated.get(name, []), values), paired_fall(best, values, self._evaluations)]
+            if not best or sum(values) > sum(best):
+                self._best_evaluated[name] = list(values)
+        self._evaluations += 1
+        falls = [fall for fall in falls if fall is not None]
         if not falls:
             return {}
         self._judge("evaluated", min(falls))
@@ -284,18 +291,23 @@ class Watch:
     def state(self) -> dict[str, Any]:
         """Everything that it knows, as JSON can hold it (a float comes back to the bit)."""
         known = {"start": self._start, "recent": self._recent, "judged": self._judged, "best": self.best,
-                 "evaluated": self._evaluated, "asked": self._asked, "crossed": self.crossed}  # fmt: skip
+                 "evaluated": self._evaluated, "best_evaluated": self._best_evaluated,
+                 "evaluations": self._evaluations, "asked": self._asked, "crossed": self.crossed}  # fmt: skip
         known["over"] = self.over  # for readers; it follows from the others and the limits
         return deepcopy(known)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave; from nothing, as a checkpoint of an older version has it, anew.
 
-        Evaluations are held against the one that this process made before, if it did: they are of the same prompts.
+        If this process made an evaluation before, and that is another one than the run's first, it is of other prompts:
+        then later ones are held against it alone.
         """
         self._start = dict(state.get("start", {}))
         self._recent = list(state.get("recent", []))
-        self._evaluated = self._evaluated or dict(state.get("evaluated", {}))
+        if not self._evaluated or self._evaluated == state.get("evaluated"):
+            self._evaluated = dict(state.get("evaluated", {}))
+            self._best_evaluated = dict(state.get("best_evaluated", {}))
+            self._evaluations = state.get("evaluations", 0)
         self._asked, self._crossed = dict(state.get("asked", {})), set(state.get("crossed", []))
         self._judged, self.best = dict(state.get("judged", {})), state.get("best")
 

@@ -13,9 +13,10 @@ run at it, and leaves the weights of the best checkpoint. "Of the start" is of t
                   over the last 5 rollouts. That one prompt is easier than another does not move it, and it says where
                   training is going before it is there. It counts by the least of what the last 1, 2, .. 5 rollouts say,
                   three standard errors above each. 0: below, what pleases the one displeases the other.
-    evaluated     The trained reward, or the held-out one, fell since before training, of the same held-out prompts from
-                  the same noise: in standard errors, those of few prompts taken for as much less as Student's t says.
-                  Measured by the evaluations in the midst of training, `eval_strategy`. -3: of 400 evaluations in which
+    evaluated     The trained reward, or the held-out one, fell since before training, or since the evaluation in which
+                  it was best, of the same held-out prompts from the same noise: in standard errors, those of few
+                  prompts, or of a best one among many, taken for as much less as Student's t and Bonferroni say.
+                  Measured by the evaluations in the midst of training, `eval_strategy`. -3: of 200 evaluations in which
                   neither reward changes, about one is below.
     reward        The reward that is trained on fell: the run breaks what it should improve, by too large a learning
                   rate or credit that leads elsewhere. As held_out.
@@ -79,7 +80,7 @@ MONITORS = {
     ),
     "evaluated": Monitor(
         -3.0,
-        below="an evaluation finds the trained or the held-out reward lower than before training",
+        below="an evaluation finds the trained or the held-out reward lower than it was",
         between=(-math.inf, 0.0),
     ),
     "reward": Monitor(-0.2, below="the reward that is trained on falls", between=(-math.inf, 0.0)),

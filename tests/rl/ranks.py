@@ -1,9 +1,8 @@
 """The same small run by one engine after another, under torchrun: `ranks.py PIPELINE FOLDER ENGINE... [-- FLAG...]`.
 
-An engine is ddp or the name of a file in configs/deepspeed, with `:full` behind it to train the whole U-Net, or `:text`
-to train the text encoder too. What is
-noted of each goes to FOLDER/ENGINE/noted-RANK.pt. At the end, if there are flags, `run_ddpo.py FLAG...`. Importing
-takes longer than a run, so one launch does them all.
+An engine is ddp or the name of a file in configs/deepspeed, with `:full` behind it to train the whole U-Net, `:text` to
+train the text encoder too, or the name of one of `WAYS`. What is noted of each goes to FOLDER/ENGINE/noted-RANK.pt. At
+the end, if there are flags, `run_ddpo.py FLAG...`. Importing takes longer than a run, so one launch does them all.
 """
 
 import json
@@ -26,6 +25,12 @@ from tests.rl.conftest import PROMPTS
 from tests.rl.toy_rewards import Plain, Redness
 
 ROOT = Path(__file__).parents[2]
+WAYS = {
+    "mask": {"credit": "mask"},
+    "prompt": {"advantage_baseline": "prompt", "prompt_buffer_size": 8, "prompt_min_count": 2},
+    "auto": {"train_steps": ["auto:1"], "probe_rollouts": 2},
+}
+"""What of the algorithm looks at all ranks' pictures: the largest value of all maps, rewards by prompt, gradients."""
 
 
 def settings(folder: Path, engine: str, world_size: int) -> dict:
@@ -38,13 +43,15 @@ def settings(folder: Path, engine: str, world_size: int) -> dict:
         if name == "zero3":  # or weights as small as these would not be sharded
             deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     batch = min(4, 8 // world_size)
+    steps = 1 if trained == "auto" else 2
     return {
         "output_dir": str(folder / engine), "use_cpu": True, "num_train_epochs": 3, "num_inference_steps": 3,
         "generation_batch_size": 8, "num_generations": 4, "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": 16 // batch // world_size, "num_iterations": 2, "lora_rank": 2,
+        "gradient_accumulation_steps": 8 * steps // batch // world_size, "num_iterations": 2, "lora_rank": 2,
         "lora_alpha": 4.0, "disable_tqdm": True, "report_to": [], "seed": 3, "num_log_images": 0,
         "train_steps": ["0:2"], "optim": "sgd", "learning_rate": 0.003 if full else 0.02,
         "tune": "full" if full else "lora", "train_text_encoder": trained == "text", "deepspeed": deepspeed,
+        **WAYS.get(trained, {}),
     }  # fmt: skip
 
 

@@ -104,10 +104,10 @@ def test_two_ranks_of_every_engine_are_one_process(pipeline_folder, alone, tmp_p
     """They draw its pictures, compare them over both, and leave its weights, up to rounding. Last, the command."""
     folder, one = alone
     engines = ["ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3:full"]
-    texts = ["ddp:text", "zero2:text"]
+    texts, ways = ["ddp:text", "zero2:text"], [f"ddp:{way}" for way in ranks.WAYS]
     flags = flags_of(tmp_path / "command", pipeline_folder, eval_strategy="epoch", deepspeed=ZERO.format(3))
     launcher = ["--nproc_per_node=2", "--rdzv_endpoint=localhost:0"]
-    finish(launch(launcher, [pipeline_folder, tmp_path, *engines, *texts, "--", *flags]))
+    finish(launch(launcher, [pipeline_folder, tmp_path, *engines, *texts, *ways, "--", *flags]))
     assert one["trained"] == TRAINED
     for engine in engines[:-1]:
         two = noted(tmp_path, engine, 2)
@@ -127,6 +127,10 @@ def test_two_ranks_of_every_engine_are_one_process(pipeline_folder, alone, tmp_p
     for engine in texts:
         assert_same_run(one, noted(tmp_path, engine, 2))
         assert_close(lora(tmp_path / "alone/ddp:text"), lora(tmp_path / engine))
+
+    for way in ways:
+        assert_same_run(ranks.run(pipeline_folder, tmp_path / "alone", way, 1), noted(tmp_path, way, 2))
+        assert_close(lora(tmp_path / "alone" / way), lora(tmp_path / way))
 
     summary = json.loads((tmp_path / "command/summary.json").read_text())
     assert summary["before"]["reward"] != summary["after"]["reward"]

@@ -298,6 +298,19 @@ def test_evaluations_are_compared_in_pairs_with_the_first():
     assert Watch({}).observe_evaluation({"reward": [0.5]}) == {}  # one prompt tells nothing
 
 
+def test_evaluations_are_compared_with_the_best_one_too():
+    """What rises and falls again is seen before it is below the start, a little later for the choice among many."""
+    watch = Watch({}, speaks=False)
+    noise = np.random.default_rng(0).normal(size=(5, 50))
+    levels = (0.0, 1.0, 2.0, 1.9, 1.0)
+    seen = [(level + 0.5 * row).tolist() for level, row in zip(levels, noise, strict=True)]
+    found = [watch.observe_evaluation({"reward": values})["evaluated"] for values in seen]
+    assert min(found[:3]) == 0
+    assert found[4] == paired_fall(seen[2], seen[4], choices=4) > paired_fall(seen[2], seen[4])
+    assert watch.over == ["evaluated"]
+    assert paired_fall(seen[2], seen[3], choices=10**6) == 0
+
+
 def test_this_process_own_evaluation_before_training_comes_before_a_checkpoints():
     """It is of the same prompts, also where the run goes on with others, or with a held-out reward that is new."""
     part, rest = Watch({}, speaks=False), Watch({}, speaks=False)
@@ -508,7 +521,7 @@ def test_an_evaluation_that_finds_less_than_before_training_ends_the_run(make_tr
     values = logged(trainer, "watch/evaluated")
     assert values[0] == 0
     assert values[1] < -3
-    assert "the trained or the held-out reward lower than before training" in caplog.text
+    assert "the trained or the held-out reward lower than it was" in caplog.text
 
 
 def test_what_the_command_finds_before_training_is_what_evaluations_are_held_against(make_trainer):
