@@ -167,7 +167,7 @@ def test_a_training_ends_when_its_time_is_up(tmp_path, pipeline_folder):
     facts = TrainingFacts.read(folder)
     assert facts.kl == 0  # of the policy that drew the first rollout
     assert facts.wall_seconds > 0
-    assert facts.monitors == ["dead_groups"]
+    assert facts.monitors == []
 
 
 def test_every_look_falls_on_a_checkpoint(tmp_path, pipeline_folder):
