@@ -234,9 +234,7 @@ def leave(
         facts = {"seconds": seconds, "wall_seconds": time.perf_counter() - began, **facts}
         figures = before, after
         with explained(f"the report to {args.output_dir}", args.output_dir):
-            rollouts = trainer.state.global_step // trainer.plan.updates
-            samples = old_samples, new_samples
-            paths |= write_report(args.output_dir, *figures, samples=samples, rollouts=rollouts, facts=facts)
+            paths |= write_report(args.output_dir, *figures, samples=(old_samples, new_samples), facts=facts)
         show_at_end(trainer, "before_after", before_after_sheet(old_samples, new_samples))
         print_table(console, *figures)
     named = settings | {"hub_model_id": trainer.hub_model_id} if args.push_to_hub else settings

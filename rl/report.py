@@ -9,10 +9,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rl.checkpoints import sample_file, written_beside
+from rl.checkpoints import written_beside
 from rl.evaluate import Evaluation
 from rl.experience import Samples
-from rl.pictures import before_after_sheet, sample_sheet
+from rl.pictures import before_after_sheet
 
 
 def write_report(
@@ -20,16 +20,13 @@ def write_report(
     before: Evaluation,
     after: Evaluation,
     samples: tuple[Samples, Samples],
-    rollouts: int,
     facts: Mapping[str, Any],
 ) -> dict[str, Path]:
-    """Write the three files, and a sheet of the pictures before and after into the folder `samples`; after an error,
-    nothing.
+    """Write the three files, or, after an error, none of them.
 
     Args:
         before, after: of the same prompts and noise.
         samples: the same pictures before and after.
-        rollouts: made in between.
         facts: more entries of summary.json.
 
     Returns:
@@ -49,9 +46,6 @@ def write_report(
     with written_beside(Path(folder)) as beside:
         for name, content in (("summary.json", summary), ("evaluation.json", every_picture)):
             (beside / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        for place, seen in zip((0, rollouts), samples, strict=True):
-            (beside / sample_file(place)).parent.mkdir(exist_ok=True)
-            sample_sheet(seen).save(beside / sample_file(place))
         before_after_sheet(*samples).save(beside / names["pictures"])
     return {what: Path(folder) / name for what, name in names.items()}
 

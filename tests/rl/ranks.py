@@ -28,9 +28,8 @@ ROOT = Path(__file__).parents[2]
 WAYS = {
     "mask": {"credit": "mask"},
     "prompt": {"advantage_baseline": "prompt", "prompt_buffer_size": 8, "prompt_min_count": 2},
-    "auto": {"train_steps": ["auto:1"], "probe_rollouts": 2},
 }
-"""What of the algorithm looks at all ranks' pictures: the largest value of all maps, rewards by prompt, gradients."""
+"""What of the algorithm looks at all ranks' pictures: the largest value of all maps, rewards by prompt."""
 
 
 def settings(folder: Path, engine: str, world_size: int) -> dict:
@@ -43,11 +42,10 @@ def settings(folder: Path, engine: str, world_size: int) -> dict:
         if name == "zero3":  # or weights as small as these would not be sharded
             deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     batch = min(4, 8 // world_size)
-    steps = 1 if trained == "auto" else 2
     return {
         "output_dir": str(folder / engine), "use_cpu": True, "num_train_epochs": 3, "num_inference_steps": 3,
         "generation_batch_size": 8, "num_generations": 4, "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": 8 * steps // batch // world_size, "num_iterations": 2, "lora_rank": 2,
+        "gradient_accumulation_steps": 16 // batch // world_size, "num_iterations": 2, "lora_rank": 2,
         "lora_alpha": 4.0, "disable_tqdm": True, "report_to": [], "seed": 3, "num_log_images": 0,
         "train_steps": ["0:2"], "optim": "sgd", "learning_rate": 0.003 if full else 0.02,
         "tune": "full" if full else "lora", "train_text_encoder": trained == "text", "deepspeed": deepspeed,

@@ -68,7 +68,7 @@ def test_look_shows_the_pictures_that_were_judged(policy, schedule):
 def test_report_files(policy, schedule, tmp_path):
     figures = evaluate(policy, schedule, PROMPTS, REWARDS, generations=2, seed=0)
     samples = look(policy, schedule, PROMPTS, REWARDS["reward"], count=3, generations=2, seed=0)
-    write_report(tmp_path, figures, figures, (samples, samples), 3, {"seconds": {"total": 1.0}})
+    write_report(tmp_path, figures, figures, (samples, samples), {"seconds": {"total": 1.0}})
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["before"] == summary["after"]
     assert summary["seconds"] == {"total": 1.0}
@@ -77,7 +77,7 @@ def test_report_files(policy, schedule, tmp_path):
     assert (tmp_path / "before_after.png").stat().st_size > 1000
     (tmp_path / "summary.json").write_text("an earlier one")
     with full_disk(500), pytest.raises(OSError, match="too large"):
-        write_report(tmp_path, figures, figures, (samples, samples), 3, {})
+        write_report(tmp_path, figures, figures, (samples, samples), {})
     assert (tmp_path / "summary.json").read_text() == "an earlier one"
     assert {path.name for path in tmp_path.iterdir()} == {
         "summary.json",
