@@ -89,9 +89,9 @@ def as_map_file(data: bytes) -> bytes:
         ValueError: as `decode` and `to_rgb`.
     """
     image = decode(data)
-    return (
-        data if image.format == "PNG" and image.mode == "L" else encode_png(to_rgb(image, ground="black").convert("L"))
-    )
+    if image.format == "PNG" and image.mode == "L":
+        return data
+    return encode_png(to_rgb(image, ground="black").convert("L"))
 
 
 def encode_png(image: Image.Image) -> bytes:

@@ -224,13 +224,16 @@ class ResumableTrainer(Trainer):
         if checkpoint is not None:
             marker = read_marker(Path(checkpoint))
             self._load_state(RunState.read(Path(checkpoint)))
-            if Path(checkpoint).resolve().parent == Path(self.args.output_dir).resolve():
+            own = Path(checkpoint).resolve().parent == Path(self.args.output_dir).resolve()
+            if own:
                 self._saved_step = marker["global_step"]
             else:
                 self.watch.best = None  # it lies in another folder, which is not this run's to keep
             if self.args.should_save:
                 abandon_later(marker["global_step"], self.args.output_dir)
                 discard_later_samples(marker["rollouts"], self.args.output_dir)
+            if self.args.should_save and own:  # a run that was killed behind its checkpoint may not have come to this
+                rotate(self.args.output_dir, self.args.save_total_limit, self.best_checkpoint)
         place = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)  # how often to log and save: as this run says, not the last
         if self.is_saved and self.watch.stopping:  # killed behind the rollout that ended it: nothing is left to train

@@ -18,6 +18,7 @@ from rl.interrupt import RunInterrupted
 from rl.resumable import StopAtBoundaryError
 from rl.rollout import DivergedError
 from rl.scoring import RewardError
+from rl.watch_limits import MONITORS
 from tests.rl.conftest import full_disk
 from tests.rl.toy_rewards import Plain, Redness
 
@@ -294,6 +295,18 @@ def test_resumed_run_saves_and_logs_as_often_as_it_says_itself(make_trainer):
     folders = sorted(name for name in os.listdir(rest.args.output_dir) if name != "runs")
     assert folders == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-6"]
     assert [entry["step"] for entry in rest.state.log_history if "loss" in entry] == [1, 2, 4, 6]
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_the_clearing_up_is_cleared_up(make_trainer, monkeypatch):
+    """What stays is the last one and the best, the last that a rollout was drawn from."""
+    settings = {"num_train_epochs": 3, "save_total_limit": 1, "watch_limits": dict.fromkeys(MONITORS)}
+    with monkeypatch.context() as killed:
+        killed.setattr("rl.resumable.rotate", lambda *_: None)
+        make_trainer(**settings).train()
+    again = make_trainer(**settings)
+    again.train(resume_from_checkpoint="latest")
+    kept = {path.name for path in Path(again.args.output_dir).glob("checkpoint-*")}
+    assert kept == {"checkpoint-2", "checkpoint-3"}
 
 
 def test_resuming_from_an_earlier_checkpoint_leaves_the_later_ones_behind(make_trainer, tmp_path):
