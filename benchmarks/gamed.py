@@ -7,9 +7,9 @@ a judge that no training sees looks at the policy on held-out prompts. What was 
 to `rl.watch`, with its default limits: at which rollout does the first monitor cross its limit, how much has the
 judge's score fallen by then, and when has it fallen by 0.05? Asked of three runs: one that has nothing but its
 rollouts, one with a held-out reward, and one that is evaluated before every rollout too (as by `eval_strategy: epoch`),
-on 96 held-out prompts that the judge is not asked about. The held-out reward of JPEG sizes is the predictor; where the
-predictor is trained on there is none, so that the judge is nobody's monitor. One that measures the very thing that is
-rewarded does not count. No monitor may cross its limit in a sound training.
+on 96 held-out prompts that the judge is not asked about. The held-out reward of JPEG sizes is the predictor; a game of
+the predictor has none, so that the judge is no game's monitor. One that measures the very thing that is rewarded does
+not count. In the sound training, where the judge is the held-out reward, no monitor may cross its limit.
 
 The trainings are kept in `--work`, and replayed in seconds: change a limit in rl/watch_limits.py, and start this again.
 """

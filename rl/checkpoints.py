@@ -184,11 +184,6 @@ def discard_later_samples(rollouts: int, output_dir: str | Path) -> None:
             file.unlink()
 
 
-def sample_file(rollouts: int) -> str:
-    """Where in a run's folder the pictures of an evaluation lie that was made behind so many rollouts."""
-    return f"{SAMPLES}/rollout-{rollouts:06}.png"
-
-
 @contextmanager
 def written_beside(folder: Path) -> Iterator[Path]:
     """A folder to write to; at the end its files move into `folder`, replacing those of the same names there.

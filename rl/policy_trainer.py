@@ -29,7 +29,7 @@ from rl.callbacks import (
     StopWhenOutOfTime,
     show,
 )
-from rl.checkpoints import explained, is_complete, newest_whole, sample_file, written_beside
+from rl.checkpoints import SAMPLES, explained, is_complete, newest_whole, written_beside
 from rl.evaluate import TRAINING_REWARD, Evaluation, HeldOut, evaluate, look
 from rl.experience import Samples
 from rl.going_on import AVERAGE_UPDATES
@@ -157,9 +157,9 @@ class PolicyTrainer(ResumableTrainer):
         with self.clock("evaluation"), self._weights_to_leave():
             figures, samples = self.judge(self.eval_on)
         if self.args.should_save:
-            place = sample_file(self.state.global_step // self.plan.updates)
+            place = f"{SAMPLES}/rollout-{self.state.global_step // self.plan.updates:06}.png"
             with explained(place, self.args.output_dir), written_beside(Path(self.args.output_dir)) as beside:
-                (beside / place).parent.mkdir()
+                (beside / SAMPLES).mkdir()
                 (sheet := sample_sheet(samples)).save(beside / place)
             show(self, {"evaluation": sheet})
         curves = figures.curves()
