@@ -123,14 +123,14 @@ def make_config(size: str, heads: str) -> RahfConfig:
     )
 
 
-def make_batch(config: RahfConfig, images: int) -> dict[str, torch.Tensor]:
-    """Random inputs and targets of `images` pictures, as `RahfModel.forward` takes them."""
+def make_batch(config: RahfConfig, images: int, pieces: int = PIECES) -> dict[str, torch.Tensor]:
+    """Random inputs and targets of `images` pictures, as `RahfModel.forward` takes them; prompts of `pieces` each."""
     source = torch.Generator().manual_seed(0)
     side = config.heatmap_size
     return {
         "pixel_values": torch.randn(images, 3, config.image_size, config.image_size, generator=source),
-        "input_ids": torch.randint(2, config.text_config.vocab_size, (images, PIECES), generator=source),
-        "attention_mask": torch.ones(images, PIECES, dtype=torch.long),
+        "input_ids": torch.randint(2, config.text_config.vocab_size, (images, pieces), generator=source),
+        "attention_mask": torch.ones(images, pieces, dtype=torch.long),
         "word_positions": torch.arange(WORDS).expand(images, -1),
         "scores": torch.rand(images, len(SCORES), generator=source),
         "heatmaps": torch.rand(images, len(HEATMAPS), side, side, generator=source),

@@ -5,8 +5,9 @@ from pathlib import Path
 import preset_memory
 import pytest
 import torch
+from counted_memory import GIB, Counted, norms_in_float32
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from preset_memory import GIB, Counted, memory_of, norms_in_float32, phases_of
+from preset_memory import memory_of, phases_of
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, T5Config, ViTConfig
 
 from reward.arguments import parse_arguments
