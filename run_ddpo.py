@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = args.plan(args.steps_per_rollout(read_schedule(run.policy, args)))
     if (given := given_by(run.named_rewards())) is not None:
         check_credit_is_told(args, given)
+    run.check_eval_rewards()
     check_adapter_files(args.part(AdapterSettings))
     settings = run_settings(run, args, {"prompts": run.prompts, "eval_prompts": run.eval_prompts})
     if run.dry_run:

@@ -57,7 +57,7 @@ def check_reward_name(name: str, kwargs: Mapping[str, Any] | None = None) -> Non
 
     Raises:
         ValueError: see `find_attribute`; `kwargs` that the class does not take, or given to what is not a class; what
-            is named cannot be called with pictures and prompts.
+            is named cannot be called with pictures and prompts; what a `lazy` class says of its arguments.
     """
     attribute = find_attribute(name)
     kwargs = dict(kwargs or {})
@@ -78,6 +78,8 @@ def check_reward_name(name: str, kwargs: Mapping[str, Any] | None = None) -> Non
         raise ValueError(
             f"{name} cannot be called with the arguments {kwargs}: {error}; it takes {signature}"
         ) from error
+    if getattr(attribute, "lazy", False):
+        attribute(**kwargs)
 
 
 def make_reward(name: str, kwargs: Mapping[str, Any] | None = None) -> RewardFn:

@@ -124,6 +124,11 @@ class RewardFn(Protocol):
 
         ranges: name of a term -> (lowest, highest) value that it can have.
         features(images (B, 3, H, W) in [0, 1]) -> (B, D): what the reward sees in images; diversity is measured there.
+
+    And two of a class, for what can be known of its arguments before any model is loaded:
+
+        lazy: true where the constructor looks at its arguments and loads nothing, so that a command may try it first.
+        gives(**arguments) -> which of `penalties` and `word_penalties` such a reward has, a class method.
     """
 
     differentiable: bool

@@ -57,6 +57,7 @@ class HttpReward:
     """
 
     differentiable = False
+    lazy = True
 
     def __init__(self, url: str, timeout: float = 30.0, tries: int = 3, backoff: float = 1.0):
         parts = urlsplit(url)

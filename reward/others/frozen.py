@@ -29,6 +29,7 @@ class FrozenReward:
     """
 
     differentiable = True
+    lazy = True
     name: str
 
     @classmethod

@@ -19,6 +19,7 @@ class JpegIncompressibility:
     """
 
     differentiable = False
+    lazy = True
     name = "jpeg_incompressibility"
     sign = 1.0
 

@@ -231,11 +231,36 @@ def test_what_cannot_go_on_is_not_loaded(config, capsys, monkeypatch, flags, mes
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("reward", "kwargs"), [("JpegCompressibility", "{}"), ("PickScore", '{"model": "nowhere"}')])
-def test_a_reward_of_one_number_gives_no_credit_by_place(config, capsys, nothing_is_loaded, reward, kwargs):
-    flags = ["--credit", "focus", "--reward", f"reward.others:{reward}", "--reward_kwargs", kwargs]
+@pytest.mark.parametrize("reward", ["JpegCompressibility", "PickScore"])
+def test_a_reward_of_one_number_gives_no_credit_by_place(config, tmp_path, capsys, nothing_is_loaded, reward):
+    kwargs = {}
+    if reward == "PickScore":
+        (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+        for name in ("model.safetensors", "tokenizer.json"):
+            (tmp_path / name).touch()
+        kwargs = {"model": str(tmp_path)}
+    flags = ["--credit", "focus", "--reward", f"reward.others:{reward}", "--reward_kwargs", json.dumps(kwargs)]
     assert command("--config", config, *flags) == 2
     assert "credit focus on maps needs a reward with penalty maps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--reward", "reward.http:HttpReward", "--reward_kwargs", '{"url": "localhost:8000"}'],
+            "url is 'localhost:8000'",
+        ),
+        (
+            ["--eval_rewards", '{"size": {"reward": "reward.others:JpegCompressibility", "kwargs": {"quality": 0}}}'],
+            "quality is 0",
+        ),
+    ],
+    ids=["trained on", "only asked"],
+)
+def test_what_a_reward_says_of_its_arguments_is_said_first(config, capsys, nothing_is_loaded, flags, message):
+    assert command("--config", config, *flags) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_one_command_starts_goes_on_and_finds_that_nothing_is_left(config, tmp_path, capsys):
