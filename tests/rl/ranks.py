@@ -28,13 +28,18 @@ ROOT = Path(__file__).parents[2]
 WAYS = {
     "mask": {"credit": "mask"},
     "prompt": {"advantage_baseline": "prompt", "prompt_buffer_size": 8, "prompt_min_count": 2},
-}
-"""What of the algorithm looks at all ranks' pictures: the largest value of all maps, rewards by prompt."""
+    "auto": {
+        "train_steps": ["auto:2"], "probe_rollouts": 2, "num_inference_steps": 4, "generation_batch_size": 16
+    },
+}  # fmt: skip
+"""What of the algorithm looks at all ranks' pictures: the largest value of all maps, rewards by prompt, gradients."""
 
 
 def settings(folder: Path, engine: str, world_size: int) -> dict:
-    """Three rollouts of 8 pictures in 2 updates each, the second of which has moved away from the first."""
+    """Three rollouts of 8 pictures (or more) in 2 updates each, the second of which has moved away from the first; an
+    update has all pictures, or which they are would depend on the ranks."""
     name, _, trained = engine.partition(":")
+    way = WAYS.get(trained, {})
     full = trained == "full"
     deepspeed = None
     if name != "ddp":
@@ -42,14 +47,15 @@ def settings(folder: Path, engine: str, world_size: int) -> dict:
         if name == "zero3":  # or weights as small as these would not be sharded
             deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     batch = min(4, 8 // world_size)
+    accumulated = 2 * way.get("generation_batch_size", 8) // batch // world_size
     return {
         "output_dir": str(folder / engine), "use_cpu": True, "num_train_epochs": 3, "num_inference_steps": 3,
         "generation_batch_size": 8, "num_generations": 4, "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": 16 // batch // world_size, "num_iterations": 2, "lora_rank": 2,
-        "lora_alpha": 4.0, "disable_tqdm": True, "report_to": [], "seed": 3, "num_log_images": 0,
+        "gradient_accumulation_steps": accumulated, "num_iterations": 2, "lora_rank": 2, "lora_alpha": 4.0,
+        "disable_tqdm": True, "report_to": [], "seed": 3, "num_log_images": 0,
         "train_steps": ["0:2"], "optim": "sgd", "learning_rate": 0.003 if full else 0.02,
         "tune": "full" if full else "lora", "train_text_encoder": trained == "text", "deepspeed": deepspeed,
-        **WAYS.get(trained, {}),
+        **way,
     }  # fmt: skip
 
 
@@ -73,6 +79,8 @@ def run(pipeline: str, folder: Path, engine: str, world_size: int) -> dict:
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "watch": trainer.watch.state(),
         "latents": torch.stack(drawn),
+        "probe": trainer.probe.state() if trainer.probe else {},
+        "steps": trainer.train_steps,
         "type": type(trainer.model_wrapped).__name__,
         "trained": sum(weight.numel() for weight in trainer.trained_weights()),
     }

@@ -129,7 +129,12 @@ def test_two_ranks_of_every_engine_are_one_process(pipeline_folder, alone, tmp_p
         assert_close(lora(tmp_path / "alone/ddp:text"), lora(tmp_path / engine))
 
     for way in ways:
-        assert_same_run(ranks.run(pipeline_folder, tmp_path / "alone", way, 1), noted(tmp_path, way, 2))
+        one, two = ranks.run(pipeline_folder, tmp_path / "alone", way, 1), noted(tmp_path, way, 2)
+        assert_same_run(one, two)
+        assert two["steps"] == one["steps"]
+        assert (len(one["probe"]) > 0) == (way == "ddp:auto")
+        for name, sketches in one["probe"].items():
+            torch.testing.assert_close(two["probe"][name], sketches, rtol=1e-2, atol=1e-4, msg=name)
         assert_close(lora(tmp_path / "alone" / way), lora(tmp_path / way))
 
     summary = json.loads((tmp_path / "command/summary.json").read_text())
