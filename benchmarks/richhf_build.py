@@ -39,9 +39,10 @@ code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
 print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 """A small process to start the command from: a child's peak begins at what its parent holds."""
-KINDS = ("pairs", "saved pairs", "rows", "folder")
-"""`saved pairs` are arrow files, as `datasets` saves them; `pairs` and `rows` are parquet."""
-ROW_GROUP = 100
+KINDS = ("pairs", "saved pairs", "rows", "rows, large groups", "folder")
+"""`saved pairs` are arrow files, as `datasets` saves them; the other pairs and `rows` are parquet."""
+ROW_GROUP = 100  # as `datasets` writes pictures
+LARGE_GROUP = 5_000  # some 450 MB, a shard of the hub in one piece, as other writers leave it
 
 
 def make_picture(rng: np.random.Generator) -> bytes:
@@ -102,9 +103,9 @@ def write_source(kind: str, folder: Path, sizes: dict[str, int], rng: np.random.
         whole.save_to_disk(folder)
         shutil.rmtree(parquet)
         return
-    writer = None
-    for begin in range(0, len(uids), ROW_GROUP):
-        part = uids[begin : begin + ROW_GROUP]
+    writer, size = None, LARGE_GROUP if "large groups" in kind else ROW_GROUP
+    for begin in range(0, len(uids), size):
+        part = uids[begin : begin + size]
         images = [pictures[(begin + index) % DISTINCT] for index in range(len(part))]
         if kind == "pairs":
             columns = {"image_0_uid": part, "image_1_uid": [f"unrated-{uid}" for uid in part]}
