@@ -6,6 +6,7 @@ begins to train, which is late: models have been loaded, and an older run in the
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.utils.generic import strtobool
 
 
 def check_deepspeed_settings(setting: object) -> None:
@@ -24,10 +26,18 @@ def check_deepspeed_settings(setting: object) -> None:
 
     Raises:
         ValueError: there is no such file, it is not JSON, or JSON of something else than settings; or what it says of
-            ZeRO is nothing that DeepSpeed knows.
+            ZeRO is nothing that DeepSpeed knows. Or there is none, and `accelerate launch` has been told to use its own
+            settings of DeepSpeed, which no checkpoint would name and no check here would see.
     """
-    if setting in (None, "") or isinstance(setting, Mapping):
-        _check_zero(setting or {}, "given")
+    if setting in (None, ""):
+        if strtobool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")):
+            raise ValueError(
+                "accelerate was told to use DeepSpeed by settings of its own; give them as --deepspeed FILE, such "
+                "as configs/deepspeed/zero2.json, and launch with --config_file configs/accelerate/multi_gpu.yaml"
+            )
+        return
+    if isinstance(setting, Mapping):
+        _check_zero(setting, "given")
         return
     if not isinstance(setting, str):
         raise ValueError(f"deepspeed is {setting!r}; it takes a JSON file, such as configs/deepspeed/zero2.json")

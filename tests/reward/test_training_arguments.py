@@ -1,6 +1,7 @@
 """Settings that Trainer would stumble over as it begins to train, refused before."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,6 +76,14 @@ def test_settings_of_deepspeed_in_every_form_pass():
     whole = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "train_batch_size": "auto"}
     for setting in (None, "", {}, whole, json.dumps(whole), *map(str, Path("configs/deepspeed").glob("*.json"))):
         check_deepspeed_settings(setting)
+
+
+@pytest.mark.parametrize("told", ["true", "1", "false"])
+def test_deepspeed_that_accelerate_alone_knows_of_is_refused(monkeypatch, told):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", told)
+    check_deepspeed_settings("configs/deepspeed/zero2.json")
+    with nullcontext() if told == "false" else pytest.raises(ValueError, match="give them as --deepspeed FILE"):
+        check_deepspeed_settings(None)
 
 
 @pytest.mark.parametrize(
