@@ -29,6 +29,7 @@ class Difference:
         p: two-sided, that there is none.
         more_seeds: how many more seeds would show a difference of `smallest` (by default, of this size) with a chance
             of `POWER`; 0 if these do; None if no number of them would with these prompts, or none was counted.
+        smallest: the difference that matters, if one was named and there is an interval.
     """
 
     value: float
@@ -38,6 +39,7 @@ class Difference:
     seeds: int
     prompts: int
     more_seeds: int | None = None
+    smallest: float | None = None
 
 
 def difference(table: np.ndarray, smallest: float | None = None, tests: int = 1, level: float = LEVEL) -> Difference:
@@ -58,7 +60,7 @@ def difference(table: np.ndarray, smallest: float | None = None, tests: int = 1,
     p = float(2 * stats.t.sf(abs(value) / parts.error, parts.degrees)) if parts.error > 0 else without_error
     needed = seeds_needed(parts, prompts, smallest or abs(value), (1 - level) / tests)
     more = None if needed is None else max(needed - seeds, 0)
-    return Difference(value, low, high, p, seeds, prompts, more)
+    return Difference(value, low, high, p, seeds, prompts, more, smallest)
 
 
 def seeds_needed(

@@ -96,10 +96,11 @@ def build(
     tables = {
         one.name: dict(zip(done[one.name].seeds, done[one.name].gain(by), strict=True))
         for one in ranked
-        if by is not None and one.name in done and not one.upper_bound
+        if by is not None and one.name in done
     }
-    pairs = compare_pairs(tables, arguments.smallest_difference)
-    verdict = decide(standings, pairs, by)
+    chosen = {one.name: tables[one.name] for one in ranked if one.name in tables and not one.upper_bound}
+    pairs = compare_pairs(chosen, arguments.smallest_difference)
+    verdict = decide(standings, pairs, by, tables)
     judged = [one.name for one in standings if one.sound]
     evaluator = next((one for one in comparison.evaluators if one.name == by), comparison.evaluators[0])
     shown = [done[one.name].entrant for one in ranked if one.name in done]
@@ -179,8 +180,8 @@ def _standings(comparison: Comparison, results: Sequence[Trained]) -> list[Stand
             unfinished=_unfinished(one),
             failed=bool(one.failures),
         )
-        impartial = {each.name: one.base.spread[each.name] for each in comparison.impartial()}
-        flags = flags_of(standing, impartial, one.base.own_spread)
+        others = {each.name: one.base.spread[each.name] for each in comparison.impartial() or comparison.evaluators}
+        flags = flags_of(standing, others, one.base.own_spread)
         found.append(Standing(**{**vars(standing), "flags": flags}))
     return found
 

@@ -1,12 +1,13 @@
 """Who won, by fixed rules, in words. Pure: tables of numbers in, sentences out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import numpy as np
 
 from finetune.compare_measures import FEWEST_SEEDS, LEVEL, MOST_SEEDS, POWER, Difference, difference, holm
+from finetune.paired import paired_ratio
 from rl.watch_limits import MONITORS
 
 ALPHA = 1 - LEVEL
@@ -17,21 +18,23 @@ RULES = (
     f"A gain is the mean over held-out prompts and seeds of what an evaluator says of the tuned policy's pictures, "
     f"less what it says of the base's, from the same noise. Its {LEVEL:.0%} interval is Student's, over seeds and "
     f"prompts as crossed random effects. With fewer than {FEWEST_SEEDS} seeds there is none.",
-    f"A difference is shown if its p-value, corrected by Holm's method for all that are compared, is below "
-    f"{ALPHA:.2g}.",
+    f"A difference is shown if its p-value, corrected by Holm's method for all entrants, or all pairs of them, in the "
+    f"eyes of one evaluator, is below {ALPHA:.2g}.",
     "The deciding evaluator is one that no entrant trains on, upper bounds aside; without such a one there is no "
     "verdict. An evaluator is trained on if an entrant's reward is of the same class and reads the same model, "
     "whatever its weights.",
     f"An entrant is gamed if its own reward's gain is above 0 with a p-value, not corrected, below {ALPHA:.2g}, and "
-    f"the gain in an evaluator that nobody trains on is shown to be below 0; with fewer than {FEWEST_SEEDS} seeds, if "
-    f"the means say so by more than {_SMALL:g} standard deviations of the base's pictures.",
+    f"the gain in an evaluator that nobody trains on (where there is none: that it does not train on) is shown to be "
+    f"below 0, corrected for the number of these evaluators too; with fewer than {FEWEST_SEEDS} seeds, if the means "
+    f"say so by more than {_SMALL:g} standard deviations of the base's pictures.",
     f"An entrant collapses if its pictures hold less than {MONITORS['drawn'].limit:g} of the edges of the base's, or "
     f"differ within a prompt by less than {MONITORS['diversity'].limit:g} of what the base's do.",
     "Entrants that are gamed, collapse, failed or are not finished cannot win, nor can an upper bound.",
-    "Of the others, the one of the largest gain leads, if that gain is shown to be above 0. It wins alone if its "
-    "difference from each of the others is shown; those whose difference is not shown stand beside it.",
+    "Of the others, the one of the largest gain leads among those whose gain is shown to be above 0. It wins alone if "
+    "it is shown to be ahead of each of the others; those of which that is not shown stand beside it.",
     f"Seeds that are still needed are counted by the variances of seeds, prompts and the rest, for a chance of "
-    f"{POWER:.0%} to show the smallest difference that matters, or the one that was seen if none was named.",
+    f"{POWER:.0%} to show the smallest difference that matters, or the one that was seen if none was named. None are "
+    f"where the interval leaves out the smallest difference that matters.",
 )
 
 
@@ -124,11 +127,12 @@ def correct(standings: Sequence[Mapping[str, Difference]]) -> list[dict[str, flo
     return found
 
 
-def flags_of(standing: Standing, impartial: Mapping[str, float], own_spread: float) -> list[Flag]:
+def flags_of(standing: Standing, others: Mapping[str, float], own_spread: float) -> list[Flag]:
     """What is wrong with an entrant by the rules.
 
     Args:
-        impartial: evaluators that nobody trains on -> standard deviation over the base's pictures.
+        others: evaluators in whose eyes a fall counts -> standard deviation over the base's pictures; what it trains on
+            itself is left out.
         own_spread: that of its own reward.
     """
     flags = []
@@ -136,7 +140,8 @@ def flags_of(standing: Standing, impartial: Mapping[str, float], own_spread: flo
         flags.append(Flag("failed", standing.unfinished))
     if standing.own is None:
         return flags
-    fell = [name for name in impartial if name not in standing.trains_on and _fell(standing, name, impartial[name])]
+    asked = [name for name in others if name not in standing.trains_on]
+    fell = [name for name in asked if _fell(standing, name, others[name], len(asked))]
     if standing.own.p is None:
         rose = standing.own.value > _SMALL * own_spread
     else:
@@ -154,9 +159,9 @@ def flags_of(standing: Standing, impartial: Mapping[str, float], own_spread: flo
     return flags
 
 
-def _fell(standing: Standing, name: str, spread: float) -> bool:
+def _fell(standing: Standing, name: str, spread: float, asked: int) -> bool:
     gain, p = standing.gains[name], standing.corrected.get(name)
-    return gain.value < -_SMALL * spread if p is None else gain.value < 0 and p < ALPHA
+    return gain.value < -_SMALL * spread if p is None else gain.value < 0 and p * asked < ALPHA
 
 
 def compare_pairs(tables: Mapping[str, Mapping[int, np.ndarray]], smallest: float | None) -> list[Pair]:
@@ -196,6 +201,8 @@ def in_words(pair: Pair) -> str:
 
 def needed_in_words(less: Difference) -> str:
     """What would show the difference."""
+    if less.smallest is not None and max(abs(less.low), abs(less.high)) < less.smallest:
+        return f"none of {less.smallest:g} or more is there, as the interval says"
     if less.more_seeds is None:
         return (
             f"{MOST_SEEDS} seeds would not do with these {less.prompts} prompts: more prompts would, or there is none "
@@ -206,12 +213,19 @@ def needed_in_words(less: Difference) -> str:
     return f"{less.more_seeds} more seed{'s' * (less.more_seeds != 1)} would be needed"
 
 
-def decide(standings: Sequence[Standing], pairs: Sequence[Pair], by: str | None) -> Verdict:
+def decide(
+    standings: Sequence[Standing],
+    pairs: Sequence[Pair],
+    by: str | None,
+    tables: Mapping[str, Mapping[int, np.ndarray]] | None = None,
+) -> Verdict:
     """The verdict by `RULES`.
 
     Args:
         by: the deciding evaluator, which none of them but an upper bound trains on; None if every evaluator is trained
             on.
+        tables: entrant -> seed -> (P,), gains by the deciding evaluator, upper bounds' too; for the share of what an
+            upper bound gains.
     """
     about = [f"{one.name} is out: {flag.kind}; {flag.text}." for one in standings for flag in one.flags]
     about += [f"{one.name} is not finished: {one.unfinished}." for one in standings
@@ -233,27 +247,41 @@ def decide(standings: Sequence[Standing], pairs: Sequence[Pair], by: str | None)
             [f"By the mean alone, {sound[0].name} is ahead in {by}: {sound[0].gains[by].value:+.3g}.", *about],
             [],
         )
-    best = sound[0]
-    if not (best.gains[by].value > 0 and best.corrected[by] < ALPHA):
-        gain = best.gains[by]
+    best = next((one for one in sound if _gains(one, by)), None)
+    if best is None:
+        gain = sound[0].gains[by]
         missing = [f"Luck may give as much; {needed_in_words(gain)}."] if gain.value > 0 else []
-        return Verdict(f"None of these: no gain in {by} is shown.", [_gain(best, by), *missing, *about], [])
+        return Verdict(f"None of these: no gain in {by} is shown.", [_gain(sound[0], by), *missing, *about], [])
     beside, sentences = [], [_gain(best, by)]
-    for other in sound[1:]:
+    for other in (one for one in sound if one is not best):
         pair = next((pair for pair in pairs if {pair.one, pair.other} == {best.name, other.name}), None)
-        if pair is None or not pair.shown:
+        if pair is None:
             beside.append(other.name)
-        if pair is not None:
-            turned = pair if pair.one == best.name else _turned(pair)
-            sentences.append(in_words(turned))
+            continue
+        turned = pair if pair.one == best.name else _turned(pair)
+        if not (turned.shown and turned.less.value > 0):
+            beside.append(other.name)
+        sentences.append(in_words(turned))
     for bound in standings:
-        if bound.upper_bound and bound.seeds and not bound.flags and bound.gains[by].value > 0:
-            share = best.gains[by].value / bound.gains[by].value
-            sentences.append(f"That is {share:.2f} of what the upper bound {bound.name} gains.")
+        if bound.upper_bound and not bound.flags and _gains(bound, by):
+            sentences += _share_in_words(best.name, bound.name, tables or {})
     headline = f"Train on {best.name}."
     if beside:
         headline = f"Train on {best.name}: it leads, but no difference from {_and(beside)} can be shown."
     return Verdict(headline, [*sentences, *about], [best.name, *beside])
+
+
+def _gains(one: Standing, by: str) -> bool:
+    """Whether its gain is shown to be above 0."""
+    return by in one.gains and one.gains[by].value > 0 and (one.corrected[by] or 0.0) < ALPHA
+
+
+def _share_in_words(best: str, bound: str, tables: Mapping[str, Mapping[int, np.ndarray]]) -> list[str]:
+    seeds = [seed for seed in tables.get(best, {}) if seed in tables.get(bound, {})]
+    if not seeds:
+        return []
+    share, low, high = paired_ratio(*([tables[name][seed] for seed in seeds] for name in (best, bound)))
+    return [f"That is {share:.2f} ({low:.2f} .. {high:.2f}) of what the upper bound {bound} gains."]
 
 
 def _gain(one: Standing, by: str) -> str:
@@ -266,11 +294,8 @@ def _gain(one: Standing, by: str) -> str:
 
 def _turned(pair: Pair) -> Pair:
     less = pair.less
-    turned = Difference(
-        -less.value, None if less.high is None else -less.high, None if less.low is None else -less.low, less.p,
-        less.seeds, less.prompts, less.more_seeds,
-    )  # fmt: skip
-    return Pair(pair.other, pair.one, turned, pair.corrected)
+    low, high = (None if end is None else -end for end in (less.high, less.low))
+    return Pair(pair.other, pair.one, replace(less, value=-less.value, low=low, high=high), pair.corrected)
 
 
 def _and(names: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """The verdict follows from figures by the stated rules."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -48,7 +49,29 @@ def test_no_difference_is_said_with_the_seeds_that_are_missing():
     assert "more seed" in line
     (pair,) = pairs(means, smallest=0.1)
     assert pair.less.more_seeds == 0
-    assert "these seeds would mostly show" in in_words(pair)
+    assert in_words(pair).endswith("no difference can be shown; none of 0.1 or more is there, as the interval says.")
+    unsettled = replace(pair, less=replace(pair.less, high=0.11))
+    assert "these seeds would mostly show" in in_words(unsettled)
+
+
+def test_a_noisy_entrant_does_not_hide_one_whose_gain_is_shown():
+    seeds = {"luck": [0.8, 0.1, 0.05], "sure": [0.25, 0.24, 0.26]}
+    tables = {name: dict(enumerate(gains(np.array(means)[:, None], number=len(name)))) for name, means in seeds.items()}
+    found = [{"judge": difference(np.stack(list(table.values())))} for table in tables.values()]
+    both = [
+        standing(name, 0.0, gains=gain, corrected=p) for name, gain, p in zip(seeds, found, correct(found), strict=True)
+    ]
+    assert both[0].gains["judge"].value > both[1].gains["judge"].value
+    verdict = decide(both, compare_pairs(tables, None), "judge")
+    assert verdict.winners == ["sure", "luck"]
+    assert verdict.headline == "Train on sure: it leads, but no difference from luck can be shown."
+
+
+def test_who_is_shown_to_be_behind_does_not_win_alone():
+    """One whose own gain is not shown, as it differs by prompts, may yet be ahead of the leader by prompts."""
+    means = {"first": 0.1, "second": 0.3}
+    verdict = decide([standing("first", 0.1), standing("second", 0.3, corrected={"judge": 0.2})], pairs(means), "judge")
+    assert verdict.winners == ["first", "second"]
 
 
 def test_gamed_and_collapsing_cannot_win():
@@ -70,6 +93,14 @@ def test_gamed_and_collapsing_cannot_win():
     assert any(line.startswith("empty is out: collapsing") for line in verdict.sentences)
 
 
+def test_a_fall_is_corrected_for_the_number_of_evaluators():
+    fell = standing("fell", -0.2, own=0.5, corrected={"judge": 0.02})
+    assert flags_of(fell, {"judge": 0.4}, own_spread=1.0)
+    three = replace(fell, gains=dict.fromkeys("abc", fell.gains["judge"]), corrected={"a": 0.02, "b": 0.02, "c": 0.9})
+    assert not flags_of(three, dict.fromkeys("abc", 0.4), own_spread=1.0)
+    assert flags_of(replace(three, trains_on=["c"]), dict.fromkeys("abc", 0.4), own_spread=1.0)
+
+
 def test_an_evaluator_that_is_trained_on_does_not_flag():
     assert not flags_of(standing("it", -0.2, trains_on=["judge"]), {"judge": 0.4}, own_spread=1.0)
 
@@ -87,9 +118,16 @@ def test_of_two_seeds_flags_go_by_the_means_and_there_is_no_verdict():
 
 def test_an_upper_bound_is_compared_with_and_never_chosen():
     bound = standing("bound", 0.4, upper_bound=True)
-    verdict = decide([standing("it", 0.2), bound], [], "judge")
+    tables = {name: dict(enumerate(gains(mean, number=len(name)))) for name, mean in {"it": 0.2, "bound": 0.4}.items()}
+    verdict = decide([standing("it", 0.2), bound], [], "judge", tables)
     assert verdict.winners == ["it"]
-    assert any("of what the upper bound bound gains" in line for line in verdict.sentences)
+    (line,) = [line for line in verdict.sentences if "of what the upper bound bound gains" in line]
+    share, low, high = (float(number) for number in re.findall(r"\d\.\d\d", line))
+    assert 0.4 < low < share < high < 0.6
+    unshown = standing("bound", 0.4, upper_bound=True, corrected={"judge": 0.5})
+    assert not any(
+        "upper bound" in line for line in decide([standing("it", 0.2), unshown], [], "judge", tables).sentences
+    )
 
 
 def test_no_gain_shown_and_nobody_left():
