@@ -3,13 +3,13 @@
 A rater is a reward, or people. What a policy is trained on is the order of the pictures of one prompt, so agreement
 within prompts is what counts before a training; across prompts raters may agree only because some prompts are hard.
 Intervals are 95% ones by the bootstrap over prompts (Efron's percentile interval): the pictures of a prompt are not
-independent of each other. Shapes: R raters, N pictures, P prompts, D draws.
+independent of each other. Of a single prompt there is none. Shapes: R raters, N pictures, P prompts, D draws.
 """
 
 import numpy as np
 from scipy.stats import rankdata
 
-from reward.intervals import Figure, draw_counts, figure, mean_draws
+from reward.intervals import Figure, draw_counts, figure, mean_draws, wilson
 
 _LEAST = 1e-12  # a spread of ranks or values below it is none
 _NONE = Figure(None, n=0)
@@ -56,7 +56,7 @@ def across_prompts(values: np.ndarray, groups: np.ndarray, draws: int = 200, see
     for _ in range(draws):
         chosen = np.concatenate([places[group] for group in rng.integers(len(places), size=len(places))])
         drawn.append(rank_correlation(values[:, chosen]))
-    drawn = np.stack(drawn) if drawn else np.empty((0, *whole.shape))
+    drawn = np.stack(drawn) if drawn and len(places) > 1 else np.empty((0, *whole.shape))
     return [
         [_figure(whole[one, other], drawn[:, one, other], values.shape[1]) for other in range(len(values))]
         for one in range(len(values))
@@ -79,12 +79,7 @@ def pair_accuracy(said: np.ndarray, true: np.ndarray, groups: np.ndarray, draws:
         preferred = np.sign(said[mine][:, None] - said[mine])
         upper = np.triu(better != 0, 1)
         tallies[group] = ((1 + better * preferred) / 2)[upper].sum(), upper.sum()
-    right, pairs = tallies.sum(axis=0)
-    if not pairs:
-        return _NONE
-    drawn_right, drawn_pairs = (draw_counts(len(tallies), draws, seed) @ tallies).T
-    there = drawn_pairs > 0
-    return figure(float(right / pairs), drawn_right[there] / drawn_pairs[there], int(pairs))
+    return _share(tallies, draws, seed)
 
 
 def spread_within(values: np.ndarray, groups: np.ndarray) -> float:
@@ -114,9 +109,23 @@ def preference(plain: np.ndarray, changed: np.ndarray, groups: np.ndarray, draws
     A rater who says the same of both is half right. The interval is over prompts. `n`: the number of pictures.
     """
     right = (1 + np.sign(plain - changed)) / 2
-    tallies = np.stack([np.bincount(groups, weights=right), np.bincount(groups)], axis=1)  # (P, 2)
+    return _share(np.stack([np.bincount(groups, weights=right), np.bincount(groups)], axis=1), draws, seed)
+
+
+def _share(tallies: np.ndarray, draws: int, seed: int) -> Figure:
+    """Of tallies (P, 2), right ones and all of each prompt, the share of the right ones.
+
+    Where all prompts say the same, draws of them do too, and tell nothing of how sure that is: then Wilson's interval,
+    of as many answers as there are prompts. No interval of fewer than two prompts.
+    """
+    right, every = tallies.sum(axis=0)
+    prompts = int((tallies[:, 1] > 0).sum())
+    if prompts < 2:
+        return Figure(float(right / every), n=int(every)) if every else _NONE
     drawn_right, drawn = (draw_counts(len(tallies), draws, seed) @ tallies).T
-    return figure(float(right.mean()), drawn_right / drawn, len(right))
+    there = drawn > 0
+    found = figure(float(right / every), drawn_right[there] / drawn[there], int(every))
+    return Figure(found.value, *wilson(found.value, prompts), found.n) if found.low == found.high else found
 
 
 def _mean(values: np.ndarray, counts: np.ndarray) -> Figure:

@@ -29,6 +29,7 @@ from finetune.compare_results import Trained
 from finetune.compare_rewards import BASE
 from finetune.compare_verdict import Verdict
 from finetune.files import write_whole
+from reward.intervals import wilson
 
 SHEET, KEY, ANSWERS, PAGES = "sheet", "key.json", "answers.csv", "sheet.html"
 COLUMNS = ("sheet", "pair", "prompt", "answer")
@@ -187,15 +188,6 @@ def count_answers(answers: Sequence[Mapping[str, Any]]) -> list[Counted]:
         rate = float(points.mean())
         found.append(Counted(one, other, wins, ties, losses, rate, *wilson(rate, len(points)), p))
     return found
-
-
-def wilson(rate: float, count: int, level: float = 0.95) -> tuple[float, float]:
-    """Ends of the interval of a share (Wilson 1927), which is never empty, also where all say the same. Answers with
-    ties vary less than those it is made for, so it is a little wide for them."""
-    z = float(stats.norm.ppf((1 + level) / 2))
-    middle = (rate + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * (rate * (1 - rate) / count + z * z / (4 * count**2)) ** 0.5
-    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def _points(row: Mapping[str, Any]) -> float:

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import binomtest, spearmanr
 
 from finetune.agreement_measures import (
     across_prompts,
     groups_of,
     noise_share,
     pair_accuracy,
+    preference,
     rank_correlation,
     spread_within,
     within_prompts,
@@ -74,6 +75,31 @@ def test_pair_accuracy_counts_pairs():
     assert figure.n == 3
     assert pair_accuracy(-true, true, groups).value == 0
     assert pair_accuracy(true, true, groups).value == 1
+
+
+def test_of_one_prompt_there_are_no_intervals(rng):
+    groups, values = np.zeros(8, dtype=int), rng.normal(size=(2, 8))
+    for figure in (
+        within_prompts(values, groups)[0][1],
+        across_prompts(values, groups)[0][1],
+        pair_accuracy(*values, groups),
+        preference(*values, groups),
+    ):
+        assert figure.value is not None
+        assert figure.low is figure.high is None
+
+
+def test_prompts_that_all_say_the_same_leave_it_open_how_sure_that_is():
+    groups, true = np.repeat(np.arange(6), 2), np.tile([1.0, 2.0], 6)
+    figure = pair_accuracy(true, true, groups)
+    assert (figure.value, figure.high, figure.n) == (1, 1, 6)
+    assert figure.low == pytest.approx(proportion_interval(6))
+    assert preference(np.zeros(12), np.ones(12), groups).high == pytest.approx(1 - proportion_interval(6))
+
+
+def proportion_interval(count):
+    """Wilson's lower end where all of `count` are right, by scipy."""
+    return binomtest(count, count).proportion_ci(method="wilson").low
 
 
 def test_the_interval_of_pair_accuracy_holds_chance(rng):
