@@ -10,6 +10,7 @@ CSV` counts what they chose. A YAML names code: run only those you trust.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments([CompareArguments], argv)
     console = Console(highlight=False, soft_wrap=True)
 
+    if arguments.gpus:  # settings of a training are read as in its own process, which sees one of them
+        os.environ["CUDA_VISIBLE_DEVICES"] = arguments.gpus[0]
     # Whatever can be wrong with the input is found out before anything is run.
     comparison = read_comparison(arguments)
     check_folder(comparison)

@@ -1,7 +1,9 @@
 """The entrants of a comparison: each a training, as a config of `run_ddpo.py` or `finetune.draft` and changes of it."""
 
 import hashlib
+import os
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ OWNED = {
 }  # fmt: skip
 """Settings of a training that are the comparison's, and what says them there; with `budget_seconds`, `save_steps` is an
 entrant's own, as `looks` cannot be dealt out to rollouts whose number is not known."""
+_ENVIRONMENT = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,17 @@ def run_flags(comparison: "Comparison", entrant: Entrant, seed: int, folder: Pat
 
 
 def parse_entrant(command: str, flags: Sequence[str]) -> tuple[RewardedRunArguments, RewardedPolicyConfig]:
-    """A training's settings, as the command itself reads them."""
-    return parse_arguments([RewardedRunArguments, COMMANDS[command]], flags)
+    """A training's settings, as the command itself reads them; what its YAML's `env` sets is set in its own process."""
+    with _ENVIRONMENT:
+        before = dict(os.environ)
+        try:
+            return parse_arguments([RewardedRunArguments, COMMANDS[command]], flags)
+        finally:
+            for name in {name for name, value in os.environ.items() if before.get(name) != value}:
+                if name in before:
+                    os.environ[name] = before[name]
+                else:
+                    del os.environ[name]
 
 
 def read_entrant(name: Any, entry: Any, arguments: "CompareArguments") -> Entrant:
@@ -174,7 +186,7 @@ def refuse_twins(entrants: Sequence[Entrant]) -> None:
 
 def slug(name: str) -> str:
     """A name as a folder can be called."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    return re.sub(r"\W+", "_", name.lower()).strip("_")
 
 
 def _fixed(arguments: "CompareArguments") -> dict[str, Any]:

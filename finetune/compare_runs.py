@@ -98,6 +98,7 @@ class Work:
     def __init__(self, comparison: Comparison, console: Console, lock: TextIO):
         self.comparison, self.console = comparison, console
         self._lock_file, self._lock = lock, threading.Lock()
+        self._environment = dict(os.environ)  # now: settings are read in threads, and set some of it for a moment
         self._running: dict[int, subprocess.Popen] = {}
         self._stopping = False
         self._gpus: queue.Queue[str] = queue.Queue()
@@ -302,8 +303,8 @@ class Work:
 
     def _run(self, step: Step, gpu: str | None = None) -> Failure | None:
         """One process, on its own threads and device."""
-        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+        paths = [str(ROOT), self._environment.get("PYTHONPATH", "")]
+        environment = self._environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
         environment |= {"OMP_NUM_THREADS": str(self.comparison.arguments.threads)}
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu

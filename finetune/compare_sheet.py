@@ -34,6 +34,8 @@ from reward.intervals import wilson
 SHEET, KEY, ANSWERS, PAGES = "sheet", "key.json", "answers.csv", "sheet.html"
 COLUMNS = ("sheet", "pair", "prompt", "answer")
 CHOICES = ("left", "right", "tie")
+SEPARATORS = (",", ";", "\t")
+"""What spreadsheets write between cells; which one depends on the country."""
 _NAMED = 5
 
 
@@ -161,10 +163,11 @@ def read_answers(comparison: Comparison, file: str | Path) -> list[dict[str, Any
         )
     key = keys[named[0]]
     asked = {str(row["pair"]): row for row in json.loads(key.read_text(encoding="utf-8"))}
+    prompts = {row["prompt"] for row in asked.values()}  # a spreadsheet may rewrite one, such as "=)", but not swap two
     for row in rows:
         pair, answer = str(row.get("pair", "")).strip(), str(row.get("answer") or "").strip().lower()
-        if pair not in asked or row.get("prompt") != asked[pair]["prompt"]:
-            raise ValueError(f"{file}: pair {pair!r}, {row.get('prompt')!r}, is not of the sheet in {key.parent}")
+        if pair not in asked or (row["prompt"] != asked[pair]["prompt"] and row["prompt"] in prompts):
+            raise ValueError(f"{file}: pair {pair!r}, {row['prompt']!r}, is not of the sheet in {key.parent}")
         if pair in answered:
             raise ValueError(f"{file}: pair {pair} is answered twice; each prompt counts once")
         if answer and answer not in CHOICES:
@@ -197,7 +200,10 @@ def _points(row: Mapping[str, Any]) -> float:
 def _rows(file: Path) -> list[dict[str, str]]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as opened:
-            reader = csv.DictReader(opened)
+            heading = opened.readline()
+            separator = max(SEPARATORS, key=heading.count)
+            opened.seek(0)
+            reader = csv.DictReader(opened, delimiter=separator)
             rows = list(reader)
     except OSError as error:
         raise ValueError(f"cannot read the answers {file}: {error.strerror}") from error

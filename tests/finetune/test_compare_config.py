@@ -1,10 +1,12 @@
 """What is wrong with a comparison is said before anything is run."""
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import DDIMScheduler
 
 import finetune.run
@@ -12,7 +14,7 @@ from finetune.command_line import as_flags
 from finetune.compare import main
 from finetune.compare_config import CompareArguments, read_comparison
 from finetune.compare_entrants import parse_entrant, run_flags
-from finetune.compare_folder import check_folder, claim
+from finetune.compare_folder import check_folder, claim, training_command
 from finetune.compare_rewards import Spec
 from reward.arguments import parse_arguments
 from tests.finetune.compare_case import (
@@ -251,6 +253,7 @@ def test_the_small_worlds_preset_is_whole():
 
 def test_the_preset_of_a_large_model_is_whole_but_for_its_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune.run, "load_scheduler", lambda policy: DDIMScheduler())  # its own is on the hub
+    monkeypatch.setattr(Spec, "check", lambda reward: None)  # weights are the user's
     prompts = write_prompts(tmp_path)
     flags = [
         "--config",
@@ -280,3 +283,35 @@ def _yaml(folder, pipeline, **changes):
     file = folder / "comparison.yaml"
     file.write_text(json.dumps(settings_of(folder, pipeline, **changes)))
     return str(file)
+
+
+def test_on_a_machine_of_several_gpus_settings_are_read_as_on_the_first(tmp_path, pipeline_folder, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(os.environ["CUDA_VISIBLE_DEVICES"].split(",")))
+    settings = settings_of(tmp_path, pipeline_folder, common={"use_cpu": False})
+    file = tmp_path / "comparison.yaml"
+    file.write_text(json.dumps(settings))
+    argv = ["--config", str(file), "--report_only", "true"]
+    with pytest.raises(ValueError, match="this process sees 3 GPUs"):
+        main(argv)
+    with pytest.raises(ValueError, match="there is nothing to report yet"):
+        main([*argv, "--gpus", "2", "0"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
+
+
+def test_an_entrants_environment_is_its_own(tmp_path, pipeline_folder, monkeypatch):
+    monkeypatch.setenv("KEPT", "before")
+    other = tmp_path / "other.yaml"
+    settings = json.loads(Path(write_config(tmp_path, pipeline_folder)).read_text())
+    other.write_text(json.dumps(settings | {"env": {"ACCELERATE_MIXED_PRECISION": "bf16", "KEPT": "changed"}}))
+    before = dict(os.environ)
+    comparison = comparison_of(tmp_path, pipeline_folder, entrants={"other": {"config": str(other)}})
+    _, args = parse_entrant("run_ddpo", training_command(comparison, comparison.entrants[0], 0)[1:])
+    assert args.mixed_precision == "bf16", "its own process reads it so"
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(("name", "folder"), [("奖励", "奖励"), ("карта 1", "карта_1"), ("A, b!", "a_b")])
+def test_names_of_any_language_are_folders(tmp_path, pipeline_folder, name, folder):
+    entrants = {name: {"config": write_config(tmp_path, pipeline_folder)}}
+    assert comparison_of(tmp_path, pipeline_folder, entrants=entrants).entrants[0].folder == folder

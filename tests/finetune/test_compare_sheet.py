@@ -7,10 +7,9 @@ from collections import Counter
 
 import pytest
 from PIL import Image
-from scipy import stats
 
 from finetune.compare import main
-from finetune.compare_sheet import _picture, count_answers, draw, read_answers, wilson
+from finetune.compare_sheet import _picture, count_answers, draw, read_answers
 from tests.finetune.compare_case import HELD_OUT, PLAIN, Figures, comparison_of, settings_of, write_config
 
 GAINS = {"red": {"satisfied": 0.1}, "plain": {"satisfied": 0.05}, "the judge": {"satisfied": 0.3}}
@@ -138,6 +137,7 @@ def test_sides_are_random_and_the_same_every_time(compared):
         (lambda text: text.replace(",1,", ",77,", 1), "pair '77'.*is not of the sheet"),
         (lambda text: text.replace(",\r\n", ",best\r\n"), "answers are left, right, tie.*pair 1: 'best'"),
         (lambda text: text + text.split("\r\n")[1] + "left\r\n", "pair 1 is answered twice"),
+        (lambda text: re.sub(r"(?s),1,(.*?),(.*),2,(.*?),", r",1,\3,\2,2,\1,", text), "pair '1'.*is not of"),
     ],
 )  # fmt: skip
 def test_answers_that_cannot_be_counted(compared, change, message):
@@ -147,6 +147,20 @@ def test_answers_that_cannot_be_counted(compared, change, message):
     file.write_text(change(file.read_bytes().decode()), newline="")
     with pytest.raises(ValueError, match=message):
         read_answers(comparison, file)
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_answers_come_back_as_spreadsheets_write_them(compared, separator):
+    """With other separators, and a prompt that was taken for a formula."""
+    comparison, command = compared
+    command("--sheet", "true")
+    file = only_sheet(comparison) / "answers.csv"
+    rows = fill_in(file, ["left"] * len(HELD_OUT))
+    text = file.read_text().replace(rows[0]["prompt"], "#NAME?")
+    file.write_text(text.replace(",", separator), encoding="utf-8-sig", newline="")
+    found = read_answers(comparison, file)
+    assert [row["answer"] for row in found] == ["left"] * len(HELD_OUT)
+    assert found[0]["prompt"] == rows[0]["prompt"]
 
 
 def test_there_must_be_a_sheet_and_pairs_must_be_pairs(compared):
@@ -171,9 +185,3 @@ def test_counting_by_hand():
     assert counted.p == 1.0
     ties = count_answers([rows[3]])[0]
     assert (ties.rate, ties.p) == (0.5, None)
-
-
-def test_wilsons_interval():
-    """As scipy's `binomtest(...).proportion_ci(method="wilson")` has it where nothing is tied."""
-    for wins, count in ((17, 20), (10, 10), (0, 4)):
-        assert wilson(wins / count, count) == pytest.approx(stats.binomtest(wins, count).proportion_ci(method="wilson"))

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import binomtest, pearsonr, spearmanr
 
-from reward.intervals import correlation_draws, draw_counts, figure, mean_draws, word_draws
+from reward.intervals import correlation_draws, draw_counts, figure, mean_draws, wilson, word_draws
 from reward.metrics import word_metrics
 
 
@@ -53,3 +53,9 @@ def test_what_has_no_interval():
     assert figure(0.5, np.array([0.1, 0.2]), 1).low is None
     assert figure(0.5, np.empty(0), 9).high is None
     assert figure(0.5, np.empty(0), 0).value is None
+
+
+def test_wilsons_interval():
+    """As scipy's `binomtest(...).proportion_ci(method="wilson")` has it where nothing is tied."""
+    for wins, count in ((17, 20), (10, 10), (0, 4)):
+        assert wilson(wins / count, count) == pytest.approx(binomtest(wins, count).proportion_ci(method="wilson"))
