@@ -193,22 +193,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, generation = parse_arguments([AgreementArguments, GenerationArguments], argv)
 
     # Whatever can be wrong with the input is found out before models are loaded.
+    drawing, choices = open_input(arguments, generation)
     bare, terms = split_terms(arguments.rewards)
     named = read_named_rewards("rewards", bare, weights=False)
-    for entry in named.values():
-        check_reward_name(entry.reward, entry.kwargs)
-    drawing = None
-    if generation.policy is not None:
-        if arguments.labels:
-            raise ValueError(f"policy draws the pictures, so they have no labels {arguments.labels}; leave one out")
-        drawing = Generation(arguments.pictures, generation, read_prompt_file(generation.prompts))
-        generation.check()
-    else:
-        read_labels(open_pool(arguments.pictures, arguments.prompt_column, arguments.split), arguments)
-
-    choices = None
-    if arguments.choices is not None:
-        choices = open_choices(arguments.choices, arguments.choices_split, arguments.most_choices)
 
     state = PartialState(cpu=arguments.use_cpu)
     if state.num_processes > 1:
@@ -237,6 +224,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_tables(console, found, list(rewards))
     console.print(f"all figures: {arguments.report}", soft_wrap=True, markup=False)
     state.destroy_process_group()
+
+
+def open_input(
+    arguments: AgreementArguments, generation: GenerationArguments
+) -> tuple[Generation | None, Choices | None]:
+    """All that is asked about, looked at: what is to be drawn, if pictures are, and the pairs that people chose from.
+
+    Raises:
+        ValueError: a reward that cannot be made, pictures, labels or choices that cannot be read.
+    """
+    for entry in read_named_rewards("rewards", split_terms(arguments.rewards)[0], weights=False).values():
+        check_reward_name(entry.reward, entry.kwargs)
+    drawing = None
+    if generation.policy is not None:
+        if arguments.labels:
+            raise ValueError(f"policy draws the pictures, so they have no labels {arguments.labels}; leave one out")
+        drawing = Generation(arguments.pictures, generation, read_prompt_file(generation.prompts))
+        generation.check()
+    else:
+        read_labels(open_pool(arguments.pictures, arguments.prompt_column, arguments.split), arguments)
+    choices = None
+    if arguments.choices is not None:
+        choices = open_choices(arguments.choices, arguments.choices_split, arguments.most_choices)
+    return drawing, choices
 
 
 def pictures_of(pool: Pool, arguments: AgreementArguments) -> int:

@@ -22,11 +22,12 @@ transformers.logging.set_verbosity_error()  # says on import what does not conce
 transformers.logging.disable_progress_bar()
 diffusers.logging.disable_progress_bar()
 
+from finetune.compare_agreement import check_agreement  # noqa: E402
 from finetune.compare_config import CompareArguments, read_comparison  # noqa: E402
 from finetune.compare_folder import check_folder, claim  # noqa: E402
 from finetune.compare_report import write_report  # noqa: E402
 from finetune.compare_results import read_results  # noqa: E402
-from finetune.compare_runs import Outcome, Work, read_failures  # noqa: E402
+from finetune.compare_runs import Work, read_outcome  # noqa: E402
 from finetune.compare_sheet import count_answers, read_answers, write_sheet  # noqa: E402
 from reward.arguments import main_guard, parse_arguments  # noqa: E402
 from rl.checkpoints import check_writable  # noqa: E402
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = arguments.gpus[0]
     # Whatever can be wrong with the input is found out before anything is run.
     comparison = read_comparison(arguments)
+    check_agreement(comparison)
     check_folder(comparison)
     check_writable(arguments.output_dir)
     answers = read_answers(comparison, arguments.read_sheet) if arguments.read_sheet else None
@@ -49,20 +51,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with taken(arguments.output_dir) as lock:
         claim(comparison)
-        outcome = Outcome(read_failures(comparison)) if arguments.report_only else Work(comparison, console, lock).do()
+        outcome = read_outcome(comparison) if arguments.report_only else Work(comparison, console, lock).do()
         results = read_results(comparison, outcome.failures)
         counted = count_answers(answers) if answers is not None else None
         command = ["python", "-m", "finetune.compare", *(sys.argv[1:] if argv is None else argv)]
-        report = write_report(comparison, results, counted, command, console)
+        report = write_report(comparison, results, outcome.agreement, counted, command, console)
         if arguments.sheet:
             pages = write_sheet(comparison, results, report.verdict)
             console.print(f"pages for people: {pages}; fill in answers.csv beside them, then --read_sheet it")
     for name, path in report.files.items():
         console.print(f"{name}: {path}", markup=False)
     console.print(f"[bold]{report.verdict.headline}[/]")
-    if outcome.failures:
-        for (name, seed), failure in outcome.failures.items():
-            print(f"failed: {name}, seed {seed}: {failure.step}: {failure.said}; see {failure.log}", file=sys.stderr)
+    failed = {f"{name}, seed {seed}": failure for (name, seed), failure in outcome.failures.items()}
+    if outcome.agreement is not None:
+        failed["before training"] = outcome.agreement
+    for what, failure in failed.items():
+        print(f"failed: {what}: {failure.step}: {failure.said}; see {failure.log}", file=sys.stderr)
+    if failed:
         sys.exit(1)
 
 

@@ -4,11 +4,14 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from finetune.agreement import AgreementArguments, open_input
 from finetune.command_line import as_flags
 from finetune.compare_config import Comparison
 from finetune.compare_entrants import parse_entrant
 from finetune.compare_folder import AGREEMENT, training_command
 from finetune.compare_rewards import Spec, as_text
+from finetune.generate import GenerationArguments
+from reward.arguments import parse_arguments
 
 
 def is_agreed(comparison: Comparison, rewards: Mapping[str, Any]) -> bool:
@@ -43,6 +46,24 @@ def agreement_rewards(comparison: Comparison, leave_out: Collection[str] = ()) -
             name += " (trained on)"
         found[name] = entry
     return found
+
+
+def check_agreement(comparison: Comparison) -> None:
+    """Complain about what could not be asked, before anything is; loads no model.
+
+    Raises:
+        ValueError: a setting of `agreement` that is none, or pictures, labels or choices that cannot be read.
+    """
+    arguments = comparison.arguments
+    if not arguments.agreement_prompts:
+        return
+    command = agreement_command(comparison, agreement_rewards(comparison))[1:]
+    if "pictures" not in arguments.agreement:  # its own prompts are not written yet
+        command += ["--prompts", arguments.prompts]
+    try:
+        open_input(*parse_arguments([AgreementArguments, GenerationArguments], command))
+    except ValueError as error:
+        raise ValueError(f"agreement: {error}") from error
 
 
 def agreement_command(comparison: Comparison, rewards: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,7 @@
 
 comparison.json              its settings; another start with others is refused
 base/<key>/findings.json     what the evaluators say of the policy before training; pictures/ beside it
-agreement/agreement.json     what all rewards say of the same pictures, by `finetune.agreement`
+agreement/agreement.json     what all rewards say of the same pictures, by `finetune.agreement`; or failure.json
 runs/<entrant>/seed<N>/      a training, as its own command leaves it; beside that, facts.json, findings.json and
                              pictures/, or failure.json
 sheet/<name>/                blinded pages for people, with their key and a CSV to fill in
@@ -96,6 +96,10 @@ def run_findings(comparison: Comparison, entrant: Entrant, seed: int) -> Path:
 
 def run_failure(comparison: Comparison, entrant: Entrant, seed: int) -> Path:
     return run_folder(comparison, entrant, seed) / FAILURE
+
+
+def agreement_failure(comparison: Comparison) -> Path:
+    return (comparison.folder / AGREEMENT).with_name(FAILURE)
 
 
 def training_command(comparison: Comparison, entrant: Entrant, seed: int) -> list[str]:

@@ -2,9 +2,10 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from finetune.compare_entrants import Entrant
 from finetune.compare_evaluate import Findings
 from finetune.compare_folder import base_findings, run_findings
 from finetune.compare_measures import rank_of_worst
-from finetune.compare_rewards import BASE, Evaluator
+from finetune.compare_rewards import BASE, Evaluator, Spec
 from reward.data import to_tensor
 from reward.draw import overlay, to_image
 from reward.feedback import RewardFn
@@ -52,9 +53,24 @@ class Row:
     shown: Sequence[Shown]
 
 
+def check_overlay(comparison: Comparison) -> None:
+    """Ask the overlay's reward about one picture of the policy before training.
+
+    Raises:
+        ValueError: it cannot be made, or not be asked; whatever it raises itself is in the message.
+    """
+    if comparison.overlay is None:
+        return
+    file = base_findings(comparison, comparison.entrants[0]).with_name("pictures") / f"{0:05}.png"
+    mark = Marker(comparison.overlay)
+    mark(_opened(file), comparison.held_out[0])
+    if mark.failed:
+        raise ValueError(f"overlay: {mark.failed}")
+
+
 def picture_rows(
     comparison: Comparison, evaluator: Evaluator, entrants: Sequence[Entrant], judged: Sequence[str]
-) -> tuple[int | None, list[Row]]:
+) -> tuple[int | None, list[Row], str]:
     """Prompts by what the worst of the entrants `judged` lost on them, and the seed whose trainings are shown.
 
     Args:
@@ -63,12 +79,13 @@ def picture_rows(
         judged: names of those whose losses count for the order; all if there are none of them.
 
     Returns:
-        No seed and no rows if no seed is there of all `entrants`.
+        No seed and no rows if no seed is there of all `entrants`; last, why pictures are bare from some place on, if
+        the overlay's reward could not be asked.
     """
     seeds = [seed for seed in comparison.arguments.seeds
              if entrants and all(run_findings(comparison, one, seed).is_file() for one in entrants)]  # fmt: skip
     if not seeds:
-        return None, []
+        return None, [], ""
     seed = seeds[0]
     starting: dict[Path, list[str]] = {}
     for one in entrants:
@@ -79,18 +96,40 @@ def picture_rows(
     starts = {one.name: _first_pictures(Findings.read(base_findings(comparison, one)), evaluator) for one in entrants}
     changes = {name: values[name] - start for name, start in starts.items()}
     counted = [changes[name] for name in changes if name in judged] or list(changes.values())
-    reward = comparison.overlay.make() if comparison.overlay else None
-    rows = []
+    mark, rows = Marker(comparison.overlay), []
     for place in rank_of_worst(np.stack(counted))[: comparison.arguments.grid_prompts]:
         prompt = comparison.held_out[place]
         shown = []
         for name, file in files.items():
-            picture = to_tensor(Image.open(file.with_name("pictures") / f"{place:05}.png")).float() / 255
+            picture = _opened(file.with_name("pictures") / f"{place:05}.png")
             change = float(changes[name][place]) if name in changes else None
-            marks = _marks(reward, picture, prompt)
-            shown.append(Shown(name, float(values[name][place]), change, data_uri(_sized(picture)), marks))
+            shown.append(
+                Shown(name, float(values[name][place]), change, data_uri(_sized(picture)), mark(picture, prompt))
+            )
         rows.append(Row(prompt, shown))
-    return seed, rows
+    return seed, rows, mark.failed
+
+
+class Marker:
+    """What an overlay's reward marks on pictures; nothing any more once it has failed, which `failed` says.
+
+    A report is made after all trainings: somebody's code that fails here must not cost it.
+    """
+
+    def __init__(self, overlay: Spec | None):
+        self.failed, self._reward = "", None
+        if overlay is not None:
+            self._try(lambda: setattr(self, "_reward", overlay.make()))
+
+    def __call__(self, picture: torch.Tensor, prompt: str) -> dict[str, str]:
+        """Name of a map -> the `picture` (3, H, W) with it, a data URI."""
+        return {} if self._reward is None else self._try(lambda: _marks(self._reward, picture, prompt)) or {}
+
+    def _try(self, ask: Callable[[], Any]) -> Any:
+        try:
+            return ask()
+        except Exception as error:  # whatever it raises
+            self.failed, self._reward = str(error) or type(error).__name__, None
 
 
 def data_uri(image: Image.Image) -> str:
@@ -105,10 +144,13 @@ def _first_pictures(found: Findings, evaluator: Evaluator) -> np.ndarray:
     return np.array(found.seen[-1].values[evaluator.spec.key][evaluator.term or ""])[:, 0]
 
 
+def _opened(file: Path) -> torch.Tensor:
+    """(3, H, W) in [0, 1]."""
+    return to_tensor(Image.open(file)).float() / 255
+
+
 @torch.no_grad()
-def _marks(reward: RewardFn | None, picture: torch.Tensor, prompt: str) -> dict[str, str]:
-    if reward is None:
-        return {}
+def _marks(reward: RewardFn, picture: torch.Tensor, prompt: str) -> dict[str, str]:
     marked = shown_maps(score(reward, picture[None], [prompt]))
     height = _height(picture)
     return {name: data_uri(overlay(picture, maps[0], name, height)) for name, maps in marked.items()}

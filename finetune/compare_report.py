@@ -1,6 +1,7 @@
 """A comparison's report: one HTML file that needs no network, the same as Markdown, and all figures as JSON.
 
-`build` makes one mapping of everything that is said; the three files show it, so they cannot differ.
+`build` makes one mapping of everything that is said; the three files show it, so they cannot differ. The page alone has
+pictures and drawn curves, whose figures the others have.
 """
 
 import json
@@ -22,6 +23,7 @@ from finetune.compare_measures import FEWEST_SEEDS, band, difference
 from finetune.compare_pages import render, signed
 from finetune.compare_pictures import picture_rows
 from finetune.compare_results import Trained
+from finetune.compare_runs import Failure
 from finetune.compare_sheet import Counted
 from finetune.compare_verdict import (
     RULES,
@@ -56,6 +58,7 @@ class Report:
 def write_report(
     comparison: Comparison,
     results: Sequence[Trained],
+    disagreement: Failure | None,
     counted: Sequence[Counted] | None,
     command: Sequence[str],
     console: Console,
@@ -63,10 +66,11 @@ def write_report(
     """Write the three files beside the trainings.
 
     Args:
+        disagreement: why agreement before training could not be measured, if it could not.
         command: what makes the report again.
         counted: what people chose, if they were asked.
     """
-    content, verdict = build(comparison, results, counted, command)
+    content, verdict = build(comparison, results, disagreement, counted, command)
     html, figures = render("compare.html.jinja", content), _without_pictures(content)
     if len(html.encode()) > LARGEST:
         console.print(f"report.html has {len(html.encode()) / 1e6:.1f} MB; a smaller grid_prompts makes it smaller")
@@ -84,6 +88,7 @@ def write_report(
 def build(
     comparison: Comparison,
     results: Sequence[Trained],
+    disagreement: Failure | None,
     counted: Sequence[Counted] | None,
     command: Sequence[str],
 ) -> tuple[dict[str, Any], Verdict]:
@@ -104,7 +109,7 @@ def build(
     judged = [one.name for one in standings if one.sound]
     evaluator = next((one for one in comparison.evaluators if one.name == by), comparison.evaluators[0])
     shown = [done[one.name].entrant for one in ranked if one.name in done]
-    seed, rows = picture_rows(comparison, evaluator, shown, judged)
+    seed, rows, bare = picture_rows(comparison, evaluator, shown, judged)
     content = {
         "title": arguments.title,
         "verdict": asdict(verdict),
@@ -133,8 +138,9 @@ def build(
         ],
         "pairs": [_pair_row(pair) for pair in pairs],
         "charts": _charts(comparison, results, ranked, places) if by else [],
-        "grid": {"seed": seed, "by": evaluator.name, "rows": [asdict(row) for row in rows]},
+        "grid": {"seed": seed, "by": evaluator.name, "rows": [asdict(row) for row in rows], "bare": bare},
         "agreement": _agreement(comparison),
+        "agreement_failure": disagreement and asdict(disagreement),
         "people": [asdict(one) for one in counted] if counted else [],
         "failures": [
             {"entrant": one.entrant.name, "seed": seed, **asdict(failure)}
@@ -247,7 +253,7 @@ def _pair_row(pair: Pair) -> dict[str, Any]:
 def _charts(
     comparison: Comparison, results: Sequence[Trained], ranked: Sequence[Standing], places: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """Name, caption and SVG of each."""
+    """Name, caption, figures and SVG of each."""
     by, done = comparison.decide_by, [one for one in results if one.seeds]
     if not done:
         return []
@@ -258,6 +264,7 @@ def _charts(
     ]
     said = "; ".join(f"{bar.name} {signed(bar.value)}" for bar in bars)
     found = [{"name": "gains", "caption": f"Gain in {by} at the end, against the policy before training.",
+              "bars": [asdict(bar) for bar in bars],
               "svg": gains_chart(bars, f"gain in {by}", f"Gain in {by} of each entrant: {said}.")}]  # fmt: skip
     on_cpu = "of the processor" if _on_cpu(comparison) else "of training"
     for name, x_label, cost in (
@@ -266,22 +273,34 @@ def _charts(
     ):
         curves = [_curve(one, cost(one), one.columns[by] - one.base.columns[by], places) for one in done]
         alt = f"Learning curves: gain in {by} against {x_label}. At the end: {said}."
-        found.append({"name": f"curve by {name}", "caption": f"Gain in {by} against {x_label}.",
-                      "svg": curves_chart(curves, x_label, f"gain in {by}", alt)})  # fmt: skip
+        caption = f"Gain in {by} against {x_label}."
+        found.append(_curves(f"curve by {name}", caption, curves, x_label, f"gain in {by}", alt))
     curves = [
         _curve(one, one.images, (one.own - one.base.own) / max(one.base.own_spread, 1e-12), places) for one in done
     ]
     ends = "; ".join(f"{curve.name} {signed(curve.mean[-1])}" for curve in curves)
-    found.append(
-        {
-            "name": "own reward by images",
-            "caption": "Gain of each in its own reward, in standard deviations of it over the base's pictures. Where "
-            f"this rises and {by} does not, the reward is gamed.",
-            "svg": curves_chart(curves, "pictures drawn in training", "gain in its own reward, sd",
-                                f"Learning curves: each entrant's gain in its own reward. At the end: {ends}."),
-        }
-    )  # fmt: skip
+    caption = (
+        "Gain of each in its own reward, in standard deviations of it over the base's pictures. Where this rises and "
+        f"{by} does not, the reward is gamed."
+    )
+    alt = f"Learning curves: each entrant's gain in its own reward. At the end: {ends}."
+    label = "gain in its own reward, sd"
+    found.append(_curves("own reward by images", caption, curves, "pictures drawn in training", label, alt))
     return found
+
+
+def _curves(name: str, caption: str, curves: Sequence[Curve], x_label: str, y_label: str, alt: str) -> dict[str, Any]:
+    """A chart of curves, and its figures: x, mean, low and high of each look, the ends None where there is none."""
+    figures = []
+    for curve in curves:
+        parts = zip(*(part.tolist() for part in (curve.x, curve.mean, curve.low, curve.high)), strict=True)
+        looks = [
+            {"x": x, "mean": mean, "low": None if np.isnan(low) else low, "high": None if np.isnan(high) else high}
+            for x, mean, low, high in parts
+        ]
+        figures.append({"name": curve.name, "looks": looks})
+    svg = curves_chart(curves, x_label, y_label, alt)
+    return {"name": name, "caption": caption, "x_label": x_label, "curves": figures, "svg": svg}
 
 
 def _curve(one: Trained, cost: np.ndarray, gains: np.ndarray, places: Mapping[str, int]) -> Curve:
@@ -302,7 +321,8 @@ def _agreement(comparison: Comparison) -> dict[str, Any] | None:
     if found["chosen"]:
         found["accuracy"]["people's choices"] = found["chosen"]
     return {name: found[name] for name in keep} | {
-        "rewards": rewards, "command": shlex.join(["python", "-m", *command])
+        "rewards": rewards, "command": shlex.join(["python", "-m", *command]),
+        "drawn": "pictures" not in comparison.arguments.agreement,
     }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,6 +30,7 @@ from finetune.compare_evaluate import EvaluationJob, Findings, Look, looks_of
 from finetune.compare_facts import TrainingFacts
 from finetune.compare_folder import (
     FINDINGS,
+    agreement_failure,
     base_findings,
     run_failure,
     run_findings,
@@ -37,6 +38,7 @@ from finetune.compare_folder import (
     training_command,
     unasked,
 )
+from finetune.compare_pictures import check_overlay
 from finetune.compare_rewards import Spec
 from finetune.files import write_whole
 from rl.checkpoints import FINISHED
@@ -82,9 +84,11 @@ class Outcome:
 
     Attributes:
         failures: (entrant, seed) -> why there are no findings.
+        agreement: why agreement before training could not be measured, if it could not.
     """
 
     failures: dict[tuple[str, int], Failure] = field(default_factory=dict)
+    agreement: Failure | None = None
 
 
 class Work:
@@ -113,13 +117,15 @@ class Work:
         """All of it, in the order base, agreement, then seed by seed all entrants.
 
         Raises:
-            ValueError: the evaluators cannot judge what everyone starts from, so that nothing could be compared.
+            ValueError: the evaluators cannot judge what everyone starts from, so that nothing could be compared; or the
+                overlay's reward cannot be asked, which is found out before a training rather than after the last.
             KeyboardInterrupt: a signal; trainings have written checkpoints first.
         """
         with _Signals(self.stop):
             broken = self.judge_bases()
-            self.ask_for_agreement(broken)
-            return self.train_all(broken)
+            check_overlay(self.comparison)
+            disagreement = self.ask_for_agreement(broken)
+            return replace(self.train_all(broken), agreement=disagreement)
 
     def train_all(self, broken: Mapping[str, Failure] | None = None) -> Outcome:
         """Seed by seed all entrants, so that whenever it is stopped, they can be compared.
@@ -230,7 +236,7 @@ class Work:
                 names = ", ".join(term for term in terms if term) or "none"
                 raise ValueError(f"evaluators: {one.name} has no term {one.term!r}; its reward has {names}")
 
-    def ask_for_agreement(self, leave_out: Collection[str] = ()) -> None:
+    def ask_for_agreement(self, leave_out: Collection[str] = ()) -> Failure | None:
         """By `finetune.agreement`, on pictures of the first entrant's policy before training; its failure is no end.
 
         Args:
@@ -239,7 +245,7 @@ class Work:
         arguments, folder = self.comparison.arguments, self.comparison.folder / "agreement"
         rewards = agreement_rewards(self.comparison, leave_out)
         if not arguments.agreement_prompts or is_agreed(self.comparison, rewards):
-            return
+            return None
         self.console.print("asking all rewards about the same pictures")
         command = agreement_command(self.comparison, rewards)
         prompts = self.comparison.train_prompts
@@ -248,8 +254,11 @@ class Work:
         write_whole(folder / "prompts.txt", ("\n".join(chosen) + "\n").encode())
         failure = self._run(Step("agreement", command, folder / "log.txt"))
         self._raise_if_stopping()
+        agreement_failure(self.comparison).unlink(missing_ok=True)
         if failure:
             self.console.print(f"agreement before training could not be measured: {failure.said}", markup=False)
+            failure.write(agreement_failure(self.comparison))
+        return failure
 
     def train_and_judge(self, entrant: Entrant, seed: int) -> tuple[Failure | None, float]:
         """Train, unless that is done, and judge; why it failed, and the seconds it took."""
@@ -354,6 +363,13 @@ class _Signals:
     def _handle(self, number: int, frame) -> None:
         print("\nstopping: what runs writes a checkpoint first", flush=True)
         threading.Thread(target=self._stop, args=(number == signal.SIGTERM,)).start()  # the lock may be held here
+
+
+def read_outcome(comparison: Comparison) -> Outcome:
+    """What became of the work, as the last start left it."""
+    file = agreement_failure(comparison)
+    agreement = Failure(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    return Outcome(read_failures(comparison), agreement)
 
 
 def read_failures(comparison: Comparison) -> dict[tuple[str, int], Failure]:

@@ -315,3 +315,19 @@ def test_an_entrants_environment_is_its_own(tmp_path, pipeline_folder, monkeypat
 def test_names_of_any_language_are_folders(tmp_path, pipeline_folder, name, folder):
     entrants = {name: {"config": write_config(tmp_path, pipeline_folder)}}
     assert comparison_of(tmp_path, pipeline_folder, entrants=entrants).entrants[0].folder == folder
+
+
+@pytest.mark.parametrize(
+    ("agreement", "message"),
+    [
+        ({"choises": "people"}, "agreement: unknown .*choises.*choices"),
+        ({"choices": "nowhere"}, "agreement: .*nowhere"),
+        ({"pictures": "nowhere", "labels": ["overall"]}, "agreement: .*nowhere"),
+        ({"most_pictures": 1}, "agreement: most_pictures is 1"),
+    ],
+)
+def test_settings_of_agreement_are_looked_at_before_anything_is_run(tmp_path, pipeline_folder, agreement, message):
+    flags = ["--config", _yaml(tmp_path, pipeline_folder, agreement=agreement, agreement_prompts=2)]
+    with pytest.raises(ValueError, match=message):
+        main(flags)
+    assert not (tmp_path / "comparison").exists()

@@ -17,6 +17,7 @@ from finetune.compare_pages import chance, figure, signed
 from finetune.compare_report import LARGEST
 from finetune.compare_runs import Failure
 from tests.finetune.compare_case import (
+    HELD_OUT,
     PLAIN,
     REDNESS,
     Figures,
@@ -95,8 +96,16 @@ def test_three_files_say_the_same(reported, capsys):
                      "finetune.agreement", *content["rules"][:1]):  # fmt: skip
             assert said.replace("'", "&#39;" if text is page else "'") in text, said
     assert markdown.count("\n| red |") >= 2
-    tables = [line.count("|") for line in markdown.splitlines() if line.startswith("|")]
-    assert min(tables) >= 4
+    figures = [signed(look["mean"]) for chart in content["charts"] for curve in chart.get("curves", ())
+               for look in curve["looks"]]  # fmt: skip
+    assert len(figures) == 3 * 3 * 3  # charts of curves, entrants, looks and their start
+    assert all(figure in markdown for figure in figures)
+    assert content["charts"][0]["bars"][0]["value"] == rows["red"]["gains"]["satisfied"]["value"]
+    for said in ("within prompts", "across prompts", rows["red"]["command"], *HELD_OUT[:2]):
+        assert said in markdown
+    tables = [table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", markdown, flags=re.MULTILINE)]
+    assert len(tables) >= 10
+    assert all(len({line.count("|") for line in table}) == 1 and len(table) >= 3 for table in tables)
 
 
 def test_the_page_is_one_file_for_everybody(reported):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from finetune.compare_evaluate import EvaluationJob, Findings, Look, Seen
 from finetune.compare_folder import run_folder
 from finetune.compare_results import read_results
 from finetune.compare_rewards import Spec
-from finetune.compare_runs import Failure, Step, Work, read_failures
+from finetune.compare_runs import Failure, Step, Work, read_failures, read_outcome
 from rl.folder_lock import FolderInUseError, check_free
-from tests.finetune.compare_case import Figures, comparison_of, write_agreement
+from tests.finetune.compare_case import HELD_OUT, Figures, comparison_of, write_agreement
 
 SAYS = 'import os; print(os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["OMP_NUM_THREADS"])'
 
@@ -97,7 +98,7 @@ def test_entrants_that_are_added_have_base_and_agreement_asked_anew(make_work, m
 
 def test_an_entrant_whose_reward_cannot_judge_the_base_fails_alone(make_work, monkeypatch):
     """All rewards at once, then by themselves; its trainings are failures, the others are trained."""
-    work, asked = make_work(seeds=[0, 1]), []
+    work, asked = make_work(seeds=[0, 1], overlay={}), []
     specs = {one.name: one.spec for one in work.comparison.entrants}
     names = {spec.key: name for name, spec in specs.items()}
 
@@ -132,6 +133,31 @@ def test_an_entrant_whose_reward_cannot_judge_the_base_fails_alone(make_work, mo
     asked.clear()
     work.do()  # again, and only what is missing
     assert asked == [["plain"]]
+
+
+@pytest.mark.parametrize("asked_of", [HELD_OUT[0], None], ids=["fails", "sound"])
+def test_an_overlay_that_fails_is_found_out_before_a_training(make_work, monkeypatch, asked_of):
+    fails = {"reward": "tests.finetune.compare_case:FailsAt", "kwargs": {"prompt": asked_of}}
+    work, ran = make_work(overlay=fails), []
+    Figures(work.comparison, {}).write(leave_out={("red", 0)})
+    monkeypatch.setattr(work, "_run", lambda step, gpu=None: ran.append(step.name))
+    with nullcontext() if asked_of is None else pytest.raises(ValueError, match="overlay: the scorer's licence"):
+        work.do()
+    assert ran == (["training"] if asked_of is None else [])
+
+
+def test_agreement_that_fails_is_no_end_and_not_forgotten(make_work, monkeypatch):
+    work = make_work(agreement_prompts=2)
+    Figures(work.comparison, {}).write()
+    failed = Failure("agreement", "no such picture", "log")
+    monkeypatch.setattr(work, "_run", lambda step, gpu=None: failed)
+    outcome = work.do()
+    assert outcome.agreement == failed
+    assert not outcome.failures
+    assert read_outcome(work.comparison) == outcome
+    monkeypatch.setattr(work, "_run", lambda step, gpu=None: None)
+    assert work.do().agreement is None
+    assert read_outcome(work.comparison).agreement is None
 
 
 def test_an_evaluator_that_cannot_judge_the_base_ends_it(make_work, monkeypatch):
