@@ -7,7 +7,7 @@ same model, whatever their weights; these are one eye, and its approval proves n
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import yaml
 
 from finetune.compare_entrants import Entrant, read_entrant, refuse_twins
 from finetune.compare_rewards import Evaluator, Spec, as_text, read_evaluators
+from finetune.fingerprints import weights_of
 from reward.arguments import read_prompt_file
 from rl.adapter import require
 
@@ -166,6 +167,7 @@ class Comparison:
     Attributes:
         held_out: the P prompts that are judged.
         decide_by: name of the evaluator that decides; None where every evaluator is trained on.
+        weights: of all models on this disk that are named, as `finetune.fingerprints.weights_of` tells them.
     """
 
     arguments: CompareArguments
@@ -175,6 +177,7 @@ class Comparison:
     held_out: Sequence[str]
     decide_by: str | None
     overlay: Spec | None
+    weights: Mapping[str, str]
 
     @property
     def folder(self) -> Path:
@@ -211,6 +214,7 @@ class Comparison:
             told = {"command": one.command, "config": _says(one.config), **one.changes, "reward": one.spec.named}
             matter |= {f"entrants.{one.name}.{name}": value for name, value in told.items()}
         matter |= {f"{name} (SHA-256)": _digest(getattr(self.arguments, name)) for name in ("prompts", "held_out")}
+        matter |= self.weights
         return json.loads(json.dumps(matter, default=str))
 
 
@@ -237,7 +241,9 @@ def read_comparison(arguments: CompareArguments) -> Comparison:
         (overlay,) = (one.spec for one in read_evaluators({"overlay": arguments.overlay}))
     for spec in [one.spec for one in (*entrants, *evaluators)] + ([overlay] if overlay else []):
         spec.check()
-    found = Comparison(arguments, entrants, evaluators, train_prompts, held_out, arguments.decide_by, overlay)
+    told = [json.loads(kwargs) for one in (*entrants, *evaluators) for _, _, kwargs, _ in one.spec.named]
+    weights = weights_of(told, [one.start for one in entrants])
+    found = Comparison(arguments, entrants, evaluators, train_prompts, held_out, arguments.decide_by, overlay, weights)
     impartial = [one.name for one in found.impartial()]
     if arguments.decide_by is None:
         return replace(found, decide_by=impartial[0]) if impartial else found

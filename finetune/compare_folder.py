@@ -19,6 +19,7 @@ from finetune.compare_entrants import Entrant, run_flags
 from finetune.compare_evaluate import Findings
 from finetune.compare_rewards import Spec
 from finetune.files import write_whole
+from finetune.fingerprints import is_weights
 from rl.checkpoints import differing_keys
 
 SETTINGS, AGREEMENT = "comparison.json", "agreement/agreement.json"
@@ -53,8 +54,13 @@ def check_folder(comparison: Comparison) -> None:
         return
     before, now = json.loads((folder / SETTINGS).read_text(encoding="utf-8")), comparison.settings()
     both = _entrants(before) & _entrants(now)
+    unshared = {key for key in before.keys() ^ now.keys() if is_weights(key)}  # of entrants that are added or left out
     before, now = (
-        {key: value for key, value in settings.items() if _entrant(key) is None or _entrant(key) in both}
+        {
+            key: value
+            for key, value in settings.items()
+            if (_entrant(key) is None or _entrant(key) in both) and key not in unshared
+        }
         for settings in (before, now)
     )
     if changed := differing_keys(before, now):

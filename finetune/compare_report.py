@@ -40,7 +40,7 @@ from finetune.files import write_whole
 
 NAME = "report"
 LARGEST = 10_000_000
-"""Bytes of the HTML file that are still sent around without a thought."""
+"""Bytes of the HTML file that are still sent around without a thought; pictures are left out beyond them."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,12 @@ def write_report(
     """
     content, verdict = build(comparison, results, disagreement, counted, command)
     html, figures = render("compare.html.jinja", content), _without_pictures(content)
-    if len(html.encode()) > LARGEST:
-        console.print(f"report.html has {len(html.encode()) / 1e6:.1f} MB; a smaller grid_prompts makes it smaller")
+    while len(html.encode()) > LARGEST and content["grid"]["rows"]:
+        content["grid"]["rows"].pop()
+        content["grid"]["left_out"] += 1
+        html = render("compare.html.jinja", content)
+    if left_out := content["grid"]["left_out"]:
+        console.print(f"report.html leaves out the last {left_out} of the prompts, to stay under {LARGEST / 1e6:g} MB")
     files = {"report": f"{NAME}.html", "as Markdown": f"{NAME}.md", "as JSON": f"{NAME}.json"}
     written = {
         f"{NAME}.html": html,
@@ -138,7 +142,9 @@ def build(
         ],
         "pairs": [_pair_row(pair) for pair in pairs],
         "charts": _charts(comparison, results, ranked, places) if by else [],
-        "grid": {"seed": seed, "by": evaluator.name, "rows": [asdict(row) for row in rows], "bare": bare},
+        "grid": {
+            "seed": seed, "by": evaluator.name, "rows": [asdict(row) for row in rows], "bare": bare, "left_out": 0,
+        },
         "agreement": _agreement(comparison),
         "agreement_failure": disagreement and asdict(disagreement),
         "people": [asdict(one) for one in counted] if counted else [],

@@ -36,7 +36,12 @@ def weights_of(*settings: Any) -> dict[str, str]:
 def with_weights(known: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """The settings `known` of results whose weights were not noted, as earlier versions did not: taken for those of
     `now`, so that such results can still be gone on with."""
-    return {name: value for name, value in now.items() if name.startswith(_WEIGHTS_OF)} | dict(known)
+    return {name: value for name, value in now.items() if is_weights(name)} | dict(known)
+
+
+def is_weights(name: str) -> bool:
+    """Whether it is a name that `weights_of` gives."""
+    return name.startswith(_WEIGHTS_OF)
 
 
 def _files(model: Path) -> list[Path]:

@@ -56,7 +56,8 @@ def _smeared(image: torch.Tensor, number: int) -> torch.Tensor:
     height, width = image.shape[-2:]
     radius = max(round(SMEAR * min(height, width)), 2)
     edges = F.pad((image[:, 1:, 1:] - image[:, :-1, :-1]).abs().sum(dim=0), (0, 1, 0, 1))
-    around = F.avg_pool2d(edges[None, None], 2 * radius + 1, stride=1, padding=radius)[0, 0]
+    columns = F.avg_pool2d(edges[None, None], (2 * radius + 1, 1), stride=1, padding=(radius, 0))  # one side, then
+    around = F.avg_pool2d(columns, (1, 2 * radius + 1), stride=1, padding=(0, radius))[0, 0]  # the other: 2r, not r * r
     row, column = divmod(int(around.argmax()), width)
     block = max(radius // 4, 1)
     shuffled, disk = image.clone(), _disk(height, width, row, column, radius, image.device)

@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from safetensors.torch import load_file, save_file
 
 import finetune.run
 from finetune.command_line import as_flags
@@ -331,3 +333,18 @@ def test_settings_of_agreement_are_looked_at_before_anything_is_run(tmp_path, pi
     with pytest.raises(ValueError, match=message):
         main(flags)
     assert not (tmp_path / "comparison").exists()
+
+
+def test_models_that_changed_at_the_same_path_are_other_settings(tmp_path, pipeline_folder):
+    """But those of an entrant that is left out, or added, are nothing to the others."""
+    policy, other = tmp_path / "policy", tmp_path / "other"
+    for copy in (policy, other):
+        shutil.copytree(pipeline_folder, copy)
+    config = write_config(tmp_path, str(policy))
+    both = {"red": {"config": config}, "more": {"config": config, "changes": {"policy": str(other)}}}
+    claim(comparison_of(tmp_path, str(policy), entrants=both))
+    check_folder(comparison_of(tmp_path, str(policy), entrants={"red": both["red"]}))
+    weights = load_file(file := policy / "unet/diffusion_pytorch_model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, file)
+    with pytest.raises(ValueError, match=f"other settings .*weights of {re.escape(str(policy))}: "):
+        check_folder(comparison_of(tmp_path, str(policy), entrants=both))

@@ -124,6 +124,17 @@ def test_the_page_is_one_file_for_everybody(reported):
     assert not re.findall(r"url\((?!['\"]?(?:data:|#))", text)
 
 
+def test_a_page_that_would_be_too_large_leaves_pictures_out(reported, monkeypatch, capsys):
+    page = reported() / "report.html"
+    whole = page.read_bytes()
+    monkeypatch.setattr("finetune.compare_report.LARGEST", len(whole) - 1)
+    main(["--config", str(page.parents[1] / "comparison.yaml"), "--report_only", "true"])
+    text = page.read_text()
+    assert len(text.encode()) < len(whole)
+    assert "The pictures of 1 more prompts are left out" in text
+    assert "leaves out the last 1 of the prompts" in capsys.readouterr().out
+
+
 def test_worst_cases_come_first(reported):
     rows = json.loads((reported() / "report.json").read_text())["grid"]["rows"]
     worst = [next(shown["change"] for shown in row["shown"] if shown["policy"] == "red") for row in rows]
