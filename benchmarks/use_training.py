@@ -42,13 +42,15 @@ def drawn_for(task: Task) -> int:
 
 
 def pictures_of(folder: Path) -> int:
-    """How many pictures a run was trained on, from its settings."""
+    """How many pictures a run had drawn, from its settings: with a region constraint the base draws each too, and of
+    several draws of the last step each is a picture."""
     settings = json.loads((folder / "run_config.json").read_text())
     finished = json.loads((folder / "finished.json").read_text())
     if "generation_batch_size" in settings:
         return int(settings["num_train_epochs"]) * settings["generation_batch_size"]
     per_update = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
-    return finished["updates"] * per_update * settings["processes"]
+    draws = settings["lv_draws"] if settings["variant"] == "draft_lv" else 1
+    return finished["updates"] * per_update * settings["processes"] * draws * (2 if settings["region_weight"] else 1)
 
 
 if __name__ == "__main__":

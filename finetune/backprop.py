@@ -17,7 +17,7 @@ Shapes: B pictures, D draws of each, S sampling steps, C latent channels, h x w 
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -129,6 +129,8 @@ class Sampler:
         recompute: whether, of several steps with gradients, each is computed again in the backward pass, so that no
             more than a latent a step is kept.
         on_step: called after every step.
+        precision: of the base's passes, a context: what an engine's wrapping does for the network it does not do for a
+            base that is another one (`rl.full_unet`), and in other precision than the network's it is at a distance.
     """
 
     policy: StableDiffusionPolicy
@@ -137,6 +139,7 @@ class Sampler:
     guidance_scale: float = 1.0
     recompute: bool = True
     on_step: Callable[[], None] = lambda: None
+    precision: Callable[[], AbstractContextManager] = nullcontext
 
     def draw(
         self,
@@ -215,7 +218,8 @@ class Sampler:
 
         base = None
         if measure:  # first: an engine prepares the backward pass for its last forward
-            with self.policy.reference(), nullcontext() if guard and latents.requires_grad else torch.no_grad():
+            gradients = nullcontext() if guard and latents.requires_grad else torch.no_grad()
+            with self.policy.reference(), self.precision(), gradients:
                 base = predict()
         output = predict()
         mean, std = step_mean(output, latents, index, self.schedule)

@@ -71,8 +71,9 @@ class DraftConfig(RewardedPolicyConfig):
         default="draft_k",
         metadata={
             "help": "What the gradient goes through. draft: all sampling steps; draft_k: the last `backprop_steps`; "
-            "draft_lv: the last one, `lv_draws` times with fresh noise; alignprop: a random number of last steps; "
-            "refl: one random late step, whose estimate of the clean picture is rewarded. See finetune/backprop.py."
+            "draft_lv: the last one, as it came and `lv_draws` - 1 times from fresh noise; alignprop: a random number "
+            "of last steps; refl: one random late step, whose estimate of the clean picture is rewarded. See "
+            "finetune/backprop.py."
         },
     )
     backprop_steps: int = field(default=1, metadata={"help": "With variant draft_k: the number of last steps, K."})

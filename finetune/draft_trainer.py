@@ -166,6 +166,7 @@ class DraftTrainer(PolicyTrainer):
 
     def _sampler(self, model: nn.Module, **how) -> Sampler:
         args = self.args
+        how = {"precision": self.accelerator.autocast, **how}
         return Sampler(self.policy, model, self.schedule, args.guidance_scale, args.recompute_steps, **how)
 
     def _reward(self, images: torch.Tensor, prompts: Sequence[str]) -> Reward:
@@ -181,7 +182,7 @@ class DraftTrainer(PolicyTrainer):
     def _before(
         self, model: nn.Module, prompts: Sequence[str], noise: torch.Tensor, fresh: torch.Tensor, reach: Reach
     ) -> Before:
-        with self.policy.reference():
+        with self.policy.reference(), self.accelerator.autocast():
             latents = self._sampler(model).draw(prompts, noise, reach, fresh).latents
         images = self.policy.decode(latents)
         penalties = self._reward(images, list(prompts) * reach.draws).penalties

@@ -31,8 +31,10 @@ Shapes: B pictures, C latent channels, h x w the latent grid.
 from collections.abc import Sequence
 
 import torch
+from accelerate.hooks import CpuOffload
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from torch import nn
 
 from finetune.guidance import Guidance
 from finetune.guided_sampling import guided_path, reward_gradient, reward_of, upcast_vae
@@ -103,6 +105,11 @@ class GuidanceCallback:
             tensors: what `tensor_inputs` asked for.
         """
         scheduler, latents = pipeline.scheduler, tensors["latents"]
+        if self.guidance.through_network and _is_taken_away(pipeline.unet):
+            raise ValueError(
+                "the pipeline takes its U-Net off the GPU while its VAE decodes (enable_model_cpu_offload), but the "
+                "gradient flows through both; leave the offloading out, or guide with through_network=False"
+            )
         if len(latents) != len(self.prompts):
             raise ValueError(f"{len(latents)} pictures are drawn, but the callback has {len(self.prompts)} prompts")
         path, scales = guided_path(scheduler, self.guidance, first=1)
@@ -123,6 +130,12 @@ class GuidanceCallback:
         push = self.guidance.push(gradient, start, scales[following])
         kick = push * (start.sigma - end.sigma * start.alpha / end.alpha)
         return {"latents": (latents + kick).to(latents.dtype)}
+
+
+def _is_taken_away(module: nn.Module) -> bool:
+    """Whether accelerate moves it to the CPU when others work, by one of its two ways of offloading."""
+    hook = getattr(module, "_hf_hook", None)
+    return isinstance(hook, CpuOffload) or getattr(hook, "offload", False)
 
 
 def following_step(scheduler, timestep: torch.Tensor) -> int:

@@ -32,7 +32,15 @@ diffusers.logging.disable_progress_bar()
 from finetune.files import is_within  # noqa: E402
 from finetune.fingerprints import weights_of  # noqa: E402
 from finetune.inpainter import INPAINTING, Inpainter  # noqa: E402
-from finetune.pictures_to_fix import NamedPictures, check_source, digest, each_once, read_picture  # noqa: E402
+from finetune.pictures_to_fix import (  # noqa: E402
+    NamedPictures,
+    PoolPictures,
+    check_source,
+    digest,
+    each_once,
+    read_picture,
+)
+from finetune.pool import TABLES, open_pool  # noqa: E402
 from finetune.region import put_in, region  # noqa: E402
 from finetune.results import SUMMARY, Results  # noqa: E402
 from finetune.reward_choice import RewardArguments  # noqa: E402
@@ -73,7 +81,13 @@ class InpaintArguments:
     prompts_table: str | None = field(
         default=None, metadata={"help": "CSV or JSONL of the folder's prompts, if it is not the only one in it."}
     )
-    prompt_column: str = field(default="prompt", metadata={"help": "What the table's column of prompts is called."})
+    prompt_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the table's column of prompts is called; default: text, prompt or caption in an image "
+            "folder's metadata.jsonl or metadata.csv, prompt elsewhere."
+        },
+    )
     images: list[str] = field(default_factory=list, metadata={"help": "Instead of `pictures`, picture files."})
     prompts: list[str] = field(
         default_factory=list, metadata={"help": "A prompt for each of `images`, or one .txt file with a prompt a line."}
@@ -168,8 +182,10 @@ class InpaintArguments:
         Raises:
             ValueError: there are none; see `reward.sources.open_source`.
         """
+        if self.pictures and not self.prompts_table and any((Path(self.pictures) / name).is_file() for name in TABLES):
+            return PoolPictures(open_pool(self.pictures, self.prompt_column))
         if self.pictures:
-            return open_source(self.pictures, Columns(prompt=self.prompt_column), self.prompts_table)
+            return open_source(self.pictures, Columns(prompt=self.prompt_column or "prompt"), self.prompts_table)
         prompts = read_prompts(self.prompts)
         if len(prompts) != len(self.images):
             raise ValueError(f"{len(self.images)} images were given with {len(prompts)} prompts; give one an image")

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
+from finetune.pool import Pool
 from reward.data import to_tensor
 from reward.pictures import decode
 from reward.sources import Picture, Source
@@ -25,6 +26,18 @@ class NamedPictures:
         for file, prompt in zip(self.files, self.prompts, strict=True):
             if (path := Path(file)).stem in wanted:
                 yield Picture(path.stem, path.read_bytes() if path.is_file() else None, prompt)
+
+
+@dataclass(frozen=True)
+class PoolPictures:
+    """An image folder's pictures as a `reward.sources.Source`; the uid is a file's place in it, less its suffix."""
+
+    pool: Pool
+
+    def pictures(self, wanted: Collection[str]) -> Iterator[Picture]:
+        for place, entry in enumerate(self.pool.entries):
+            if (uid := PurePosixPath(entry.name).with_suffix("").as_posix()) in wanted:
+                yield Picture(uid, self.pool.read(place), entry.prompt)
 
 
 class Everything(Collection[str]):

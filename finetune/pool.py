@@ -4,14 +4,15 @@ Nothing is decoded here; a picture is read when it is asked for.
 """
 
 import hashlib
+import io
 import json
 import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import datasets
 import torch
@@ -64,6 +65,14 @@ class Pool(Protocol):
         """
         ...
 
+    def head(self, index: int) -> BinaryIO:
+        """The same as a file to read from its beginning, for who needs no more than that; to be closed.
+
+        Raises:
+            ValueError: it is not there; the message names it.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class FolderPool:
@@ -74,9 +83,13 @@ class FolderPool:
     entries: Sequence[Entry]
 
     def read(self, index: int) -> bytes:
+        with self.head(index) as file:
+            return file.read()
+
+    def head(self, index: int) -> BinaryIO:
         file = self.place / self.entries[index].name
         try:
-            return file.read_bytes()
+            return file.open("rb")
         except OSError as error:
             raise ValueError(f"the picture {file} cannot be read: {error.strerror}") from error
 
@@ -98,6 +111,9 @@ class RowPool:
             return Path((cell or {})["path"]).read_bytes()
         except (OSError, KeyError, TypeError) as error:
             raise ValueError(f"row {index} of {self.place} holds no picture: {cell}") from error
+
+    def head(self, index: int) -> BinaryIO:
+        return io.BytesIO(self.read(index))
 
 
 def open_pool(place: str | Path, prompt_column: str | None = None, split: str = "train") -> Pool:
@@ -146,11 +162,11 @@ def read_pictures(pool: Pool, places: Sequence[int]) -> list[torch.Tensor]:
     Raises:
         ValueError: some cannot be read; five are named, with what is wrong with the first.
     """
-    return read_each(pool, places, lambda data: to_tensor(decode(data)))
+    return read_each(pool, places, lambda place: to_tensor(decode(pool.read(place))))
 
 
-def read_each(pool: Pool, places: Sequence[int], look: Callable[[bytes], Found]) -> list[Found]:
-    """What `look` finds in the encoded pictures at `places`.
+def read_each(pool: Pool, places: Sequence[int], look: Callable[[int], Found]) -> list[Found]:
+    """What `look`, which is given a place, finds in the pictures at `places`.
 
     Raises:
         ValueError: it raises one for some; five are named, with what is wrong with the first.
@@ -158,7 +174,7 @@ def read_each(pool: Pool, places: Sequence[int], look: Callable[[bytes], Found])
     found, wrong = [], {}
     for place in places:
         try:
-            found.append(look(pool.read(place)))
+            found.append(look(place))
         except ValueError as error:
             wrong[pool.entries[place].name] = error
     if wrong:
@@ -182,7 +198,7 @@ def _open_folder(place: Path, table: Path, prompt_column: str | None) -> FolderP
     column = _prompt_column(found, prompt_column, table)
     if "file_name" not in found:
         raise ValueError(f"{table} lacks the column file_name; it has {', '.join(found) or 'none'}")
-    names = [str(row.get("file_name")) for row in rows]
+    names = [PurePosixPath(str(row.get("file_name"))).as_posix() for row in rows]  # ./a.png is a.png
     _refuse([name for name, count in Counter(names).items() if count > 1], f"{table} names pictures twice")
     _refuse([name for name in names if not _inside(place, name)], f"{table} names pictures outside its folder")
     _refuse([name for name in names if not (place / name).is_file()], f"{table} names pictures that are not there")

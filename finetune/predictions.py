@@ -25,7 +25,7 @@ from finetune.fingerprints import fingerprint
 from finetune.pool import Entry, Pool, read_pictures
 from reward.data import resize_maps
 from reward.feedback import HEATMAPS, SCORES
-from reward.predict import RichFeedbackPredictor
+from reward.predict import RichFeedbackPredictor, check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,8 @@ class Store:
             on_picture: called with the number of pictures that are done.
 
         Raises:
-            ValueError: pictures that cannot be read, five of a part are named; parts written before are kept.
+            ValueError: pictures that cannot be read, five of a part are named, or feedback of one that is NaN; parts
+                written before are kept.
         """
         facts = {"word_threshold": predictor.word_threshold}
         for part in parts:
@@ -179,6 +180,7 @@ def _predict(
             feedback, features = predictor.with_features(
                 pictures, [entries[index].prompt for index in chunk], batch_size, predictor.model.config.map_size
             )
+            check_finite(feedback, [entries[index].name for index in chunk])
             small = {
                 name: resize_maps(maps[:, None], (MAP_SIDE,) * 2)[:, 0] for name, maps in feedback.heatmaps.items()
             }

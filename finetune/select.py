@@ -17,6 +17,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import diffusers
@@ -38,6 +39,7 @@ from finetune.rules import Rule, Step, asks_for_words, select  # noqa: E402
 from finetune.selection_report import HISTOGRAMS, KEPT, REJECTED, REPORT, print_steps, write_report  # noqa: E402
 from reward.arguments import main_guard, parse_arguments, read_prompt_file  # noqa: E402
 from reward.model import RahfConfig  # noqa: E402
+from reward.pictures import as_rgb_file  # noqa: E402
 from reward.predict import RichFeedbackPredictor, check_model_folder  # noqa: E402
 from rl.policy_checks import warn_of_ignored  # noqa: E402
 
@@ -86,6 +88,10 @@ class SelectArguments:
         read_rules(self.rules)
 
 
+PATIENCE = timedelta(days=30)
+"""How long a process waits for the slowest, which may draw or predict for hours longer; NCCL's own is ten minutes."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     arguments, generation = parse_arguments([SelectArguments, GenerationArguments], argv)
@@ -104,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         open_pool(arguments.pictures, **columns)
 
-    state = PartialState(cpu=arguments.use_cpu)
+    state = PartialState(cpu=arguments.use_cpu, timeout=PATIENCE)
     console = Console(quiet=not state.is_main_process, highlight=False)
     if drawing is not None:
         draw_missing(drawing, state, console)
@@ -196,8 +202,10 @@ def write_selection(arguments: SelectArguments, pool: Pool, predictions: Predict
     with replaced_parts(Path(arguments.output_dir), PARTS) as folder:
         lines, taken = [], set()
         for place in steps[-1].kept:
-            entry, data = pool.entries[place], pool.read(place)
-            name = _free_name(Path(entry.name).with_suffix(suffix_of(data, entry.name)), taken)
+            entry, read = pool.entries[place], pool.read(place)
+            data = as_rgb_file(read)  # as it was judged: what trains on it may show what is transparent
+            suffix = suffix_of(read, entry.name) if data is read else ".png"
+            name = _free_name(Path(entry.name).with_suffix(suffix), taken)
             file = folder / DATA / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(data)

@@ -74,7 +74,7 @@ class SftConfig(PolicyConfig):
         default=True,
         metadata={
             "help": "Encode every picture once, before training, and keep the latents in memory (at 512 x 512, 64 KB "
-            "a picture; at 1024 x 1024, 256 KB)."
+            "a picture and process; at 1024 x 1024, 256 KB)."
         },
     )
 

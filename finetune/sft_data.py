@@ -137,6 +137,10 @@ class Visit(NamedTuple):
     time: int
 
 
+HANDED_ON = 256
+"""Pictures of each process whose latents are handed on at once: 64 MB of them at XL's size."""
+
+
 class TrainingPictures(Dataset):
     """A pool's pictures as training takes them: `self[visit]`, a `Visit`, is a dict of
 
@@ -144,7 +148,7 @@ class TrainingPictures(Dataset):
     are not kept.
 
     Args:
-        pool: the pictures; of each the head is read, for its size.
+        pool: the pictures; of each the head is read, for its size (of a row of parquet, all of it).
         buckets: heights and widths they are cut to.
         weights: (N,).
 
@@ -155,7 +159,12 @@ class TrainingPictures(Dataset):
     def __init__(self, pool: Pool, buckets: Sequence[tuple[int, int]], weights: torch.Tensor):
         self.pool, self.weights = pool, weights
         self.latents: dict[int, torch.Tensor] = {}
-        sizes = read_each(pool, range(len(pool.entries)), size_of)
+
+        def size(place: int) -> tuple[int, int]:
+            with pool.head(place) as file:
+                return size_of(file)
+
+        sizes = read_each(pool, range(len(pool.entries)), size)
         self.crops = [Crop.of(size, nearest_bucket(size, buckets)) for size in sizes]
         small = sum(crop.resized[0] > crop.original[0] for crop in self.crops)
         if small:
@@ -188,12 +197,13 @@ class TrainingPictures(Dataset):
         return dict(found)
 
     def encode(self, policy: StableDiffusionPolicy, batch_size: int, rank: int, world_size: int, on_picture) -> None:
-        """Keep the latents of all pictures in memory, 4 bytes a number; all processes must call it, and share the work.
+        """Keep the latents of all pictures in memory, 4 bytes a number, in each process; all must call it, and share
+        the work. They are handed on a few at a time: with NCCL what is handed on lies on the GPU, from all processes.
 
         Args:
             on_picture: called with the number of pictures that are done.
         """
-        mine = []
+        mine: list[tuple[int, torch.Tensor]] = []
         for places in self.by_bucket().values():
             share = places[rank::world_size]
             for first in range(0, len(share), batch_size):
@@ -202,7 +212,9 @@ class TrainingPictures(Dataset):
                 # A view would be kept, and sent to the others, with the whole batch.
                 mine += [(place, one.clone()) for place, one in zip(chunk, latents.cpu(), strict=True)]
                 on_picture(len(chunk))
-        self.latents = dict(gather_object(mine))
+        most = sum(-(-len(places) // world_size) for places in self.by_bucket().values())  # of any process
+        for first in range(0, most, HANDED_ON):
+            self.latents |= dict(gather_object(mine[first : first + HANDED_ON]))
 
 
 class BucketBatches(Sampler[list[Visit]]):

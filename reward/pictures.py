@@ -7,6 +7,7 @@ large that Pillow takes it for an attack is refused.
 import io
 import struct
 import zlib
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -57,14 +58,14 @@ def decode(data: bytes) -> Image.Image:
     return image
 
 
-def size_of(data: bytes) -> tuple[int, int]:
-    """Height and width of an encoded picture, from its head; the rest of it is not looked at.
+def size_of(file: BinaryIO) -> tuple[int, int]:
+    """Height and width of an encoded picture, from its head; the rest of it is not read.
 
     Raises:
         ValueError: it is no picture, or is larger than Pillow deems safe.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image = Image.open(file, formats=_FORMATS)
         lies = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # on its side
     except _BROKEN as error:
         raise ValueError(f"it is no picture that can be read ({error})") from error

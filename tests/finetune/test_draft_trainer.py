@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from finetune.backprop import Sampler
 from finetune.draft_config import DraftConfig
 from finetune.draft_trainer import DraftTrainer
+from finetune.run import load_policy
 from reward.feedback import Reward
 from rl.adapter import LORA_WEIGHTS, AdapterSettings
 from rl.experience import rollout_noise
@@ -342,3 +343,34 @@ def test_two_ranks_are_one(pipeline_folder, make_trainer, tmp_path):  # noqa: F8
         states = [json.loads((tmp_path / f"{engine}-watch-{rank}.json").read_text()) for rank in (0, 1)]
         assert states[0] == states[1]
         assert states[0]["start"] == pytest.approx(one.watch.state()["start"], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("variant", ["draft_k", "draft"])
+def test_in_bfloat16_a_policy_that_is_the_base_is_at_no_distance_from_it(pipeline_folder, make_args, tune, variant):  # noqa: F811
+    """As `finetune.draft` loads it; the guards would else be fed with rounding."""
+    args = make_args(
+        tune=tune, variant=variant, bf16=True, model_dtype="bfloat16" if tune == "lora" else "float32", eta=1.0,
+        learning_rate=0.0, weight_decay=0.0, beta=1.0, distance="kl", region_weight=1.0, region_threshold=0.1,
+        num_train_epochs=1, backprop_steps=2,
+    )  # fmt: skip
+    trainer = DraftTrainer(load_policy(pipeline_folder, args), Redness(), args, PROMPTS)
+    trainer.train()
+    found = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
+    assert found["noise_distance"] == found["kl"] == found["region/change_outside"] == found["region/change"] == 0
+    assert found["region/share"] > 0
+    assert {weight.dtype for weight in trainer.trained_weights()} == {torch.float32}
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_training_in_bfloat16_learns_as_in_float32(pipeline_folder, make_args, tune):  # noqa: F811
+    rewards = []
+    for bf16 in (False, True):
+        args = make_args(tune=tune, bf16=bf16, learning_rate=0.01, num_train_epochs=6)
+        trainer = DraftTrainer(load_policy(pipeline_folder, args), Redness(), args, PROMPTS)
+        trainer.train()
+        rewards.append([entry["reward"] for entry in trainer.state.log_history if "reward" in entry])
+    exact, rounded = rewards
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, abs=0.1 * (exact[-1] - exact[0]))
+    assert exact[-1] > exact[0]

@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers import DDPMScheduler, PNDMScheduler, StableDiffusionXLPipeline
 from torch import nn
 
@@ -335,6 +337,19 @@ def test_xl_whose_vae_overflows_in_float16_is_guided_in_float32(tmp_path):
     assert pipeline.vae.dtype == torch.float16
     assert sample(pipeline, PROMPTS[:1], generators(1), 2, Redness(), Guidance(0.1)).isfinite().all()
     assert pipeline.vae.dtype == torch.float16
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_a_network_that_is_taken_off_the_gpu_cannot_be_gone_through(pipeline, offload):
+    if offload == "model":
+        _, hook = cpu_offload_with_hook(pipeline.unet, "cpu")
+        assert hook
+    else:
+        add_hook_to_module(pipeline.unet, AlignDevicesHook("cpu", offload=True))
+    tensors = {"latents": torch.zeros(1, 4, 8, 8)}
+    callback = GuidanceCallback(Redness(), PROMPTS[:1], Guidance(0.1))
+    with pytest.raises(ValueError, match="through_network=False"):
+        callback(pipeline, 0, torch.tensor(500), tensors)
 
 
 def score_of(images):

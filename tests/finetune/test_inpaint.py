@@ -250,6 +250,19 @@ def album(tmp_path):
     return folder
 
 
+def test_a_tree_of_pictures_is_named_by_its_places(album):
+    """As `finetune.select` writes it: the column is `text`, and names are those of other folders' pictures too."""
+    for folder in ("x", "y"):
+        (album / folder).mkdir()
+        shutil.copy(album / "spot.png", album / folder / "1.png")
+    for name in ("spot", "clean", "wide"):
+        (album / f"{name}.png").unlink()
+    rows = [json.dumps({"file_name": f"{place}/1.png", "text": "a red circle"}) for place in ("x", "./y")]
+    (album / "metadata.jsonl").write_text("\n".join(rows))
+    source = InpaintArguments(pipeline="unused", output_dir="unused", pictures=str(album)).source()
+    assert list(check_source(source)) == ["x/1", "y/1"]
+
+
 def test_a_scheduler_without_eta_says_so(folders, tmp_path, caplog):
     how = {"output_dir": str(tmp_path), "images": ["a.png"], "prompts": ["a"], "eta": 1.0}
     InpaintArguments(pipeline=folders["sd"], **how).inpainter()
@@ -274,7 +287,7 @@ def command(folders, album, out, *more, source=None):
 
 def test_pictures_without_prompts_are_named(folders, album, tmp_path):
     (album / "metadata.jsonl").write_text(json.dumps({"file_name": "spot.png", "prompt": "a red circle"}))
-    with pytest.raises(ValueError, match="2 of 3 pictures have no prompt: clean, wide; give each a line"):
+    with pytest.raises(ValueError, match="have no prompts; give them a line in metadata"):
         inpaint.main(command(folders, album, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     images = ["--images", str(album / "spot.png"), str(album / "wide.png"), "--prompts", "a red circle"]

@@ -67,6 +67,16 @@ def test_of_near_duplicates_the_best_stays(make_predictions):
     assert kept({"distinct": 0.1, "within": "pool"}, predictions) == [1, 2, 4, 5]
 
 
+@pytest.mark.parametrize("spread", [0.0, 1e-3])
+@pytest.mark.parametrize("everywhere", [{}, {"within": "pool"}])
+def test_of_a_pool_of_copies_one_stays(make_predictions, spread, everywhere):
+    """Standardised over such a pool, what is left of them are directions of noise."""
+    rng = np.random.default_rng(0)
+    features = np.ones(16) + spread * rng.normal(size=(8, 16))
+    predictions = make_predictions(8, features=features, overall=np.linspace(0, 1, 8))
+    assert kept({"distinct": 0.1, "by": "overall"} | everywhere, predictions) == [7]
+
+
 def test_a_random_choice_depends_on_names_and_seed_alone(make_predictions):
     predictions = make_predictions(50, overall=np.linspace(0, 1, 50))
     chosen = kept({"random": 20}, predictions)

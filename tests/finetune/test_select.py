@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from finetune import files, generate, predictions, select
@@ -217,6 +219,35 @@ def test_an_unreadable_picture_is_named_and_nothing_is_lost(given, monkeypatch, 
     assert store.missing() == [1, 2]
     broken.write_bytes(whole)
     assert command(*flags(**given)) == 0
+
+
+def test_feedback_that_is_nan_is_never_kept(given, model_folder, monkeypatch, capsys):
+    """Of such a picture no word would count as misaligned, and every rule on words would keep it."""
+    from reward.predict import RichFeedbackPredictor
+
+    ask = RichFeedbackPredictor.with_features
+
+    def diverged(self, *question):
+        feedback, features = ask(self, *question)
+        feedback.misaligned[0][:] = float("nan")
+        return feedback, features
+
+    monkeypatch.setattr(RichFeedbackPredictor, "with_features", diverged)
+    assert command(*flags(**given)) == 2
+    assert "the model's feedback of 0.png is NaN or infinite" in capsys.readouterr().err
+    assert not list((given["pictures"].with_name("pictures_feedback")).rglob("*.parquet"))
+
+
+def test_what_is_written_is_what_was_judged(given):
+    """A transparent pixel is judged on white; a trainer that drops the alpha channel would see what is under it."""
+    hidden = np.zeros((16, 16, 4), dtype=np.uint8)
+    hidden[..., 0] = 200
+    Image.fromarray(hidden).save(given["pictures"] / "0.png")
+    plain = (given["pictures"] / "1.png").read_bytes()
+    assert command(*flags(**given | {"rules": {"all": {"score": "overall", "at_least": 0.0}}})) == 0
+    data = given["output_dir"] / "data"
+    assert np.array_equal(np.asarray(Image.open(data / "0.png")), np.full((16, 16, 3), 255))
+    assert (data / "1.png").read_bytes() == plain
 
 
 def test_an_empty_selection_keeps_the_last_one(given, capsys):

@@ -335,3 +335,16 @@ def test_presets_are_valid(name, monkeypatch):
     run, args = parse_arguments([sft.SftArguments, SftConfig], ["--config", str(path), "--use_cpu", "true"])
     assert run.data == f"outputs/select_{name}/data"
     assert args.max_steps > 0
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_in_bfloat16_it_learns_as_in_float32(make_trainer, tune):
+    found = []
+    for bf16 in (False, True):
+        trainer = make_trainer(tune=tune, bf16=bf16, max_steps=6, save_strategy="no", output_dir=f"unused_{bf16}")
+        trainer.train()
+        assert {weight.dtype for weight in trainer.trained_weights()} == {torch.float32}
+        found.append(losses(trainer))
+    exact, rounded = found
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.02)

@@ -6,6 +6,7 @@ import sys
 import torch
 from rich.console import Console
 
+from finetune import sft_data
 from finetune.pool import open_pool
 from finetune.sft import encode
 from finetune.sft_config import SftConfig
@@ -14,6 +15,7 @@ from finetune.sft_trainer import SftTrainer
 from rl.policy import StableDiffusionPolicy
 
 pipeline, pictures, output = sys.argv[1:]
+sft_data.HANDED_ON = 1  # several times, of which one process has less to hand on
 torch.set_num_threads(1)
 args = SftConfig(
     output_dir=output, use_cpu=True, max_steps=3, per_device_train_batch_size=2, lora_rank=2, learning_rate=1.0,
