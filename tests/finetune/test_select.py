@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -193,6 +195,26 @@ def test_interrupted_drawing_goes_on_to_the_same_bits_and_so_do_many_processes(d
     assert files_of(tmp_path / "three") == whole
     assert files_of(tmp_path / "stopped") == whole
     assert whole["000000_00.png"] != whole["000004_00.png"]  # the same prompt, other noise
+
+
+def test_two_processes_of_the_command_leave_what_one_leaves(drawn, tmp_path):
+    assert command(*flags(**drawn)) == 0
+    two = drawn | {"pictures": tmp_path / "two_pool", "output_dir": tmp_path / "two"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*launcher, "-m", "finetune.select", *map(str, flags(**two))],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert files_of(two["pictures"]) == files_of(drawn["pictures"])
+    one, other = (sorted((folder / "data").rglob("*.png")) for folder in (drawn["output_dir"], two["output_dir"]))
+    assert [file.name for file in one] == [file.name for file in other]
+    assert [file.read_bytes() for file in one] == [file.read_bytes() for file in other]
+    assert len(one) > 0
 
 
 def test_a_pool_of_other_settings_is_left_alone(drawn, capsys):
