@@ -43,7 +43,7 @@ from finetune.agreement_measures import (  # noqa: E402
     within_prompts,
 )
 from finetune.choices import Choices, open_choices  # noqa: E402
-from finetune.compare_rewards import split_terms  # noqa: E402
+from finetune.compare.rewards import split_terms  # noqa: E402
 from finetune.files import write_whole  # noqa: E402
 from finetune.generate import Generation, GenerationArguments  # noqa: E402
 from finetune.planted_defects import DEFECTS  # noqa: E402

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from finetune.compare_agreement import agreement_rewards
-from finetune.compare_config import CompareArguments, Comparison, read_comparison
-from finetune.compare_evaluate import Findings, Look, Seen
-from finetune.compare_folder import AGREEMENT, base_findings, claim, run_findings, run_folder
+from finetune.compare.agreement import agreement_rewards
+from finetune.compare.config import CompareArguments, Comparison, read_comparison
+from finetune.compare.evaluate import Findings, Look, Seen
+from finetune.compare.folder import AGREEMENT, base_findings, claim, run_findings, run_folder
 from reward.draw import to_image
 from reward.feedback import Reward
 from rl.run_state import RunState

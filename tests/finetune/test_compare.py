@@ -12,14 +12,14 @@ import pytest
 
 import run_ddpo
 from finetune.agreement import AgreementArguments
-from finetune.compare import main
-from finetune.compare_agreement import agreement_command, agreement_rewards
-from finetune.compare_entrants import parse_entrant, run_flags
-from finetune.compare_evaluate import EvaluationJob, Findings, Look, looks_of, run_job
-from finetune.compare_facts import TrainingFacts
-from finetune.compare_folder import run_findings, run_folder
-from finetune.compare_rewards import Spec
-from finetune.compare_runs import Failure, last_words
+from finetune.compare.__main__ import main
+from finetune.compare.agreement import agreement_command, agreement_rewards
+from finetune.compare.entrants import parse_entrant, run_flags
+from finetune.compare.evaluate import EvaluationJob, Findings, Look, looks_of, run_job
+from finetune.compare.facts import TrainingFacts
+from finetune.compare.folder import run_findings, run_folder
+from finetune.compare.rewards import Spec
+from finetune.compare.runs import Failure, last_words
 from finetune.generate import GenerationArguments
 from reward.arguments import parse_arguments
 from rl.folder_lock import FolderInUseError, check_free, taken

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import finetune.run
 from finetune.command_line import as_flags
-from finetune.compare import main
-from finetune.compare_config import CompareArguments, read_comparison
-from finetune.compare_entrants import parse_entrant, run_flags
-from finetune.compare_folder import check_folder, claim, training_command
-from finetune.compare_rewards import Spec
+from finetune.compare.__main__ import main
+from finetune.compare.config import CompareArguments, read_comparison
+from finetune.compare.entrants import parse_entrant, run_flags
+from finetune.compare.folder import check_folder, claim, training_command
+from finetune.compare.rewards import Spec
 from reward.arguments import parse_arguments
 from tests.finetune.compare_case import (
     HELD_OUT,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from finetune.compare_measures import band, difference, holm, rank_of_worst, seeds_needed
+from finetune.compare.measures import band, difference, holm, rank_of_worst, seeds_needed
 from finetune.paired import Parts, variance_parts
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.compare import main
-from finetune.compare_facts import TrainingFacts
-from finetune.compare_pages import chance, figure, signed
-from finetune.compare_report import LARGEST
-from finetune.compare_runs import Failure
+from finetune.compare.__main__ import main
+from finetune.compare.facts import TrainingFacts
+from finetune.compare.pages import chance, figure, signed
+from finetune.compare.report import LARGEST
+from finetune.compare.runs import Failure
 from tests.finetune.compare_case import (
     HELD_OUT,
     PLAIN,
@@ -127,7 +127,7 @@ def test_the_page_is_one_file_for_everybody(reported):
 def test_a_page_that_would_be_too_large_leaves_pictures_out(reported, monkeypatch, capsys):
     page = reported() / "report.html"
     whole = page.read_bytes()
-    monkeypatch.setattr("finetune.compare_report.LARGEST", len(whole) - 1)
+    monkeypatch.setattr("finetune.compare.report.LARGEST", len(whole) - 1)
     main(["--config", str(page.parents[1] / "comparison.yaml"), "--report_only", "true"])
     text = page.read_text()
     assert len(text.encode()) < len(whole)

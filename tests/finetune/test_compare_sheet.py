@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from finetune.compare import main
-from finetune.compare_sheet import _picture, count_answers, draw, read_answers
+from finetune.compare.__main__ import main
+from finetune.compare.sheet import _picture, count_answers, draw, read_answers
 from tests.finetune.compare_case import HELD_OUT, PLAIN, Figures, comparison_of, settings_of, write_config
 
 GAINS = {"red": {"satisfied": 0.1}, "plain": {"satisfied": 0.05}, "the judge": {"satisfied": 0.3}}

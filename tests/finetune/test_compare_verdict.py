@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from finetune.compare_measures import difference
-from finetune.compare_verdict import Flag, Standing, compare_pairs, correct, decide, flags_of, in_words
+from finetune.compare.measures import difference
+from finetune.compare.verdict import Flag, Standing, compare_pairs, correct, decide, flags_of, in_words
 
 
 def gains(mean, seeds=3, prompts=40, number=0, noise=0.05):

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from finetune.compare_evaluate import EvaluationJob, Findings, Look, Seen
-from finetune.compare_folder import run_folder
-from finetune.compare_results import read_results
-from finetune.compare_rewards import Spec
-from finetune.compare_runs import Failure, Step, Work, read_failures, read_outcome
+from finetune.compare.evaluate import EvaluationJob, Findings, Look, Seen
+from finetune.compare.folder import run_folder
+from finetune.compare.results import read_results
+from finetune.compare.rewards import Spec
+from finetune.compare.runs import Failure, Step, Work, read_failures, read_outcome
 from rl.folder_lock import FolderInUseError, check_free
 from tests.finetune.compare_case import HELD_OUT, Figures, comparison_of, write_agreement
 

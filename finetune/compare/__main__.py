@@ -22,13 +22,13 @@ transformers.logging.set_verbosity_error()  # says on import what does not conce
 transformers.logging.disable_progress_bar()
 diffusers.logging.disable_progress_bar()
 
-from finetune.compare_agreement import check_agreement  # noqa: E402
-from finetune.compare_config import CompareArguments, read_comparison  # noqa: E402
-from finetune.compare_folder import check_folder, claim  # noqa: E402
-from finetune.compare_report import write_report  # noqa: E402
-from finetune.compare_results import read_results  # noqa: E402
-from finetune.compare_runs import Work, read_outcome  # noqa: E402
-from finetune.compare_sheet import count_answers, read_answers, write_sheet  # noqa: E402
+from finetune.compare.agreement import check_agreement  # noqa: E402
+from finetune.compare.config import CompareArguments, read_comparison  # noqa: E402
+from finetune.compare.folder import check_folder, claim  # noqa: E402
+from finetune.compare.report import write_report  # noqa: E402
+from finetune.compare.results import read_results  # noqa: E402
+from finetune.compare.runs import Work, read_outcome  # noqa: E402
+from finetune.compare.sheet import count_answers, read_answers, write_sheet  # noqa: E402
 from reward.arguments import main_guard, parse_arguments  # noqa: E402
 from rl.checkpoints import check_writable  # noqa: E402
 from rl.folder_lock import check_free, taken  # noqa: E402

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from finetune.compare_config import Comparison
-from finetune.compare_entrants import Entrant
-from finetune.compare_evaluate import Findings
-from finetune.compare_folder import base_findings, run_findings
-from finetune.compare_measures import rank_of_worst
-from finetune.compare_rewards import BASE, Evaluator, Spec
+from finetune.compare.config import Comparison
+from finetune.compare.entrants import Entrant
+from finetune.compare.evaluate import Findings
+from finetune.compare.folder import base_findings, run_findings
+from finetune.compare.measures import rank_of_worst
+from finetune.compare.rewards import BASE, Evaluator, Spec
 from reward.data import to_tensor
 from reward.draw import overlay, to_image
 from reward.feedback import RewardFn

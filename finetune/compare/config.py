@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from finetune.compare_entrants import Entrant, read_entrant, refuse_twins
-from finetune.compare_rewards import Evaluator, Spec, as_text, read_evaluators
+from finetune.compare.entrants import Entrant, read_entrant, refuse_twins
+from finetune.compare.rewards import Evaluator, Spec, as_text, read_evaluators
 from finetune.fingerprints import weights_of
 from reward.arguments import read_prompt_file
 from rl.adapter import require

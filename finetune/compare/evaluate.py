@@ -1,6 +1,6 @@
 """One policy of a comparison, before training or at every look at it, as all evaluators see it.
 
-    python -m finetune.compare_evaluate JOB.json
+    python -m finetune.compare.evaluate JOB.json
 
 `finetune.compare` starts it, in a process of its own, once for each training and once for what they start from; what it
 finds is one file, written when it is whole. Every policy draws from the same noise.
@@ -22,8 +22,8 @@ transformers.logging.set_verbosity_error()  # says on import what does not conce
 transformers.logging.disable_progress_bar()
 diffusers.logging.disable_progress_bar()
 
-from finetune.compare_entrants import parse_entrant  # noqa: E402
-from finetune.compare_rewards import Spec  # noqa: E402
+from finetune.compare.entrants import parse_entrant  # noqa: E402
+from finetune.compare.rewards import Spec  # noqa: E402
 from finetune.files import write_whole  # noqa: E402
 from finetune.run import load_policy, place_reward  # noqa: E402
 from reward.arguments import main_guard  # noqa: E402

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune.compare_config import Comparison
-from finetune.compare_entrants import Entrant
-from finetune.compare_evaluate import Findings, Seen
-from finetune.compare_facts import TrainingFacts
-from finetune.compare_folder import base_findings, run_findings, run_folder, unasked
-from finetune.compare_rewards import Evaluator
-from finetune.compare_runs import Failure
+from finetune.compare.config import Comparison
+from finetune.compare.entrants import Entrant
+from finetune.compare.evaluate import Findings, Seen
+from finetune.compare.facts import TrainingFacts
+from finetune.compare.folder import base_findings, run_findings, run_folder, unasked
+from finetune.compare.rewards import Evaluator
+from finetune.compare.runs import Failure
 
 
 @dataclass(frozen=True)

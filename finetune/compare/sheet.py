@@ -21,13 +21,13 @@ import numpy as np
 from PIL import Image
 from scipy import stats
 
-from finetune.compare_config import Comparison
-from finetune.compare_folder import base_findings, run_findings
-from finetune.compare_pages import render
-from finetune.compare_pictures import data_uri
-from finetune.compare_results import Trained
-from finetune.compare_rewards import BASE
-from finetune.compare_verdict import Verdict
+from finetune.compare.config import Comparison
+from finetune.compare.folder import base_findings, run_findings
+from finetune.compare.pages import render
+from finetune.compare.pictures import data_uri
+from finetune.compare.results import Trained
+from finetune.compare.rewards import BASE
+from finetune.compare.verdict import Verdict
 from finetune.files import write_whole
 from reward.intervals import wilson
 

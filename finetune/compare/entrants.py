@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from finetune.command_line import as_flags
-from finetune.compare_rewards import BASE, Spec, as_text
+from finetune.compare.rewards import BASE, Spec, as_text
 from finetune.draft_config import DraftConfig, check_differentiable
 from finetune.run import read_schedule
 from finetune.run_arguments import RewardedRunArguments
@@ -23,7 +23,7 @@ from rl.policy_config import RewardedPolicyConfig
 from rl.rollout_plan import near
 
 if TYPE_CHECKING:
-    from finetune.compare_config import CompareArguments, Comparison
+    from finetune.compare.config import CompareArguments, Comparison
 
 COMMANDS = {"run_ddpo": DDPOConfig, "finetune.draft": DraftConfig}
 """What trains -> its settings, besides `RewardedRunArguments`."""

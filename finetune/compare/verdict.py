@@ -6,7 +6,7 @@ from itertools import combinations
 
 import numpy as np
 
-from finetune.compare_measures import FEWEST_SEEDS, LEVEL, MOST_SEEDS, POWER, Difference, difference, holm
+from finetune.compare.measures import FEWEST_SEEDS, LEVEL, MOST_SEEDS, POWER, Difference, difference, holm
 from finetune.paired import paired_ratio
 from rl.watch_limits import MONITORS
 

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.compare_config import Comparison
-from finetune.compare_entrants import Entrant, run_flags
-from finetune.compare_evaluate import Findings
-from finetune.compare_rewards import Spec
+from finetune.compare.config import Comparison
+from finetune.compare.entrants import Entrant, run_flags
+from finetune.compare.evaluate import Findings
+from finetune.compare.rewards import Spec
 from finetune.files import write_whole
 from finetune.fingerprints import is_weights
 from rl.checkpoints import differing_keys

@@ -23,12 +23,12 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.markup import escape
 
-from finetune.compare_agreement import agreement_command, agreement_rewards, is_agreed
-from finetune.compare_config import Comparison
-from finetune.compare_entrants import Entrant, parse_entrant, run_flags
-from finetune.compare_evaluate import EvaluationJob, Findings, Look, looks_of
-from finetune.compare_facts import TrainingFacts
-from finetune.compare_folder import (
+from finetune.compare.agreement import agreement_command, agreement_rewards, is_agreed
+from finetune.compare.config import Comparison
+from finetune.compare.entrants import Entrant, parse_entrant, run_flags
+from finetune.compare.evaluate import EvaluationJob, Findings, Look, looks_of
+from finetune.compare.facts import TrainingFacts
+from finetune.compare.folder import (
     FINDINGS,
     agreement_failure,
     base_findings,
@@ -38,12 +38,12 @@ from finetune.compare_folder import (
     training_command,
     unasked,
 )
-from finetune.compare_pictures import check_overlay
-from finetune.compare_rewards import Spec
+from finetune.compare.pictures import check_overlay
+from finetune.compare.rewards import Spec
 from finetune.files import write_whole
 from rl.checkpoints import FINISHED
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _POLL = 0.5  # seconds
 
 
@@ -307,7 +307,7 @@ class Work:
         """`mark` tells jobs on one file apart."""
         description, log = file.with_name(f"evaluation_job{mark}.json"), file.with_name(f"evaluation_log{mark}.txt")
         job.write(description)
-        step = Step(name, ["finetune.compare_evaluate", str(description)], log)
+        step = Step(name, ["finetune.compare.evaluate", str(description)], log)
         return self._run(step, gpu)
 
     def _run(self, step: Step, gpu: str | None = None) -> Failure | None:

@@ -6,10 +6,10 @@ from typing import Any
 
 from finetune.agreement import AgreementArguments, open_input
 from finetune.command_line import as_flags
-from finetune.compare_config import Comparison
-from finetune.compare_entrants import parse_entrant
-from finetune.compare_folder import AGREEMENT, training_command
-from finetune.compare_rewards import Spec, as_text
+from finetune.compare.config import Comparison
+from finetune.compare.entrants import parse_entrant
+from finetune.compare.folder import AGREEMENT, training_command
+from finetune.compare.rewards import Spec, as_text
 from finetune.generate import GenerationArguments
 from reward.arguments import parse_arguments
 
@@ -58,8 +58,8 @@ def check_agreement(comparison: Comparison) -> None:
     if not arguments.agreement_prompts:
         return
     command = agreement_command(comparison, agreement_rewards(comparison))[1:]
-    if "pictures" not in arguments.agreement:  # its own prompts are not written yet
-        command += ["--prompts", arguments.prompts]
+    if "pictures" not in arguments.agreement:  # its own prompts are not written yet, and its pictures go by them
+        command += ["--prompts", arguments.prompts, "--pictures", str(comparison.folder / "undrawn")]
     try:
         open_input(*parse_arguments([AgreementArguments, GenerationArguments], command))
     except ValueError as error:

@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from finetune.compare_agreement import agreement_command
-from finetune.compare_charts import Bar, Curve, curves_chart, gains_chart
-from finetune.compare_config import Comparison
-from finetune.compare_entrants import parse_entrant
-from finetune.compare_folder import AGREEMENT, training_command
-from finetune.compare_measures import FEWEST_SEEDS, band, difference
-from finetune.compare_pages import render, signed
-from finetune.compare_pictures import picture_rows
-from finetune.compare_results import Trained
-from finetune.compare_runs import Failure
-from finetune.compare_sheet import Counted
-from finetune.compare_verdict import (
+from finetune.compare.agreement import agreement_command
+from finetune.compare.charts import Bar, Curve, curves_chart, gains_chart
+from finetune.compare.config import Comparison
+from finetune.compare.entrants import parse_entrant
+from finetune.compare.folder import AGREEMENT, training_command
+from finetune.compare.measures import FEWEST_SEEDS, band, difference
+from finetune.compare.pages import render, signed
+from finetune.compare.pictures import picture_rows
+from finetune.compare.results import Trained
+from finetune.compare.runs import Failure
+from finetune.compare.sheet import Counted
+from finetune.compare.verdict import (
     RULES,
     Pair,
     Standing,
