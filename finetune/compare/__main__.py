@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = arguments.gpus[0]
     # Whatever can be wrong with the input is found out before anything is run.
     comparison = read_comparison(arguments)
-    check_agreement(comparison)
+    if not arguments.report_only:
+        check_agreement(comparison)
     check_folder(comparison)
     check_writable(arguments.output_dir)
     answers = read_answers(comparison, arguments.read_sheet) if arguments.read_sheet else None
