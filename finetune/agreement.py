@@ -58,6 +58,8 @@ from reward.intervals import Figure  # noqa: E402
 from rl.scoring import score  # noqa: E402
 from rl.timing import now  # noqa: E402
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class AgreementArguments:
@@ -210,6 +212,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw_missing(drawing, state, console)
     pool = open_pool(arguments.pictures, arguments.prompt_column, arguments.split)
     labels, count = read_labels(pool, arguments), pictures_of(pool, arguments)
+    for label, numbers in labels.items():
+        if lacking := int(np.isnan(numbers).sum()):
+            logger.warning("%d of %d pictures have no %s, and do not count for it", lacking, count, label)
     with tqdm(total=count, dynamic_ncols=True, unit="picture") as bar:
         opinions = ask(pool, count, rewards, labels, arguments.reward_batch_size, state.device, bar.update)
     if choices is not None:
@@ -218,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 opinions, chosen=ask_about(choices, rewards, state.device, bar.update), captions=list(choices.captions)
             )
     found = agreement(opinions, list(rewards), arguments.against)
-    every = {name: values.tolist() for name, values in opinions.values.items()}
+    every = {name: [None if np.isnan(one) else one for one in said.tolist()] for name, said in opinions.values.items()}
     facts = {"settings": asdict(arguments), **asdict(found), "prompts_of_pictures": opinions.prompts, "values": every}
     write_whole(Path(arguments.report), (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
     print_tables(console, found, list(rewards))
@@ -263,21 +268,28 @@ def pictures_of(pool: Pool, arguments: AgreementArguments) -> int:
 
 
 def read_labels(pool: Pool, arguments: AgreementArguments) -> dict[str, np.ndarray]:
-    """People's numbers for the pictures that are looked at, by column: (N,) each.
+    """People's numbers for the pictures that are looked at, by column: (N,) each, NaN where they gave none.
 
     Raises:
-        ValueError: there is no such column, or it holds something that is no finite number; the picture is named.
+        ValueError: there is no such column, it holds something that is no finite number, the picture is named, or fewer
+            than two numbers.
     """
     entries, found = pool.entries[: pictures_of(pool, arguments)], {}
     for label in arguments.labels:
-        if missing := [entry.name for entry in entries if label not in entry.columns]:
+        if not any(label in entry.columns for entry in entries):
             columns = ", ".join(entries[0].columns) or "none"
-            raise ValueError(f"labels: {pool.place} has no column {label} (of {missing[0]}); it has {columns}")
-        numbers = [_number(entry.columns[label]) for entry in entries]
-        if wrong := [place for place, number in enumerate(numbers) if not np.isfinite(number)]:
+            raise ValueError(f"labels: {pool.place} has no column {label}; it has {columns}")
+        said = [entry.columns.get(label) for entry in entries]
+        given = np.array([one is not None and one != "" and one == one for one in said])  # NaN is not itself
+        numbers = np.array([_number(one) for one in said])
+        if (wrong := np.flatnonzero(given & ~np.isfinite(numbers))).size:
             entry = entries[wrong[0]]
             raise ValueError(f"labels: {label} of {entry.name} is {entry.columns[label]!r}, no finite number")
-        found[label] = np.array(numbers)
+        if given.sum() < 2:
+            raise ValueError(
+                f"labels: {given.sum()} of {len(entries)} pictures have {label}; agreement needs at least 2"
+            )
+        found[label] = numbers
     return found
 
 

@@ -22,7 +22,15 @@ def groups_of(prompts: list[str]) -> np.ndarray:
 
 
 def rank_correlation(values: np.ndarray) -> np.ndarray:
-    """Spearman's correlation of every two of R raters over N pictures: (R, N) -> (R, R), NaN where one is constant."""
+    """Spearman's correlation of every two of R raters over N pictures: (R, N) -> (R, R), NaN where one is constant.
+
+    Where a value is NaN, the picture does not count for that rater, nor for the others with it.
+    """
+    if np.isnan(values).any():
+        there = np.isfinite(values)
+        pairs = [[values[[one, other]][:, there[one] & there[other]] for other in range(len(values))]
+                 for one in range(len(values))]  # fmt: skip
+        return np.array([[rank_correlation(both)[0, 1] if both.size else np.nan for both in row] for row in pairs])
     ranks = rankdata(values, axis=1)
     ranks = ranks - ranks.mean(axis=1, keepdims=True)
     spread = np.sqrt((ranks * ranks).sum(axis=1))
@@ -67,12 +75,13 @@ def pair_accuracy(said: np.ndarray, true: np.ndarray, groups: np.ndarray, draws:
     """How often a rater prefers, of two pictures of a prompt, the one that is truly better; 0.5 is chance.
 
     Args:
-        said, true: (N,); higher is better.
+        said, true: (N,); higher is better; NaN where there is none, which does not count.
         groups: (N,), as `groups_of` gives them.
 
     Pairs that are truly equal do not count; a rater who says the same of both is half right. `n`: the number of pairs.
     """
-    tallies = np.zeros((groups.max() + 1, 2))  # right, pairs
+    there = np.isfinite(said) & np.isfinite(true)
+    said, true, groups, tallies = said[there], true[there], groups[there], np.zeros((groups.max() + 1, 2))
     for group in range(len(tallies)):
         mine = groups == group
         better = np.sign(true[mine][:, None] - true[mine])
@@ -84,7 +93,8 @@ def pair_accuracy(said: np.ndarray, true: np.ndarray, groups: np.ndarray, draws:
 
 def spread_within(values: np.ndarray, groups: np.ndarray) -> float:
     """Standard deviation of (N,) values around their prompts' means, pooled over prompts of at least two pictures; over
-    all pictures if there is no such prompt."""
+    all pictures if there is no such prompt. NaN does not count."""
+    values, groups = values[np.isfinite(values)], np.unique(groups[np.isfinite(values)], return_inverse=True)[1]
     counts = np.bincount(groups)
     if counts.max() < 2:
         return float(values.std(ddof=1)) if len(values) > 1 else float("nan")

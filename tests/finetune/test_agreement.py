@@ -100,6 +100,22 @@ def test_the_figures_are_those_of_the_pictures(flags, tmp_path, capsys):
     assert "rank correlation within prompts" in said
 
 
+def test_pictures_without_a_label_do_not_count_for_it(flags, write_pictures, tmp_path, caplog):
+    people = [3.0, None, 2.0, 2.0, float("nan"), 1.0, 1.0, 2.0, 3.0]
+    folder = write_pictures(tmp_path / "partly", count=9, people=people)
+    main(flags(pictures=str(folder)))
+    text = (tmp_path / "agreement.json").read_text()
+    assert "NaN" not in text
+    found = json.loads(text)
+    assert found["values"]["people"] == [3.0, None, 2.0, 2.0, None, 1.0, 1.0, 2.0, 3.0]
+    assert found["accuracy"]["people"]["bright"]["n"] == 6, "two of three prompts have three pairs"
+    assert found["within"]["bright"]["dark"]["n"] == 3
+    assert "2 of 9 pictures have no people, and do not count for it" in caplog.text
+    few = write_pictures(tmp_path / "few", count=9, people=[3.0] + [None] * 8)
+    with pytest.raises(ValueError, match="1 of 9 pictures have people; agreement needs at least 2"):
+        main(flags(pictures=str(few)))
+
+
 def test_the_values_are_the_rewards_own(flags, tmp_path):
     main(flags(most_pictures="5", against="jpeg"))
     found = json.loads((tmp_path / "agreement.json").read_text())

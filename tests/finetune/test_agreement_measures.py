@@ -128,3 +128,19 @@ def test_small_changes_are_small_and_no_smaller():
     assert (as_jpeg(images, quality=5) - images).abs().mean() > (compressed - images).abs().mean()
     assert torch.equal(moved[..., 1:], images[..., :-1])
     assert torch.equal(moved[..., 0], images[..., 0])
+
+
+def test_what_has_no_number_does_not_count(rng):
+    """As if these pictures were not there, for the rater that has none; the others keep theirs."""
+    groups, values = np.repeat(np.arange(5), 4), rng.normal(size=(3, 20))
+    values[2, [0, 5, 6, 7, 19]] = np.nan
+    there = np.isfinite(values[2])
+    found, whole = rank_correlation(values), rank_correlation(values[:2])
+    assert found[0, 1] == pytest.approx(whole[0, 1])
+    assert found[0, 2] == found[2, 0] == pytest.approx(spearmanr(values[0][there], values[2][there]).statistic)
+    within = within_prompts(values, groups)
+    assert (within[0][1].n, within[0][2].n) == (5, 4), "the second prompt has one number left"
+    assert pair_accuracy(values[0], values[2], groups) == pair_accuracy(
+        values[0][there], values[2][there], groups[there]
+    )
+    assert spread_within(values[2], groups) == pytest.approx(spread_within(values[2][there], groups[there]))
