@@ -120,13 +120,13 @@ def check_training_arguments(args: TrainingArguments) -> None:
 def whole_models(args: TrainingArguments) -> Iterator[None]:
     """Inside, models are loaded with all of their weights on every rank; DeepSpeed shards what is trained, later.
 
-    Once the settings of ZeRO-3 exist, transformers loads every model in shards, and reads their shapes as empty.
+    Once the settings of ZeRO-3 exist, transformers loads every model in shards, and reads their shapes as empty; those
+    of an earlier run of this process may exist still.
     """
-    if (settings := getattr(args, "hf_deepspeed_config", None)) is None:
-        yield
-        return
+    settings = getattr(args, "hf_deepspeed_config", None)
     unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        set_hf_deepspeed_config(settings)
+        if settings is not None:
+            set_hf_deepspeed_config(settings)

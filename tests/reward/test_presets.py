@@ -11,8 +11,11 @@ from reward.train import RahfArguments, RahfTrainingArguments
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("preset", ["rahf_vit_l", "rahf_siglip2"])
-def test_the_commands_in_a_preset_parse_and_make_batches_of_256(preset, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("preset", "heads", "computed_again"), [("rahf_vit_l", "paper", True), ("rahf_siglip2", "light", False)]
+)
+def test_the_commands_in_a_preset_parse_and_make_batches_of_256(preset, heads, computed_again, monkeypatch, tmp_path):
+    """What its heads need decides what fits the GPU: `benchmarks/rahf_memory.py`."""
     monkeypatch.chdir(ROOT)
     head = (ROOT / "configs" / f"{preset}.yaml").read_text().splitlines()[:2]
     ranks = []
@@ -25,7 +28,8 @@ def test_the_commands_in_a_preset_parse_and_make_batches_of_256(preset, monkeypa
         assert arguments.model is None
         assert arguments.augmentation(0).flip_probability == 0
         assert (args.lr_scheduler_type, args.max_steps, args.bf16) == ("inverse_sqrt", 20_000, True)
-        assert args.activation_checkpointing
+        assert arguments.heatmap_head == arguments.score_head == heads
+        assert args.activation_checkpointing == computed_again
         assert args.optim.startswith("adamw")
         assert args.per_device_train_batch_size * args.gradient_accumulation_steps * number == 256
         assert (args.deepspeed is not None) == (number > 1)

@@ -97,6 +97,9 @@ if __name__ == "__main__":
         torch.save(noted, folder / engine / f"noted-{rank}.pt")
         torch.distributed.barrier()
         AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ.pop(
+            "ACCELERATE_USE_DEEPSPEED", None
+        )  # which accelerate leaves there, and the next engine would obey
     if flags:
         run_ddpo.main(flags)
     else:

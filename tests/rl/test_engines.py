@@ -125,12 +125,15 @@ def test_two_ranks_of_every_engine_are_one_process(pipeline_folder, alone, tmp_p
     one = ranks.run(pipeline_folder, tmp_path / "alone", "ddp:text", 1)
     assert one["trained"] == TRAINED + TRAINED_TEXT
     for engine in texts:
-        assert_same_run(one, noted(tmp_path, engine, 2))
+        two = noted(tmp_path, engine, 2)
+        assert_same_run(one, two)
+        assert two["type"] == ("DeepSpeedEngine" if "zero" in engine else "DistributedDataParallel")
         assert_close(lora(tmp_path / "alone/ddp:text"), lora(tmp_path / engine))
 
     for way in ways:
         one, two = ranks.run(pipeline_folder, tmp_path / "alone", way, 1), noted(tmp_path, way, 2)
         assert_same_run(one, two)
+        assert two["type"] == "DistributedDataParallel"
         assert two["steps"] == one["steps"]
         assert (len(one["probe"]) > 0) == (way == "ddp:auto")
         for name, sketches in one["probe"].items():
