@@ -30,7 +30,7 @@ def weights_of(*settings: Any) -> dict[str, str]:
         settings: texts, or mappings and lists with texts in them; those that name no model here are passed over, as
             names on the hub are.
     """
-    return {f"{_WEIGHTS_OF}{path}": fingerprint(path) for path in _texts(settings) if _files(Path(path))}
+    return {f"{_WEIGHTS_OF}{path}": fingerprint(path) for path in dict.fromkeys(_texts(settings)) if _files(Path(path))}
 
 
 def with_weights(known: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

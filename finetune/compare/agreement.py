@@ -49,15 +49,15 @@ def agreement_rewards(comparison: Comparison, leave_out: Collection[str] = ()) -
 
 
 def check_agreement(comparison: Comparison) -> None:
-    """Complain about what could not be asked, before anything is; loads no model.
+    """Complain about what could not be asked, before anything is, unless it was asked already; loads no model.
 
     Raises:
         ValueError: a setting of `agreement` that is none, or pictures, labels or choices that cannot be read.
     """
-    arguments = comparison.arguments
-    if not arguments.agreement_prompts:
+    arguments, rewards = comparison.arguments, agreement_rewards(comparison)
+    if not arguments.agreement_prompts or is_agreed(comparison, rewards):
         return
-    command = agreement_command(comparison, agreement_rewards(comparison))[1:]
+    command = agreement_command(comparison, rewards)[1:]
     if "pictures" not in arguments.agreement:  # its own prompts are not written yet, and its pictures go by them
         command += ["--prompts", arguments.prompts, "--pictures", str(comparison.folder / "undrawn")]
     try:

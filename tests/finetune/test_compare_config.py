@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import finetune.run
 from finetune.command_line import as_flags
 from finetune.compare.__main__ import main
+from finetune.compare.agreement import check_agreement
 from finetune.compare.config import CompareArguments, read_comparison
 from finetune.compare.entrants import parse_entrant, run_flags
 from finetune.compare.folder import check_folder, claim, training_command
@@ -27,6 +28,7 @@ from tests.finetune.compare_case import (
     FailsAt,
     comparison_of,
     settings_of,
+    write_agreement,
     write_config,
     write_prompts,
 )
@@ -348,3 +350,12 @@ def test_models_that_changed_at_the_same_path_are_other_settings(tmp_path, pipel
     save_file({name: weight + 1 for name, weight in weights.items()}, file)
     with pytest.raises(ValueError, match=f"other settings .*weights of {re.escape(str(policy))}: "):
         check_folder(comparison_of(tmp_path, str(policy), entrants=both))
+
+
+def test_agreement_that_was_measured_is_not_looked_at_again(tmp_path, pipeline_folder):
+    """Its pictures may be gone by then."""
+    comparison = comparison_of(tmp_path, pipeline_folder, agreement={"choices": "nowhere"}, agreement_prompts=2)
+    with pytest.raises(ValueError, match=r"agreement: .*nowhere"):
+        check_agreement(comparison)
+    write_agreement(comparison)
+    check_agreement(comparison)

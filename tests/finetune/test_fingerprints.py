@@ -3,6 +3,7 @@ import shutil
 import torch
 from safetensors.torch import save_file
 
+from finetune import fingerprints
 from finetune.fingerprints import fingerprint, weights_of, with_weights
 from rl.adapter import LORA_WEIGHTS
 
@@ -41,3 +42,10 @@ def test_settings_that_say_nothing_of_weights_are_taken_for_those_of_now():
     now = {"seed": 0, "weights of a": "1"}
     assert with_weights({"seed": 1}, now) == {"seed": 1, "weights of a": "1"}
     assert with_weights({"seed": 1, "weights of a": "2"}, now) == {"seed": 1, "weights of a": "2"}
+
+
+def test_a_model_that_is_named_often_is_read_once(model_folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(fingerprints, "fingerprint", lambda path: asked.append(path) or "digits")
+    assert weights_of([{"model": str(model_folder)}] * 8) == {f"weights of {model_folder}": "digits"}
+    assert len(asked) == 1
