@@ -31,11 +31,13 @@ from finetune.compare.verdict import Verdict
 from finetune.files import write_whole
 from reward.intervals import wilson
 
-SHEET, KEY, ANSWERS, PAGES = "sheet", "key.json", "answers.csv", "sheet.html"
+SHEET, KEY, ANSWERS = "sheet", "key.json", "answers.csv"
 COLUMNS = ("sheet", "pair", "prompt", "answer")
 CHOICES = ("left", "right", "tie")
 SEPARATORS = (",", ";", "\t")
 """What spreadsheets write between cells; which one depends on the country."""
+MOST_BYTES = 8_000_000
+"""Of a page, but for a single pair that has more: so many open at once on a phone."""
 _NAMED = 5
 
 
@@ -61,7 +63,7 @@ class Counted:
 
 
 def write_sheet(comparison: Comparison, results: Sequence[Trained], verdict: Verdict) -> Path:
-    """Pages, CSV and key for the pairs that are asked for; the pages' path. A CSV that is there stays as it is.
+    """Pages, CSV and key for the pairs that are asked for; the first page's path. A CSV that is there stays as it is.
 
     Raises:
         ValueError: a pair names no entrant, or one without a finished training; or there is nothing to show.
@@ -84,10 +86,26 @@ def write_sheet(comparison: Comparison, results: Sequence[Trained], verdict: Ver
     write_whole(folder / KEY, (json.dumps(drawn, indent=1, ensure_ascii=False) + "\n").encode())
     if not (folder / ANSWERS).exists():
         write_whole(folder / ANSWERS, text.getvalue().encode())
-    write_whole(
-        folder / PAGES, render("sheet.html.jinja", {"title": "Which picture is better?", "pairs": shown}).encode()
-    )
-    return folder / PAGES
+    parts = in_parts(shown, MOST_BYTES)
+    files = ["sheet.html", *(f"sheet_{number}.html" for number in range(2, len(parts) + 1))]
+    for file, part in zip(files, parts, strict=True):
+        content = {"title": "Which picture is better?", "pairs": part, "file": file, "files": files}
+        write_whole(folder / file, render("sheet.html.jinja", content).encode())
+    return folder / files[0]
+
+
+def in_parts(shown: Sequence[Mapping[str, Any]], most: int) -> list[list[Mapping[str, Any]]]:
+    """`shown` in order, in as few parts as have at most `most` characters of pictures each, or one pair."""
+    parts: list[list[Mapping[str, Any]]] = []
+    size = 0
+    for one in shown:
+        own = len(one["left"]) + len(one["right"])
+        if not parts or size + own > most:
+            parts.append([])
+            size = 0
+        parts[-1].append(one)
+        size += own
+    return parts
 
 
 def read_pairs(comparison: Comparison, results: Sequence[Trained], verdict: Verdict) -> list[tuple[str, str]]:

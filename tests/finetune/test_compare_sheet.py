@@ -93,6 +93,25 @@ def test_another_sheet_leaves_answers_and_what_they_were_given_to(compared, tmp_
         read_answers(comparison, both)
 
 
+def test_a_sheet_of_large_pictures_has_several_pages_of_which_each_leads_to_the_others(compared, monkeypatch):
+    comparison, command = compared
+    command("--sheet", "true")
+    whole = (only_sheet(comparison) / "sheet.html").read_text()
+    assert "<nav" not in whole
+    pictures = [len(uri) for uri in re.findall(r'<img src="([^"]*)"', whole)]
+    pairs = [sum(pictures[place : place + 2]) for place in range(0, len(pictures), 2)]
+    monkeypatch.setattr("finetune.compare.sheet.MOST_BYTES", 2 * max(pairs))
+    assert 3 * min(pairs) > 2 * max(pairs)  # so that two fit, and no third
+    command("--sheet", "true")
+    pages = {file.name: file.read_text() for file in only_sheet(comparison).glob("*.html")}
+    assert set(pages) == {"sheet.html", "sheet_2.html", "sheet_3.html"}
+    places = [re.findall(r'id="pair-(\d+)"', pages[name]) for name in sorted(pages)]
+    assert places == [["1", "2"], ["3", "4"], ["5", "6"]]
+    for name, page in pages.items():
+        assert set(re.findall(r'href="(sheet[^"]*)"', page)) == set(pages) - {name}
+        assert page.count('aria-current="page"') == 2  # above and below
+
+
 def test_other_pictures_are_another_sheet(compared):
     comparison, command = compared
     command("--sheet", "true")
