@@ -23,9 +23,10 @@ cores with AVX-512, those with a star on one of them; all in all nearly four hou
     ceiling     the same generator on flawless pictures only, and its figures                48 (as the generator)
     verdicts    the judge's verdicts on the pictures of the assets, which `assets` makes too       5 (busy cores)
     finer       a predictor of twice the resolution, from lessons with planted flaws         90* (a slower core)
+    more        `more/feedback`: 28,000 more pictures of the kept generator behind the kept   45* (extrapolated)
 
-`verdicts`, `ceiling` and `finer` are not among the default stages. `--stages feedback` alone makes the rated data set
-again from the pictures that the repository keeps, with the judge's verdicts on them: two and a half minutes.
+`verdicts`, `ceiling`, `finer` and `more` are not among the default stages. `--stages feedback` alone makes the rated
+data set again from the pictures that the repository keeps, with the judge's verdicts on them: two and a half minutes.
 """
 
 import json
@@ -37,6 +38,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import torch
 import yaml
 from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -61,9 +64,9 @@ from tinyworld.text import make_tokenizer, new_text_encoder, pretrain_text_encod
 
 STAGES = (
     *("pictures", "text", "autoencoder", "generator", "pretraining", "rated", "first", "policies", "rated_again"),
-    *("feedback", "predictor", "finishing", "assets", "verdicts", "ceiling", "finer"),
+    *("feedback", "predictor", "finishing", "assets", "verdicts", "ceiling", "finer", "more"),
 )
-EXTRA = ("verdicts", "ceiling", "finer")
+EXTRA = ("verdicts", "ceiling", "finer", "more")
 """Stages that are run where they are named only."""
 
 SNAPSHOTS = {"early": 2500, "middle": 4500}
@@ -81,7 +84,7 @@ POLICIES = {
 """Fine-tuned policies that draw some of the rated pictures: what each changes of `DEMO`."""
 
 PROMPTS = {"train": 512, "held_out": 256}
-_PICTURE_SEED, _FLAWLESS_SEED, _LESSON_SEED, _PROMPT_SEED = 0, 1, 5, 7
+_PICTURE_SEED, _FLAWLESS_SEED, _LESSON_SEED, _PROMPT_SEED, _MORE_SEED = 0, 1, 5, 7, 200
 
 
 @dataclass
@@ -91,7 +94,7 @@ class BuildArguments:
     work: str = field(default="build/tinyworld", metadata={"help": "folder for everything in between"})
     stages: list[str] = field(
         default_factory=lambda: [stage for stage in STAGES if stage not in EXTRA],
-        metadata={"help": f"which of {', '.join(STAGES)}; all but {' and '.join(EXTRA)} by default"},
+        metadata={"help": f"which of {', '.join(STAGES)}; all but {', '.join(EXTRA)} by default"},
     )
 
     pretraining_steps: int = field(
@@ -181,6 +184,25 @@ class Build:
         lessons = make_lessons(self.work / "lessons", _LESSON_SEED)
         self._save_pretrained("rahf_finer_pretrained", pretrain_on_lessons(lessons, self.work))
         self._train_predictor(self.work / "feedback", self.work / "rahf_finer", FINER, "rahf_finer_pretrained")
+
+    def more(self) -> None:
+        """Dev and test split stay as they are."""
+        folder = self.work / "more"
+        for number, split in enumerate(rated.MORE):
+            name = f"more_{number}"
+            if not (folder / "drawn" / f"{name}.parquet").exists():
+                captions = rated.draw_captions(split, seed := _MORE_SEED + number)
+                pictures = rated.draw_pictures(captions, split.variants, _kept_generator, seed)
+                rated.write_pictures(name, captions, pictures, folder / "part")
+                (folder / "drawn").mkdir(exist_ok=True)
+                (folder / "part" / f"{name}.parquet").replace(folder / "drawn" / f"{name}.parquet")
+        shutil.rmtree(folder / "pickapic", ignore_errors=True)
+        shutil.copytree(ASSETS / "pickapic", folder / "pickapic")
+        files = [ASSETS / "pickapic" / "train.parquet", *sorted((folder / "drawn").iterdir())]
+        pyarrow.parquet.write_table(
+            pa.concat_tables(map(pyarrow.parquet.read_table, files)), folder / "pickapic" / "train.parquet"
+        )
+        self._rate(folder / "pickapic", folder, ASSETS / "verdicts")
 
     # What the repository keeps ------------------------------------------------------------------------------------
 
@@ -345,6 +367,10 @@ def draw_prompts() -> dict[str, list[str]]:
         if len(prompts[name]) < PROMPTS[name]:
             prompts[name][str(request)] = None
     return {name: list(chosen) for name, chosen in prompts.items()}
+
+
+def _kept_generator(_: Variant) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(ASSETS / "sd", safety_checker=None)
 
 
 def keep_predictor(source: Path, target: Path) -> None:

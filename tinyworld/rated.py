@@ -10,6 +10,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -81,6 +82,11 @@ SPLITS = (
     Split("train", 2000, variants=POLICIES),
 )
 
+MORE = (Split("train", 2000, variants=tuple(one for one in VARIANTS if one.checkpoint == "final")),) * 7
+"""Captions beside `SPLITS`, for a predictor that learns from three times as many pictures; drawn part by part. The
+repository keeps the final generator's weights only, so the others and the policies draw none of them.
+"""
+
 
 def draw_captions(split: Split, seed: int) -> list[str]:
     """The captions of a split, drawn from the grammar; may repeat, as prompts of users do."""
@@ -149,7 +155,7 @@ def rate_all(pickapic: Path, folder: Path, verdicts: Path | None = None) -> None
     """Rate the pictures of every split: `<split>.tfrecord` in RichHF-18K's form, and the held-out captions.
 
     Args:
-        verdicts: what `judge_all` wrote of the same pictures, where there is such; else they are judged now.
+        verdicts: what `judge_all` wrote of the same pictures, or of the first of each split; the others are judged now.
 
     Raises:
         ValueError: `verdicts` are of other pictures.
@@ -158,10 +164,10 @@ def rate_all(pickapic: Path, folder: Path, verdicts: Path | None = None) -> None
     held_out: dict[str, None] = {}
     for name in split_names():
         uids, pictures, captions = zip(*read_pictures(pickapic / f"{name}.parquet"), strict=True)
-        known = None if verdicts is None else read_verdicts(verdicts / f"{name}.parquet", pictures, captions)
+        known = [] if verdicts is None else list(read_verdicts(verdicts / f"{name}.parquet", pictures, captions))
         with _workers() as pool:
-            judged = known or pool.map(judge, pictures, captions, chunksize=64)
-            columns = [name] * len(uids), uids, captions, judged
+            judged = pool.map(judge, pictures[len(known) :], captions[len(known) :], chunksize=64)
+            columns = [name] * len(uids), uids, captions, chain(known, judged)
             write_tfrecords(folder / f"{name}.tfrecord", pool.map(rated_record, *columns, chunksize=64))
         held_out |= dict.fromkeys(caption for caption in captions if is_held_out(parse(caption)))
     (folder / "held_out.txt").write_text("\n".join(held_out) + "\n")

@@ -5,6 +5,7 @@ Kept beside the rated pictures of the repository; a test compares some of them w
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +37,15 @@ def write_verdicts(
 
 
 def read_verdicts(file: Path, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> Iterator[Verdict]:
-    """The verdicts on these pictures, in order; their `things` are left out, and empty.
+    """The verdicts on the first of these pictures, in order: so many as the file holds; their `things` are left out,
+    and empty.
 
     Raises:
         ValueError: the file is of other pictures or captions.
     """
     rows = pyarrow.parquet.read_table(file).to_pylist()
-    if [row["of"] for row in rows] != [_name(*pair) for pair in zip(pictures, captions, strict=True)]:
+    first = islice(zip(pictures, captions, strict=True), len(rows))
+    if [row["of"] for row in rows] != [_name(*pair) for pair in first]:
         raise ValueError(f"{file} is of other pictures; make it again: python -m tinyworld.build --stages verdicts")
     for row in rows:
         masks = [np.unpackbits(np.frombuffer(row[name], np.uint8)).astype(bool).reshape(SIZE, SIZE) for name in _MASKS]

@@ -5,12 +5,13 @@ import pytest
 from datasets import load_from_disk
 
 from reward.feedback import HEATMAPS, SCORES
+from reward.tfrecords import read_frames
 from tinyworld import build, rated
-from tinyworld.grammar import ASSETS, draw_request, is_held_out
+from tinyworld.grammar import ASSETS, draw_request, is_held_out, parse
 from tinyworld.judge import judge
 from tinyworld.raters import consolidate, rate
 from tinyworld.scenes import SIZE, applicable, lay_out, plant, render
-from tinyworld.verdicts import read_verdicts
+from tinyworld.verdicts import read_verdicts, write_verdicts
 
 SPLITS = ("train", "dev", "test")
 
@@ -73,6 +74,8 @@ def test_kept_verdicts_are_the_judges_and_rate_alike(work):
         assert np.array_equal(verdict.misaligned, told.misaligned)
     assert len({verdict.satisfied for verdict in kept}) == 2
 
+    train = work / "verdicts/train.parquet"
+    write_verdicts(train, *(rows[:3] for rows in kept_of(pickapic, train, "train")))  # the others are judged
     rated.rate_all(pickapic, work / "asked")
     rated.rate_all(pickapic, work / "kept", work / "verdicts")
     for split in SPLITS:
@@ -80,6 +83,45 @@ def test_kept_verdicts_are_the_judges_and_rate_alike(work):
 
     with pytest.raises(ValueError, match=r"dev.parquet is of other pictures; .*--stages verdicts"):
         list(read_verdicts(work / "verdicts/dev.parquet", pictures, captions[::-1]))
+
+
+def kept_of(pickapic, file, split):
+    _, pictures, captions = zip(*rated.read_pictures(pickapic / f"{split}.parquet"), strict=True)
+    return pictures, captions, list(read_verdicts(file, pictures, captions))
+
+
+def test_more_pictures_follow_the_kept_ones(work, monkeypatch, tmp_path):
+    """The first rows of train stay as they are, other splits too; a part that is drawn is not drawn again."""
+    monkeypatch.setattr(build, "ASSETS", work)
+    rated.judge_all(work / "pickapic", work / "verdicts")
+    monkeypatch.setattr(rated, "MORE", (rated.Split("train", 2), rated.Split("train", 1)))
+    calls = []
+
+    def draw(captions, variants, load, seed):
+        calls.append(seed)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return np.full((2 * len(captions), SIZE, SIZE, 3), 100, np.uint8)
+
+    monkeypatch.setattr(rated, "draw_pictures", draw)
+    with pytest.raises(KeyboardInterrupt):
+        build.Build(tmp_path / "made").more()
+    build.Build(tmp_path / "made").more()
+    assert len(calls) == 3
+    assert calls[1] == calls[2] != calls[0]
+    data = load_from_disk(str(tmp_path / "made/more/feedback"))
+    assert {split: len(rows) for split, rows in data.items()} == {"train": 8 + 6, "dev": 8, "test": 8}
+    kept = [uid for uid, *_ in rated.read_pictures(work / "pickapic/train.parquet")]
+    assert data["train"]["uid"][:8] == kept
+    assert len(set(data["train"]["uid"])) == 14
+    rated.rate_all(work / "pickapic", work / "alone")
+    alone = find_records(work / "alone/train.tfrecord")
+    assert find_records(tmp_path / "made/more/rated/train.tfrecord")[: len(alone)] == alone
+    assert not any(is_held_out(parse(caption)) for caption in data["train"]["prompt"])
+
+
+def find_records(file):
+    return [frame.data for frame in read_frames(file)]
 
 
 @pytest.mark.parametrize("split", SPLITS)

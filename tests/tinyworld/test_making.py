@@ -178,10 +178,12 @@ def test_prompts_and_splits_keep_held_out_apart():
     assert not any(is_held_out(parse(prompt)) for prompt in prompts["train"])
     for split in SPLITS[1:]:
         assert all(is_held_out(parse(caption)) == split.held_out for caption in draw_captions(split, 1))
+    for split in rated.MORE:
+        assert (split.name, split.held_out, len(split.variants)) == ("train", False, 5)
     for variants in (rated.VARIANTS, rated.POLICIES):
         assert sum(variant.share for variant in variants) == pytest.approx(1)
     assert {variant.policy for variant in rated.POLICIES} == set(build.POLICIES)
-    assert set(build.BuildArguments().stages) == set(STAGES) - {"verdicts", "ceiling", "finer"}
+    assert set(build.BuildArguments().stages) == set(STAGES) - {"verdicts", "ceiling", "finer", "more"}
 
 
 def test_policies_draw_behind_what_the_variants_drew(monkeypatch, tmp_path):
