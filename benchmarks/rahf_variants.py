@@ -5,10 +5,10 @@
 
 Trains each as its config says (for `--epochs`, if given: all alike, warm-up and decay included), once a seed, from the
 pretrained encoders and what fits of the heads that were pretrained with them, those of words and of implausible places
-(`tinyworld/pretrain.py`). The default, `pooled` and `marked` keep both, `augmented` and `paper` that of words,
-`sequence` that of implausible places: its decoder is new, and learns at the backbone's rate. `finer` keeps all heads,
-of which all but those of aesthetics and overall were pretrained. So this says what to take with these checkpoints, not
-what is better in itself. With `--new_heads` all but `finer` begin with the pretrained encoders alone, and none has a
+(`tinyworld/pretrain.py`). The default, `paper_scores`, `pooled` and `marked` keep both, `augmented` and
+`paper_heatmaps` that of words, `sequence`, whose decoder is new, that of implausible places. `finer` keeps all heads, of
+which all but those of aesthetics and overall were pretrained. So this says what to take with these checkpoints, not what
+is better in itself. With `--new_heads` all but `finer` begin with the pretrained encoders alone, and none has a
 head start.
 
 It evaluates with `reward.evaluate` on the test split against fresh raters. A value is the mean over
@@ -16,7 +16,7 @@ seeds, its interval Student's over seeds; "less the default's" is paired by seed
 `python -m tinyworld.build --stages feedback pretraining` leaves in `build/tinyworld` (`--data`, `--pretrained`), and
 `finer` what `--stages feedback finer` does. Trainings that are there already (`--work`) are not repeated; one that was
 killed goes on from its last checkpoint. An epoch of the default takes 2 minutes on one core with AVX-512, and 4 with
-AVX2; of augmented prompts and of the paper's heads 4 and 8 times as long.
+AVX2; of augmented prompts and of the paper's heads for heatmaps 4 and 8 times as long.
 """
 
 import json
@@ -47,14 +47,16 @@ VARIANTS = {
     "default": DEFAULT,
     "augmented": [*DEFAULT, "--variant", "augmented_prompt"],
     "sequence": [*DEFAULT, "--words", "sequence"],
-    "paper": [*DEFAULT, "--heatmap_head", "paper", "--score_head", "paper", "--head_width", "0.0625"],
+    "paper_heatmaps": [*DEFAULT, "--heatmap_head", "paper", "--head_width", "0.0625"],
+    "paper_scores": [*DEFAULT, "--score_head", "paper", "--head_width", "0.25"],
     "pooled": [*DEFAULT, "--image_pooling", "2"],
     "marked": [*DEFAULT, "--heatmap_positive_weight", "3"],
     "finer": ["--config", "configs/rahf_tinyworld_finer.yaml"],
 }
-"""Settings. The default is `multi_head`, `tagging`, light heads; the paper's heads are a sixteenth as wide; T5
-reads a quarter of the places in `pooled`; marked pixels of a heatmap count three times in `marked`; `finer` sees
-pictures at twice the resolution, and was pretrained otherwise.
+"""Settings. The default is `multi_head`, `tagging`, light heads. The paper's heads for heatmaps are a sixteenth as wide,
+those for scores a quarter: on a grid of 8 x 8 the last of their layers have one place, and a sixteenth would leave
+their norm four values there. T5 reads a quarter of the places in `pooled`; marked pixels of a heatmap count three times
+in `marked`; `finer` sees pictures at twice the resolution, and was pretrained otherwise.
 """
 
 GOALS = {
