@@ -6,9 +6,9 @@
 Trains each as its config says (for `--epochs`, if given: all alike, warm-up and decay included), once a seed, from the
 pretrained encoders and what fits of the heads that were pretrained with them, those of words and of implausible places
 (`tinyworld/pretrain.py`). The default, `paper_scores`, `pooled` and `marked` keep both, `augmented` and
-`paper_heatmaps` that of words, `sequence`, whose decoder is new, that of implausible places. `finer` keeps all heads, of
-which all but those of aesthetics and overall were pretrained. So this says what to take with these checkpoints, not what
-is better in itself. With `--new_heads` all but `finer` begin with the pretrained encoders alone, and none has a
+`paper_heatmaps` that of words, `sequence`, whose decoder is new, that of implausible places. `finer` keeps all heads,
+of which all but those of aesthetics and overall were pretrained. So this says what to take with these checkpoints, not
+what is better in itself. With `--new_heads` all but `finer` begin with the pretrained encoders alone, and none has a
 head start.
 
 It evaluates with `reward.evaluate` on the test split against fresh raters. A value is the mean over
@@ -53,10 +53,10 @@ VARIANTS = {
     "marked": [*DEFAULT, "--heatmap_positive_weight", "3"],
     "finer": ["--config", "configs/rahf_tinyworld_finer.yaml"],
 }
-"""Settings. The default is `multi_head`, `tagging`, light heads. The paper's heads for heatmaps are a sixteenth as wide,
-those for scores a quarter: on a grid of 8 x 8 the last of their layers have one place, and a sixteenth would leave
-their norm four values there. T5 reads a quarter of the places in `pooled`; marked pixels of a heatmap count three times
-in `marked`; `finer` sees pictures at twice the resolution, and was pretrained otherwise.
+"""Settings. The default is `multi_head`, `tagging`, light heads. The paper's heads for heatmaps are a sixteenth as
+wide, those for scores a quarter: on a grid of 8 x 8 their last layers have one place, and a sixteenth would leave their
+norm four values there. T5 reads a quarter of the places in `pooled`; marked pixels of a heatmap count three
+times in `marked`; `finer` sees pictures at twice the resolution, and was pretrained otherwise.
 """
 
 GOALS = {

@@ -57,8 +57,8 @@ def encode_prompts(
 ) -> dict[str, torch.Tensor]:
     """Prompts, each given as its tokens (words), -> the model's text inputs.
 
-    Every word is tokenised as if a space stood before it, an end mark follows the last one, and what is behind
-    `max_length` positions is cut.
+    Every word is tokenised as if a space stood before it, an end mark follows the last one, and words that do not fit
+    into `max_length` positions as a whole are cut: a piece of a word would be judged as a word.
 
     Returns:
         input_ids, attention_mask: (B, L) int64; padding is masked, whatever id it has.
@@ -69,9 +69,13 @@ def encode_prompts(
     rows, positions = [], []
     for words in tokens:
         encoded = tokenizer(list(words), **_AS_WORDS) if words else None
-        ids = encoded.input_ids[: max_length - len(ends)] if words else []
+        of_words = encoded.word_ids() if words else []  # rising: the word that each piece is of
+        most = max_length - len(ends)
+        if len(of_words) > most:
+            of_words = of_words[: of_words.index(of_words[most])]
+        ids = encoded.input_ids[: len(of_words)] if words else []
         begins = [-1] * len(words)
-        for place, word in reversed(list(enumerate(encoded.word_ids()[: len(ids)] if words else []))):
+        for place, word in reversed(list(enumerate(of_words))):
             begins[word] = place
         rows.append(ids + ends)
         positions.append(begins)

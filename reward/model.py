@@ -49,6 +49,7 @@ from reward.heads import (
 )
 from reward.t5_family import check_text_config, new_stack, output_scale
 from reward.vision import (
+    check_pictures_taken,
     check_size,
     is_staged,
     normalisation_of,
@@ -76,7 +77,8 @@ _CHOICES = {
 _LEAST = {"max_text_length": 2, "image_pooling": 1}
 _SIDES = ("image_size", "heatmap_size")
 _OF_COLOURS = ("image_mean", "image_std")
-_CHECKED = (*_CHOICES, *_LEAST, *_SIDES, *_OF_COLOURS, "head_width")
+_WEIGHTS = ("score_loss_weight", "heatmap_loss_weight", "word_loss_weight", "heatmap_positive_weight")
+_CHECKED = (*_CHOICES, *_LEAST, *_SIDES, *_OF_COLOURS, *_WEIGHTS, "head_width", "word_threshold")
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -92,12 +94,16 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be one of {', '.join(_CHOICES[name])}, not {value!r}")
         if name in _LEAST and value < _LEAST[name]:
             raise ValueError(f"{name} must be at least {_LEAST[name]}, not {value}")
-        if name in _SIDES and min(_pair(value)) < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+        if name in _SIDES and not _is_size(value):
+            raise ValueError(f"{name} must be a side of at least 1, or [height, width] of such, not {value!r}")
         if name in _OF_COLOURS and (len(value) != 3 or (name == "image_std" and min(value) <= 0)):
             raise ValueError(f"{name} takes a number for each of R, G, B, of image_std above 0, not {list(value)}")
         if name == "head_width" and not 0 < value < float("inf"):
             raise ValueError(f"head_width must be a number above 0, not {value}")
+        if name in _WEIGHTS and not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be a number from 0 on, not {value}")
+        if name == "word_threshold" and not 0 <= value <= 1:
+            raise ValueError(f"word_threshold is a probability, in [0, 1], not {value}")
 
 
 class RahfConfig(PreTrainedConfig):
@@ -163,6 +169,7 @@ class RahfConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         check_options({name: getattr(self, name) for name in _CHECKED})
+        check_pictures_taken(self.vision_config)
         check_text_config(self.text_config)
         if self.word_separators != SEPARATORS:
             raise ValueError(f"the model's prompts were split at {self.word_separators!r}; here it is {SEPARATORS!r}")
@@ -178,6 +185,17 @@ class RahfConfig(PreTrainedConfig):
                 f"image_pooling must divide both sides of the grid of {self.grid[0]} x {self.grid[1]} patches, not be "
                 f"{self.image_pooling}"
             )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in transformers, which would read any model's settings, and warn.
+
+        Raises:
+            ValueError: they are of a model of another kind.
+        """
+        if (kind := config_dict.get("model_type")) != cls.model_type:
+            raise ValueError(f"the config is of a {kind!r}, not of a RAHF (its model_type must be {cls.model_type!r})")
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -259,7 +277,12 @@ class RahfModel(PreTrainedModel):
                 pixels are normalised, unless `options` do.
             text: a T5, mT5 or UMT5 (encoder only, or with its decoder, which `words="sequence"` needs), or its folder.
             options: fields of `RahfConfig`.
+
+        Raises:
+            ValueError: an option that is no field, a text model or vision encoder of another kind, or lost weights.
         """
+        if unknown := sorted(options.keys() - RahfConfig.__annotations__.keys()):
+            raise ValueError(f"RahfConfig has no field {unknown[0]!r}; it has {', '.join(RahfConfig.__annotations__)}")
         lost: dict[str, set[str]] = {"vision": set(), "text": set()}
         if not isinstance(vision, PreTrainedModel):
             options = _with_normalisation(vision, options)
@@ -284,15 +307,32 @@ class RahfModel(PreTrainedModel):
         return model
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, folder: str | Path, *args, output_loading_info: bool = False, **kwargs):
         """As in transformers; the weights are then copied, so that the model predicts the bits that it did when saved.
 
         safetensors hands out views of the file at odd addresses, and CPU kernels round differently there.
+
+        Args:
+            attn_implementation: by part, `{"vision_config": ..., "text_config": ...}`, or one for both; a flash
+                attention is the vision encoder's alone, as T5's relative positions have none.
+            output_loading_info: return what was not found, too, which is an error otherwise.
+
+        Raises:
+            ValueError: the checkpoint is of another class, or lacks weights.
         """
-        loaded = super().from_pretrained(*args, **kwargs)
-        for parameter in (loaded[0] if isinstance(loaded, tuple) else loaded).parameters():
+        attention = kwargs.get("attn_implementation")
+        if isinstance(attention, str) and "flash" in attention:
+            kwargs["attn_implementation"] = {"vision_config": attention, "text_config": "sdpa"}
+        model, told = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+        for parameter in model.parameters():
             parameter.data = parameter.data.clone()
-        return loaded
+        if output_loading_info:
+            return model, told
+        if lost := sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}):
+            raise ValueError(
+                f"{folder} lacks weights of the model, or has them in other sizes: {lost[:3]} ({len(lost)} in all)"
+            )
+        return model
 
     def _init_weights(self, module: nn.Module) -> None:
         """New layers keep the scale of what flows through them (T5's embeddings have a variance of 1, not 0.02**2)."""
@@ -328,6 +368,11 @@ class RahfModel(PreTrainedModel):
 
     def patch_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) -> the vision encoder's features of each place on its grid, (B, P, its width)."""
+        if pixel_values.shape[-2:] != self.config.input_size:  # an encoder of any size would leave out a part of it
+            raise ValueError(
+                f"pixel_values are {tuple(pixel_values.shape[-2:])} pixels, and the model sees "
+                f"{self.config.input_size}; `reward.data.preprocess` brings pictures to that size"
+            )
         features = self.vision(pixel_values=pixel_values, **self.resizing).last_hidden_state
         return tokens_of(features, self.config.grid[0] * self.config.grid[1])
 
@@ -445,6 +490,11 @@ class RahfModel(PreTrainedModel):
         return predicted
 
 
+def _is_size(size: object) -> bool:
+    sides = size if isinstance(size, (list, tuple)) and len(size) == 2 else [size]
+    return all(isinstance(side, int) and side >= 1 for side in sides)
+
+
 def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
@@ -454,7 +504,11 @@ def _of(heads: nn.ModuleDict, name: str) -> nn.Module:
 
 
 def _output_names(output_ids: list[list[int]] | None, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of the names of outputs, (7, N) with padding before them, and where they are (bool)."""
+    """Ids of the names of outputs, (7, N), and where they are (bool).
+
+    Where a tokenizer cuts names into differing numbers of pieces, masked places stand before the shorter ones, and the
+    prompt is as far behind the image for each: T5 knows distances, so that is a part of what the model learned.
+    """
     if output_ids is None:
         raise ValueError("the model does not know the names of its outputs yet; give it a tokenizer: adopt_tokenizer")
     longest = max(map(len, output_ids))

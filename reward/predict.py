@@ -2,9 +2,10 @@
 
     python -m reward.predict --model DIR --images a.png b.png --prompts "a cat" "a dog" --out DIR
 
-writes `feedback.jsonl` (one line a picture: scores, tokens, probabilities, the words struck out, names of its files),
-the two heatmaps of each picture as PNG, and an overlay: picture, heatmaps over it, prompt with its misaligned words
-struck out. `--prompts` takes one prompt a picture, or one text file with a prompt a line.
+writes `feedback.jsonl` (one line a picture: scores, tokens, probabilities, with null for a word that the model does not
+judge, the words struck out, names of its files), the two heatmaps of each picture as PNG, and an overlay: picture,
+heatmaps over it, prompt with its misaligned words struck out. `--prompts` takes one prompt a picture, or one text file
+with a prompt a line.
 
 Shapes: B pictures of H x W pixels, T the words of a prompt.
 """
@@ -54,12 +55,7 @@ class RichFeedbackPredictor:
         """
         check_model_folder(folder)
         tokenizer = load_tokenizer(folder)
-        model, report = RahfModel.from_pretrained(
-            folder, output_loading_info=True, dtype=dtype, ignore_mismatched_sizes=True
-        )
-        if missing := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
-            which = f"{missing[:3]} ({len(missing)} in all)"
-            raise ValueError(f"{folder} lacks weights of the model, or has them in other sizes: {which}")
+        model = RahfModel.from_pretrained(folder, dtype=dtype, ignore_mismatched_sizes=True)
         return cls(model, tokenizer).to(device)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -143,6 +139,17 @@ class RichFeedbackPredictor:
         finally:
             hook.remove()
         return feedback, torch.cat(seen)
+
+    def judges(self, prompts: Sequence[str]) -> list[list[bool]]:
+        """Which words of prompts it judges: none behind its reach, or that its tokenizer drops; in a `RichFeedback`
+        these count as aligned, with a probability of 0."""
+        tokens = [keywords.tokenize(prompt) for prompt in prompts]
+        places = encode_prompts(self.tokenizer, tokens, self.model.config.max_text_length)["word_positions"].tolist()
+        has_words = self.model.word_head is not None
+        return [
+            [has_words and place >= 0 for _, place in zip(words, row, strict=False)]
+            for words, row in zip(tokens, places, strict=True)
+        ]
 
     def _pixels(self, images: torch.Tensor) -> torch.Tensor:
         return preprocess(images.to(self.device, torch.float32), self.model.config).to(self.model.dtype)
@@ -286,7 +293,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     path = Path(arguments.images[place])
                     check_finite(said, [str(path)])
                     files = _write_pictures(image, said, f"{place:04d}_{path.stem}", folder, predictor.word_threshold)
-                    line = _as_line(said, predictor.word_threshold)
+                    (judged,) = predictor.judges([prompts[place]])
+                    line = _as_line(said, judged, predictor.word_threshold)
                     lines.write(json.dumps({"image": str(path), "prompt": prompts[place], **line, **files}) + "\n")
         if out.is_dir():
             out.rmdir()
@@ -344,14 +352,15 @@ def _write_pictures(
     return files
 
 
-def _as_line(feedback: RichFeedback, threshold: float) -> dict:
-    """Feedback of one image as a line of `feedback.jsonl` holds it."""
-    tokens, misaligned = list(feedback.tokens[0]), [float(value) for value in feedback.misaligned[0]]
+def _as_line(feedback: RichFeedback, judged: Sequence[bool], threshold: float) -> dict:
+    """Feedback of one image as a line of `feedback.jsonl` holds it; `judged` says which of its T words it is of."""
+    tokens, values = list(feedback.tokens[0]), [float(value) for value in feedback.misaligned[0]]
+    misaligned = [value if counts else None for value, counts in zip(values, judged, strict=True)]
     return {
         "scores": {name: float(value[0]) for name, value in feedback.scores.items()},
         "tokens": tokens,
         "misaligned": misaligned,
-        "struck_out": [token for token, value in zip(tokens, misaligned, strict=True) if value > threshold],
+        "struck_out": [token for token, value in zip(tokens, values, strict=True) if value > threshold],
         "heatmap_means": {name: float(value.mean()) for name, value in feedback.heatmaps.items()},
     }
 

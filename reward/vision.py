@@ -80,13 +80,17 @@ def normalisation_of(folder: str | Path) -> tuple[list[float], list[float]] | No
     return [float(value) for value in mean], [float(value) for value in std]
 
 
-def check_size(config: PreTrainedConfig, size: tuple[int, int]) -> None:
-    """Raise a `ValueError` if the encoder cannot see pictures of `size` = (H, W)."""
+def check_pictures_taken(config: PreTrainedConfig) -> None:
+    """Raise a `ValueError` if the encoder takes something else than pictures."""
     if config.model_type.startswith("siglip2"):
         raise ValueError(
             "the vision encoder is a SigLIP 2 of the NaFlex kind, which takes patches instead of pictures; use one of "
             "fixed size (its model_type is siglip_vision_model)"
         )
+
+
+def check_size(config: PreTrainedConfig, size: tuple[int, int]) -> None:
+    """Raise a `ValueError` if the encoder cannot see pictures of `size` = (H, W)."""
     stride = stride_of(config)
     if min(size) < stride or any(side % stride for side in size):
         given = size[0] if size[0] == size[1] else f"{size[0]} x {size[1]}"
@@ -98,6 +102,12 @@ def check_size(config: PreTrainedConfig, size: tuple[int, int]) -> None:
         raise ValueError(
             f"the vision encoder, a {config.model_type!r}, sees pictures of {size_of(config)} pixels only; leave "
             "image_size away"
+        )
+    own = getattr(config, "image_size", None)
+    if not _is_own(config, size) and _interpolates(config) and not isinstance(own, int) and len(set(own)) > 1:
+        raise ValueError(
+            f"the vision encoder, a {config.model_type!r}, was made for pictures of {list(own)} pixels; only from a "
+            "square are its positions interpolated: leave image_size away"
         )
 
 

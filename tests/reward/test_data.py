@@ -3,6 +3,8 @@ import pytest
 import torch
 from datasets import load_from_disk
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from reward import richhf
 from reward.augmentation import Augmentation
@@ -55,17 +57,33 @@ def test_prompts_are_padded_masked_and_cut(tokenizer):
     assert (out["input_ids"][torch.arange(4), out["attention_mask"].sum(1) - 1] == tokenizer.eos_token_id).all()
 
 
-def test_words_of_several_pieces_are_read_at_their_first():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+@pytest.fixture
+def pieces():
+    """A tokenizer that cuts "cats" and "dogs" in two, and drops line breaks."""
     vocabulary = {"<pad>": 0, "</s>": 1, "[UNK]": 2, "cat": 3, "##s": 4, "dog": 5}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    pieces = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+
+
+def test_words_of_several_pieces_are_read_at_their_first(pieces):
     out = encode_prompts(pieces, [["cats", "\n", "dog"]], max_length=8)
     assert out["input_ids"].tolist() == [[3, 4, 5, 1]]
-    assert out["word_positions"].tolist() == [[0, -1, 2]]  # the tokenizer drops the line break
+    assert out["word_positions"].tolist() == [[0, -1, 2]]
+
+
+@pytest.mark.parametrize(("most", "ids", "begins", "unread"), [
+    (5, [3, 4, 5, 4, 1], [0, 2], []),
+    (4, [3, 4, 1], [0, -1], ["dogs"]),
+    (3, [3, 4, 1], [0, -1], ["dogs"]),
+    (2, [1], [-1, -1], ["cats", "dogs"]),
+])  # fmt: skip
+def test_a_word_that_fits_in_part_is_cut_as_a_whole(pieces, most, ids, begins, unread):
+    """Its first pieces would be judged, and trained, as if they were the word."""
+    out = encode_prompts(pieces, [["cats", "dogs"]], max_length=most)
+    assert out["input_ids"].tolist() == [ids]
+    assert out["word_positions"].tolist() == [begins]
+    assert unread_words([["cats", "dogs"]], out["word_positions"]) == [unread]
 
 
 def test_pad_rows():

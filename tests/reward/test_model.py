@@ -16,6 +16,7 @@ from transformers import (
     Dinov2WithRegistersConfig,
     DINOv3ViTConfig,
     MT5Config,
+    PreTrainedModel,
     ResNetConfig,
     ResNetModel,
     SiglipConfig,
@@ -297,11 +298,15 @@ def augmented(make_config, tokenizer):
     return model
 
 
-def test_augmented_prompt_names_what_it_is_to_say(augmented, batch):
-    """Each output is what the one head of its kind reads after the encoder saw its name before the prompt."""
+@pytest.mark.parametrize("cut", [(2,), (1, 2)])
+def test_augmented_prompt_names_what_it_is_to_say(augmented, batch, cut):
+    """Each output is what the one head of its kind reads after the encoder saw its name before the prompt, a short name
+    behind places that nothing looks at."""
+    names = augmented.config.output_ids = [
+        name[: cut[place % len(cut)]] for place, name in enumerate(augmented.config.output_ids)
+    ]
     out, patches = augmented(**batch), 16
     assert (len(augmented.score_heads), len(augmented.heatmap_heads)) == (1, 1)
-    names = augmented.config.output_ids
     assert len({tuple(name) for name in names}) == len(OUTPUT_NAMES) == 7
     seen = augmented.see(batch["pixel_values"])
     for row in range(3):
@@ -309,9 +314,14 @@ def test_augmented_prompt_names_what_it_is_to_say(augmented, batch):
         prompt = batch["input_ids"][row, :length].tolist()
         fused = []
         for name in names:
-            text = augmented.encoder.embed_tokens(torch.tensor([[*name, *prompt]]))
-            states = augmented.encoder(inputs_embeds=torch.cat([seen[row : row + 1], text], 1)).last_hidden_state
-            fused.append((states[:, :patches], states[:, patches + len(name) :]))
+            away = 2 - len(name)
+            text = augmented.encoder.embed_tokens(torch.tensor([[9] * away + [*name, *prompt]]))
+            read = {
+                "inputs_embeds": torch.cat([seen[row : row + 1], text], 1),
+                "attention_mask": torch.tensor([[1] * patches + [0] * away + [1] * (len(name) + length)]),
+            }
+            states = augmented.encoder(**read).last_hidden_state
+            fused.append((states[:, :patches], states[:, patches + 2 :]))
         maps = [image.transpose(1, 2).unflatten(2, (4, 4)) for image, _ in fused]
         for index in range(4):
             score = augmented.score_heads["any"](maps[index], fused[index][1], torch.ones(1, length)).sigmoid()
@@ -498,7 +508,16 @@ def test_labels_of_another_range_are_refused(make_config, tmp_path):
         make_config(label_range=[1, 5])
 
 
-def test_a_part_can_have_its_own_attention(make_config, tmp_path):
+def test_a_part_can_have_its_own_attention(make_config, tmp_path, monkeypatch):
     RahfModel(make_config()).save_pretrained(tmp_path)
     model = RahfModel.from_pretrained(tmp_path, attn_implementation={"vision_config": "eager", "text_config": "sdpa"})
     assert (model.vision.config._attn_implementation, model.encoder.config._attn_implementation) == ("eager", "sdpa")
+
+    asked = []
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **settings: asked.append(settings) or (model, {
+        "missing_keys": [], "mismatched_keys": []}))  # fmt: skip
+    RahfModel.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+    RahfModel.from_pretrained(tmp_path, attn_implementation="eager")
+    assert [settings["attn_implementation"] for settings in asked] == [
+        {"vision_config": "flash_attention_2", "text_config": "sdpa"}, "eager",
+    ]  # fmt: skip

@@ -115,6 +115,7 @@ def test_words_beyond_the_models_reach_are_told(predictor, images):
         feedback = predictor(images[:1], ["red " * 15 + "blue circle"])
     assert (feedback.misaligned[0][15:] == 0).all()
     assert (feedback.misaligned[0][:15] > 0).all()
+    assert predictor.judges(["red " * 15 + "blue circle", "blue"]) == [[True] * 15 + [False] * 2, [True]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         predictor(images[:1], ["red " * 15])
@@ -124,6 +125,7 @@ def test_words_beyond_its_reach_are_told_by_a_model_without_words_too(make_confi
     silent = RichFeedbackPredictor(RahfModel(make_config(words="none")).eval(), tokenizer)
     with pytest.warns(UserWarning, match="2 words of 1 prompts are not read: 'blue', 'circle'"):
         silent(images[:1], ["red " * 15 + "blue circle"])
+    assert silent.judges(["red blue", ""]) == [[False, False], []]
 
 
 def test_nan_stays_nan(predictor, images):
@@ -196,6 +198,16 @@ def test_the_command_writes_lines_maps_and_overlays(model_folder, image_files, t
     assert len(list(out.iterdir())) == 1 + 2 * 3
     with pytest.raises(ValueError, match="not empty"):
         predict.main(["--model", str(model_folder), "--images", *image_files, *prompts, "--out", str(out)])
+
+
+def test_words_that_are_not_judged_have_no_figure_in_a_line(model_folder, image_files, tmp_path):
+    prompts = ["--prompts", "red " * 15 + "blue circle", "blue"]
+    with pytest.warns(UserWarning, match="'blue', 'circle'"):
+        predict.main(["--model", str(model_folder), "--images", *image_files, *prompts, "--out", str(tmp_path / "out")])
+    long, short = map(json.loads, (tmp_path / "out" / "feedback.jsonl").read_text().splitlines())
+    assert long["misaligned"][15:] == [None, None]
+    assert all(0 < value < 1 for value in long["misaligned"][:15] + short["misaligned"])
+    assert len(long["tokens"]) == 17
 
 
 def test_images_of_several_sizes_are_judged_in_batches(model_folder, image_files, tmp_path, monkeypatch):
