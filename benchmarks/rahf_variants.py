@@ -11,15 +11,16 @@ of which all but those of aesthetics and overall were pretrained. So this says w
 what is better in itself. With `--new_heads` all but `finer` begin with the pretrained encoders alone, and none has a
 head start.
 
-It evaluates with `reward.evaluate` on the test split against fresh raters. A value is the mean over
-seeds, its interval Student's over seeds; "less the default's" is paired by seed. It needs what
-`python -m tinyworld.build --stages feedback pretraining` leaves in `build/tinyworld` (`--data`, `--pretrained`), and
-`finer` what `--stages feedback finer` does. Trainings that are there already (`--work`) are not repeated; one that was
-killed goes on from its last checkpoint. An epoch of the default takes 2 minutes on one core with AVX-512, and 4 with
-AVX2; of augmented prompts and of the paper's heads for heatmaps 4 and 8 times as long.
+It evaluates with `reward.evaluate` on the test split against fresh raters. A value is the mean over seeds, its interval
+Student's over seeds; "less the default's" is paired by seed. It needs what `python -m tinyworld.build --stages feedback
+pretraining` leaves in `build/tinyworld` (`--data`, `--pretrained`), and `finer` what `--stages feedback finer` does.
+Trainings that are there already (`--work`) are not repeated, so the JSON's `seconds` are of what was left to do; one
+that was killed goes on from its last checkpoint. An epoch of the default takes 2 minutes on one core with AVX-512, and
+4 with AVX2; of augmented prompts and of the paper's heads for heatmaps 4 and 8 times as long.
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -33,6 +34,7 @@ import torch
 from long_runs import write_json
 from report import Row, flags, over_seeds, publish
 from safetensors.torch import load_file, save_file
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from reward import evaluate
@@ -130,6 +132,20 @@ def figures(folder: Path, raters: Path, held_out: Path, options) -> dict[tuple[s
     return found
 
 
+def curves(folder: Path) -> dict[str, float]:
+    """How a training went, by epoch: the mean of its loss, and on dev the loss and two of the metrics."""
+    (last,) = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))[-1:]
+    logs = json.loads((last / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
+    found: dict[str, list[float]] = {}
+    for log in logs:
+        if "loss" in log:
+            found.setdefault(f"loss in epoch {math.ceil(log['epoch'] - 1e-6)}", []).append(log["loss"])
+        for metric in ("loss", "srcc_plausibility", "cc_implausibility"):
+            if f"eval_{metric}" in log:
+                found[f"{metric} on dev after epoch {round(log['epoch'])}"] = [log[f"eval_{metric}"]]
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
 def cost(folder: Path, rows: list) -> tuple[float, float]:
     """Millions of parameters, and seconds a picture where 64 are judged at once on one thread: the median of five."""
     torch.set_num_threads(1)
@@ -145,20 +161,23 @@ def cost(folder: Path, rows: list) -> tuple[float, float]:
 
 
 def metric_rows(variant: str, kept: dict[str, list], whole: bool) -> list[Row]:
-    """Each metric of `variant` over the whole split; its share of the ceiling over the pictures whose compositions are
-    not held out, how much lower that is on the others, and less the default's.
+    """Each metric of `variant` over the whole split, and its share of the ceiling; this over the pictures whose
+    compositions are not held out, how much lower it is on the others, and less the default's.
 
     Args:
         kept: variant -> for each seed what `figures` says.
         whole: whether the training was the config's own, which the goals are about.
     """
-    known, held_out, plain = ("of ceiling", "other prompts"), ("of ceiling", "listed prompts"), ("predictor", "all")
+    known, held_out = ("of ceiling", "other prompts"), ("of ceiling", "listed prompts")
+    plain, share = ("predictor", "all"), ("of ceiling", "all")
     table = []
     for name in kept[variant][0][plain]:
         own = [one[plain][name] for one in kept[variant]]
         table.append(Row(f"{variant}: {name}", *over_seeds(own), len(own)))
         if name not in kept[variant][0][known]:  # an error, of which there is no share
             continue
+        shares = [one[share][name] for one in kept[variant]]
+        table.append(Row(f"{variant}: {name}, of the ceiling, all pictures", *over_seeds(shares), len(own)))
         shares = [one[known][name] for one in kept[variant]]
         lower = [one[known][name] - one[held_out][name] for one in kept[variant]]
         goals = (f">= {GOALS[name]}", f"<= {MOST_LOWER}") if whole and name in GOALS else (None, None)
@@ -210,6 +229,11 @@ def main() -> None:
             Row(f"{variant}: milliseconds a picture, {PICTURES} at once, one thread", 1000 * seconds, n=PICTURES)
         )
         table += metric_rows(variant, kept, whole=options.epochs is None)
+        if not options.quick:  # which keeps no checkpoint
+            went = [curves(folder(variant, seed)) for seed in seeds]
+            table += [
+                Row(f"{variant}: {name}", *over_seeds([one[name] for one in went]), len(went)) for name in went[0]
+            ]
     publish(table, began, options.json, options.quick)
 
 

@@ -1,5 +1,6 @@
 """The table of RAHF's variants: its settings are the command's own, its arithmetic that of hand and pencil."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,8 @@ def test_every_variant_is_told_in_the_commands_own_words(variant, tmp_path, monk
 
 def seed(known: float, held_out: float, own: float) -> dict:
     values = {("of ceiling", "other prompts"): known, ("of ceiling", "listed prompts"): held_out}
-    return {key: dict.fromkeys(GOALS, value) for key, value in {**values, ("predictor", "all"): own}.items()}
+    values |= {("predictor", "all"): own, ("of ceiling", "all"): own / 0.5}
+    return {key: dict.fromkeys(GOALS, value) for key, value in values.items()}
 
 
 def test_shares_and_differences_are_paired_by_seed():
@@ -40,11 +42,26 @@ def test_shares_and_differences_are_paired_by_seed():
     less = rows["pooled: cc misalignment, of the ceiling, less the default's"]
     assert (less.value, less.low, less.high) == pytest.approx((0.1, 0.1, 0.1))
     assert rows["pooled: f1 words"].value == pytest.approx(0.65)
+    assert rows["pooled: f1 words, of the ceiling, all pictures"].value == pytest.approx(1.3)
     lower = rows["pooled: f1 words, lower on held-out"]
     assert (lower.value, lower.holds) == (pytest.approx(0.1), False)
     short = {row.name: row.goal for row in metric_rows("default", kept, whole=False)}
     assert set(short.values()) == {None}, "aims are about whole trainings"
     assert not any("less the default's" in name for name in short)
+
+
+def test_a_training_is_told_by_epochs(tmp_path):
+    logs = [
+        {"epoch": 0.5, "loss": 3.0}, {"epoch": 1.0, "loss": 1.0}, {"epoch": 1.0, "eval_loss": 1.5, "eval_runtime": 9.0},
+        {"epoch": 1.5, "loss": 0.5}, {"epoch": 2.0, "eval_loss": 1.25, "eval_cc_implausibility": 0.25},
+    ]  # fmt: skip
+    for step, kept in ((9, logs[:3]), (18, logs)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"log_history": kept}))
+    assert rahf_variants.curves(tmp_path) == {
+        "loss in epoch 1": 2.0, "loss in epoch 2": 0.5, "loss on dev after epoch 1": 1.5,
+        "loss on dev after epoch 2": 1.25, "cc_implausibility on dev after epoch 2": 0.25,
+    }  # fmt: skip
 
 
 def test_a_finished_training_is_kept_and_a_killed_one_goes_on(tmp_path, monkeypatch):
