@@ -39,10 +39,10 @@ code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
 print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 """A small process to start the command from: a child's peak begins at what its parent holds."""
-KINDS = ("pairs", "saved pairs", "rows", "rows, large groups", "folder")
+KINDS = ("pairs", "saved pairs", "rows", "rows, large groups", "folder", "saved pairs, large batches")
 """`saved pairs` are arrow files, as `datasets` saves them; the other pairs and `rows` are parquet."""
 ROW_GROUP = 100  # as `datasets` writes pictures
-LARGE_GROUP = 5_000  # some 450 MB, a shard of the hub in one piece, as other writers leave it
+LARGE_GROUP = 5_000  # some 450 MB (pairs: 900), a shard of the hub in one piece, as other writers leave it
 
 
 def make_picture(rng: np.random.Generator) -> bytes:
@@ -103,18 +103,21 @@ def write_source(kind: str, folder: Path, sizes: dict[str, int], rng: np.random.
         whole.save_to_disk(folder)
         shutil.rmtree(parquet)
         return
-    writer, size = None, LARGE_GROUP if "large groups" in kind else ROW_GROUP
+    writer, size = None, LARGE_GROUP if "large" in kind else ROW_GROUP
     for begin in range(0, len(uids), size):
         part = uids[begin : begin + size]
         images = [pictures[(begin + index) % DISTINCT] for index in range(len(part))]
-        if kind == "pairs":
+        if "pairs" in kind:
             columns = {"image_0_uid": part, "image_1_uid": [f"unrated-{uid}" for uid in part]}
             columns |= {"jpg_0": images, "jpg_1": images[::-1], "caption": [PROMPT] * len(part)}
         else:
             structs = [{"bytes": data, "path": None} for data in images]
             columns = {"uid": part, "image": structs, "prompt": [PROMPT] * len(part)}
         table = pa.table(columns)
-        writer = writer or pyarrow.parquet.ParquetWriter(folder / "0.parquet", table.schema)
+        if kind == "saved pairs, large batches":
+            writer = writer or pa.ipc.new_stream(folder / "0.arrow", table.schema)
+        else:
+            writer = writer or pyarrow.parquet.ParquetWriter(folder / "0.parquet", table.schema)
         writer.write_table(table)
     writer.close()
 

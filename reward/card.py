@@ -4,6 +4,7 @@
 `card_examples.png`, twelve random examples with what the raters said drawn over them.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class SplitStatistics:
 
     Attributes:
         scores: name -> (N,) in [0, 1].
-        empty: name of a map -> share of examples in which no rater marked anything.
+        empty: name of a map -> share of examples in which no rater marked anything; NaN without an example.
         words: (N,) tokens of each prompt.
         misaligned: share of all tokens that are marked as misaligned; NaN without a token.
     """
@@ -83,10 +84,10 @@ def markdown(of_split: Mapping[str, SplitStatistics], report: str) -> str:
     rows = {
         "examples": [str(len(part)) for part in parts],
         **{f"{name}, mean ± std": [_mean_std(part.scores[name]) for part in parts] for name in SCORES},
-        **{f"empty {name} maps": [f"{part.empty[name]:.1%}" for part in parts] for name in HEATMAPS},
+        **{f"empty {name} maps": [_share(part.empty[name]) for part in parts] for name in HEATMAPS},
         "words per prompt, median": [_or_dash(np.median, part.words) for part in parts],
         "words per prompt, longest": [_or_dash(np.max, part.words) for part in parts],
-        "misaligned words": [f"{part.misaligned:.1%}" for part in parts],
+        "misaligned words": [_share(part.misaligned) for part in parts],
     }
     table = [["", *of_split], ["---", *["---:"] * len(of_split)], *([name, *cells] for name, cells in rows.items())]
     return "\n".join(
@@ -167,6 +168,10 @@ def _tensor(image: Image.Image) -> torch.Tensor:
 
 def _mean_std(values: np.ndarray) -> str:
     return f"{values.mean():.3f} ± {values.std():.3f}" if len(values) else "-"
+
+
+def _share(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.1%}"
 
 
 def _or_dash(function, values: np.ndarray) -> str:

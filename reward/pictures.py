@@ -10,7 +10,7 @@ import zlib
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _PLAIN = ("RGB", "L")  # Pillow turns these into RGB without loss
@@ -21,7 +21,7 @@ _BROKEN = (
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
+    Image.DecompressionBombWarning,  # where warnings are errors
 )
 
 
@@ -50,7 +50,7 @@ def decode(data: bytes) -> Image.Image:
         ValueError: it is no picture, is cut off or damaged, or is larger than Pillow deems safe.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image = _open(io.BytesIO(data))
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
     except _BROKEN as error:
@@ -65,7 +65,7 @@ def size_of(file: BinaryIO) -> tuple[int, int]:
         ValueError: it is no picture, or is larger than Pillow deems safe.
     """
     try:
-        image = Image.open(file, formats=_FORMATS)
+        image = _open(file)
         lies = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # on its side
     except _BROKEN as error:
         raise ValueError(f"it is no picture that can be read ({error})") from error
@@ -93,6 +93,23 @@ def as_map_file(data: bytes) -> bytes:
     if image.format == "PNG" and image.mode == "L":
         return data
     return encode_png(to_rgb(image, ground="black").convert("L"))
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    """An encoded picture of which no pixel is decoded yet.
+
+    Raises:
+        one of `_BROKEN`: it is no picture, or larger than Pillow deems safe, `Image.MAX_IMAGE_PIXELS`; Pillow itself
+            only warns up to twice that.
+    """
+    try:
+        image = Image.open(file, formats=_FORMATS)
+    except UnidentifiedImageError as error:  # whose text has the place of `file` in memory
+        raise UnidentifiedImageError(f"none of {', '.join(_FORMATS)}") from error
+    limit = Image.MAX_IMAGE_PIXELS  # None: whoever set it trusts any size
+    if limit is not None and image.width * image.height > limit:
+        raise Image.DecompressionBombError(f"it has {image.width}x{image.height} pixels, more than {limit}")
+    return image
 
 
 def encode_png(image: Image.Image) -> bytes:

@@ -35,14 +35,17 @@ _MAP_FIELDS = {"implausibility": "artifact_map", "misalignment": "misalignment_m
 
 
 class RecordError(ValueError):
-    """A message is not a sound record of RichHF-18K's; `problem` is `MALFORMED` or `OUT_OF_RANGE`, `uid` its name.
+    """A message is not a sound record of RichHF-18K's.
 
-    `uid` is None where that could not be read either.
+    Attributes:
+        problem: `MALFORMED` or `OUT_OF_RANGE`.
+        detail: which field, and which value.
+        uid: the record's; None where that could not be read either.
     """
 
     def __init__(self, problem: str, detail: str, uid: str | None = None):
         super().__init__(f"{problem}: {detail}")
-        self.problem, self.uid = problem, uid
+        self.problem, self.detail, self.uid = problem, detail, uid
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ prompts (`--prompts_table`). The two are joined by the uid, the stem of a record
 `datasets.DatasetDict` folder; see `FEATURES`. `--keep_columns NAME ...` adds columns of the source, as text, for
 `reward.evaluate --group_by` and others.
 
-What cannot be joined is left out and reported, split by split, with the reason; `--strict` makes it an error. The
-folder appears when it is whole. Neither records nor pictures are ever all in memory: the records' places in their files
-are, and each is read again when its picture turns up.
+What cannot be joined is left out and reported, split by split, with the reason. A uid that has two different pictures
+or prompts, in a folder of pictures, is reported too, and the first one taken. `--strict` makes either an error. The
+data set appears when it is whole. Neither records nor pictures are ever all in memory: the records' places in their
+files are, and each is read again when its picture turns up.
 """
 
 import json
@@ -23,7 +24,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -38,11 +39,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from reward import keywords
 from reward.arguments import main_guard, parse_arguments
 from reward.card import write_card
+from reward.checks import check_place
 from reward.feedback import HEATMAPS, SCORES
 from reward.pictures import as_map_file, as_rgb_file
 from reward.records import SPLITS, Record, RecordError, find_tfrecords, parse_record
-from reward.sources import Columns, Picture, Source, open_source
-from reward.tfrecords import read_frames
+from reward.sources import Columns, Picture, PictureFolder, Source, open_source
+from reward.tfrecords import CHECKSUM_WRONG, CUT_OFF, read_frames
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +61,26 @@ FEATURES = Features(
 )
 
 NO_PICTURE = "no picture in the source"
+NO_DATA = "uid in the source, but its picture cannot be read as bytes, nor as the path of a file inside the source"
 NO_PROMPT = "prompt missing or empty"
 LABEL_COUNT = "label count unlike token count"
 PICTURE_BROKEN = "picture does not decode"
 MAP_BROKEN = "map does not decode"
 REPEATED = "uid met before"
+DAMAGE = (CHECKSUM_WRONG, CUT_OFF)
+"""Reasons that another copy of the file may not have; the others are in the records themselves."""
 
+_LONGEST = 200  # characters of a detail: a field may hold anything
 _NAMED = 5  # uids that a report names for each reason
 _BATCH = 32  # pictures that are decoded side by side
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """Why a record gives no row; `detail` says which field and which value, where there is more to say."""
+
+    why: str
+    detail: str = ""
 
 
 @dataclass
@@ -77,24 +91,42 @@ class SplitReport:
         read: records in its file, damaged ones included.
         joined: those in the data set.
         dropped: why -> how many.
+        ambiguous: why a uid is -> how many; they are not dropped for it.
         examples: why -> up to five uids (or `record <number>`, where the uid could not be read).
+        details: why -> the detail of the first one.
     """
 
     read: int = 0
     joined: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    ambiguous: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)
 
-    def drop(self, why: str, uid: str) -> None:
-        self.dropped[why] += 1
+    def drop(self, flaw: Flaw, uid: str) -> None:
+        self._count(self.dropped, flaw.why, uid)
+        if detail := " ".join(flaw.detail.split()):
+            self.details.setdefault(flaw.why, detail if len(detail) <= _LONGEST else f"{detail[:_LONGEST]} ...")
+
+    def note(self, why: str, uid: str) -> None:
+        """Count a uid as ambiguous."""
+        self._count(self.ambiguous, why, uid)
+
+    def _count(self, counter: Counter[str], why: str, uid: str) -> None:
+        counter[why] += 1
         if len(named := self.examples.setdefault(why, [])) < _NAMED:
             named.append(uid)
 
     def __str__(self) -> str:
         lines = [f"{self.read} records read, {self.joined} joined, {self.dropped.total()} dropped"]
-        for why, count in self.dropped.most_common():
+        for why, count in [*self.dropped.most_common(), *self.ambiguous.most_common()]:
             more = ", ..." if count > len(self.examples[why]) else ""
-            lines.append(f"  {count}: {why} ({', '.join(self.examples[why])}{more})")
+            line = f"  {count}: {why} ({', '.join(self.examples[why])}{more})"
+            if why in DAMAGE:
+                line += "; fetch the file again"
+            elif why in self.details:
+                line += f"; {'the first: ' if count > 1 else ''}{self.details[why]}"
+            lines.append(line)
         return "\n".join(lines)
 
 
@@ -127,39 +159,43 @@ def index_records(files: Mapping[str, Path], reports: Mapping[str, SplitReport],
             report.read += 1
             bar.advance(task)
             if frame.problem is not None:
-                report.drop(frame.problem, f"record {frame.index}")
+                report.drop(Flaw(frame.problem), f"record {frame.index}")
                 continue
             try:
                 uid = parse_record(frame.data).uid
             except RecordError as error:
-                report.drop(error.problem, error.uid or f"record {frame.index}")
+                report.drop(Flaw(error.problem, error.detail), error.uid or f"record {frame.index}")
                 continue
             if uid in places:
-                report.drop(REPEATED, uid)
+                report.drop(Flaw(REPEATED), uid)
             else:
                 places[uid] = Place(split, path, frame.offset, len(frame.data))
         if len(places) == before:
-            raise ValueError(f"{path} holds no record that can be used ({report}); fetch it again")
+            damaged = not report.read or any(why in DAMAGE for why in report.dropped)
+            remedy = "fetch it again" if damaged else "have it written anew, without these flaws"
+            raise ValueError(f"{path} holds no record that can be used ({report}); {remedy}")
     return places
 
 
-def make_row(picture: Picture, record: Record) -> dict | str:
+def make_row(picture: Picture, record: Record) -> dict | Flaw:
     """A picture, its prompt and its rating -> a row of `FEATURES` and of what is kept, or why there is none."""
     tokens = keywords.tokenize(picture.prompt or "")
     if not tokens:
-        return NO_PROMPT
+        return Flaw(NO_PROMPT)
     if len(tokens) != len(record.labels):
-        return LABEL_COUNT
+        return Flaw(LABEL_COUNT, f"{len(record.labels)} labels, {len(tokens)} tokens in {picture.prompt!r}")
     if picture.data is None:
-        return NO_PICTURE
+        return Flaw(NO_DATA)
     try:
         image = as_rgb_file(picture.data)
-    except ValueError:
-        return PICTURE_BROKEN
-    try:
-        maps = {f"{name}_map": as_map_file(record.maps[name]) for name in HEATMAPS}
-    except ValueError:
-        return MAP_BROKEN
+    except ValueError as error:
+        return Flaw(PICTURE_BROKEN, str(error))
+    maps = {}
+    for name in HEATMAPS:
+        try:
+            maps[f"{name}_map"] = as_map_file(record.maps[name])
+        except ValueError as error:
+            return Flaw(MAP_BROKEN, f"{name}: {error}")
     return {
         "uid": picture.uid,
         "image": {"bytes": image, "path": None},
@@ -181,11 +217,11 @@ def join(
     the source more than once gets as many tries: one damaged copy loses no record.
     """
     task = bar.add_task("pictures", total=len(places))
-    failed: dict[str, str] = {}
+    failed: dict[str, Flaw] = {}
 
-    def attempt(picture: Picture) -> dict | str:
+    def attempt(picture: Picture) -> dict | Flaw:
         place = places.get(picture.uid)
-        return REPEATED if place is None else make_row(picture, place.read())
+        return Flaw(REPEATED) if place is None else make_row(picture, place.read())
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
         pictures = source.pictures(places)
@@ -193,7 +229,7 @@ def join(
             for picture, row in zip(batch, pool.map(attempt, batch), strict=True):
                 if picture.uid not in places:
                     continue
-                if isinstance(row, str):
+                if isinstance(row, Flaw):
                     failed[picture.uid] = row
                     continue
                 split = places.pop(picture.uid).split
@@ -201,7 +237,18 @@ def join(
                 bar.advance(task)
                 yield split, row
     for uid, place in places.items():
-        reports[place.split].drop(failed.get(uid, NO_PICTURE), uid)
+        reports[place.split].drop(failed.get(uid, Flaw(NO_PICTURE)), uid)
+
+
+def note_ambiguous(places: Mapping[str, Place], source: Source, reports: Mapping[str, SplitReport]) -> None:
+    """Note the uids that stand for different pictures, or prompts, in a folder of pictures.
+
+    Other sources are not searched: that one of Pick-a-Pic's pictures stands in several pairs is the rule.
+    """
+    if isinstance(source, PictureFolder):
+        for why, uids in source.ambiguous(places).items():
+            for uid in uids:
+                reports[places[uid].split].note(why, uid)
 
 
 class SplitWriters:
@@ -253,7 +300,7 @@ def build(
 
     Args:
         tfrecords: folder of the three TFRecord files.
-        strict: a record that cannot be joined is an error.
+        strict: a record that cannot be joined is an error, and so is an ambiguous uid.
         console: where the progress bar goes, if it is a terminal; stderr if None.
         kept: columns that the source's pictures bring along (`Picture.kept`); they follow those of `FEATURES`.
 
@@ -269,8 +316,9 @@ def build(
     with ExitStack() as stack:
         bar = stack.enter_context(Progress(*columns, console=console, transient=True, disable=not console.is_terminal))
         places = index_records(find_tfrecords(tfrecords), reports, bar)
+        note_ambiguous(places, source, reports)
         if strict:  # a source may take hours to read
-            _refuse_drops(reports)
+            _refuse_flaws(reports)
         features = Features({**FEATURES, **dict.fromkeys(kept, Value("string"))})
         writers = stack.enter_context(SplitWriters(folder, features))
         for split, row in join(places, source, reports, bar):
@@ -278,7 +326,7 @@ def build(
     if not any(report.joined for report in reports.values()):
         raise ValueError(f"no record could be joined with a picture of {source}: {report_text(reports)}")
     if strict:
-        _refuse_drops(reports)
+        _refuse_flaws(reports)
     return reports
 
 
@@ -286,9 +334,25 @@ def report_text(reports: Mapping[str, SplitReport]) -> str:
     return "\n".join(f"{split}: {report}" for split, report in reports.items())
 
 
-def _refuse_drops(reports: Mapping[str, SplitReport]) -> None:
+def _refuse_flaws(reports: Mapping[str, SplitReport]) -> None:
     if any(report.dropped for report in reports.values()):
         raise ValueError(f"--strict, and records had to be dropped: {report_text(reports)}")
+    if any(report.ambiguous for report in reports.values()):
+        raise ValueError(f"--strict, and uids stand for more than one picture or prompt: {report_text(reports)}")
+
+
+@contextmanager
+def _parents_of(place: Path) -> Iterator[None]:
+    """Make the folders that `place` is to lie in; those that were not there are gone again if the work in it fails."""
+    new = [folder for folder in place.absolute().parents if not folder.exists()]  # the innermost first
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in new:
+            with suppress(OSError):  # something else lies in it by now
+                folder.rmdir()
+        raise
 
 
 @dataclass
@@ -317,7 +381,9 @@ class RichHFArguments:
             " model that made a picture; of Pick-a-Pic's pairs, `model` takes model_0 or model_1"
         },
     )
-    strict: bool = field(default=False, metadata={"help": "a record that cannot be joined is an error"})
+    strict: bool = field(
+        default=False, metadata={"help": "a record that cannot be joined, or an ambiguous one, is an error"}
+    )
     card: bool = field(default=False, metadata={"help": "write a data card, README.md with two pictures, into --out"})
     seed: int = field(default=0, metadata={"help": "of the card's twelve random examples"})
 
@@ -335,14 +401,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command; writes the data set and prints what became of the records."""
     (arguments,) = parse_arguments([RichHFArguments], argv)
     out = Path(arguments.out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    check_place(out, "--out")
+    if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; give a folder that does not exist yet")
     kept = tuple(arguments.keep_columns)
     columns = Columns(arguments.uid_column, arguments.image_column, arguments.prompt_column, kept)
     source = open_source(arguments.images, columns, arguments.prompts_table)
     print(f"source: {source}", file=sys.stderr)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as unfinished:
+    with _parents_of(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as unfinished:
         folder = Path(unfinished) / out.name
         reports = build(arguments.tfrecords, source, folder, arguments.strict, kept=kept)
         if arguments.card:

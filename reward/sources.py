@@ -7,11 +7,15 @@
 Each can give further columns along with its pictures, as text (`Columns.kept`).
 
 The first two are parquet files or what `datasets` keeps on disk (arrow). All are streamed: at no time is more than a
-batch of rows in memory, and arrow files are read, not mapped, as mapped pages would count as the process's memory.
+few rows in memory. Arrow files are mapped, as a batch of theirs may be the whole file; mapped pages count as the
+process's memory (`ru_maxrss`), although the kernel can drop them, so they are given back every few rows. Compressed
+arrow files are unpacked batch by batch, the needed columns only.
 """
 
 import csv
+import hashlib
 import json
+import mmap
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +30,13 @@ PAIR_COLUMNS = ("image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "caption")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _TABLE_SUFFIXES = (".csv", ".jsonl")
 _BATCH = 16  # rows: a few megabytes of pictures
+_BYTES = (
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_binary_view,
+    pa.types.is_fixed_size_binary,
+    pa.types.is_null,
+)
 _TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
 _OTHER_PLAIN = (
     pa.types.is_boolean,
@@ -34,6 +45,10 @@ _OTHER_PLAIN = (
     pa.types.is_decimal,
     pa.types.is_temporal,
 )
+_UIDS = (*_TEXT, pa.types.is_integer, lambda kind: isinstance(kind, pa.UuidType))  # what a uid can be
+
+MORE_PICTURES = "more than one picture of that name, and they differ; the first one, by path, that decodes is taken"
+MORE_PROMPTS = "more than one row of that uid in the table of prompts, and they differ; the first one is taken"
 
 
 @dataclass(frozen=True)
@@ -41,7 +56,7 @@ class Picture:
     """A picture that a source has.
 
     Attributes:
-        data: the encoded file; None if the source has the uid but no picture.
+        data: the encoded file; None if the source has the uid, but there neither bytes nor a file inside the source.
         prompt: None if the source has none.
         kept: name of a column that is kept -> its value as text; empty where there is none.
     """
@@ -146,18 +161,45 @@ class PictureFolder:
         return f"a folder of pictures, {self.folder}, with prompts from {self.table} (columns {names})"
 
     def pictures(self, wanted: Collection[str]) -> Iterator[Picture]:
-        rows = {}
+        rows, _ = self._prompts(wanted)
+        for path in self._files(wanted):
+            row = rows.get(path.stem, {})
+            prompt = row.get(self.prompt_column)
+            kept = {name: _text(row.get(name)) for name in self.kept}
+            yield Picture(path.stem, path.read_bytes(), prompt if isinstance(prompt, str) else None, kept)
+
+    def ambiguous(self, wanted: Collection[str]) -> dict[str, list[str]]:
+        """`MORE_PICTURES` and `MORE_PROMPTS` -> the wanted uids of which it is true. Equal copies are not meant."""
+        files: dict[str, list[Path]] = {}
+        for path in self._files(wanted):
+            files.setdefault(path.stem, []).append(path)
+        repeated = {uid: paths for uid, paths in files.items() if len(paths) > 1}
+        differing = [
+            uid
+            for uid, paths in repeated.items()
+            if len({hashlib.sha256(path.read_bytes()).digest() for path in paths}) > 1
+        ]
+        _, several = self._prompts(wanted)
+        return {MORE_PICTURES: differing, MORE_PROMPTS: several}
+
+    def _files(self, wanted: Collection[str]) -> Iterator[Path]:
+        """The wanted pictures' files: a folder's own by name, then those of its sub-folders, on every file system."""
+        for folder, folders, names in os.walk(self.folder):
+            folders.sort()
+            for path in (Path(folder) / name for name in sorted(names)):
+                if path.suffix.lower() in PICTURE_SUFFIXES and path.stem in wanted:
+                    yield path
+
+    def _prompts(self, wanted: Collection[str]) -> tuple[dict[str, dict], list[str]]:
+        """Of each wanted uid, the table's first row (prompt and what is kept); the uids that have others too."""
+        rows: dict[str, dict] = {}
+        several: dict[str, None] = {}
         for row in table_rows(self.table):
             if (uid := _uid(row.get(self.uid_column))) in wanted:
-                rows.setdefault(uid, {name: row.get(name) for name in (self.prompt_column, *self.kept)})
-        for folder, _, names in os.walk(self.folder):
-            for name in sorted(names):
-                path = Path(folder) / name
-                if path.suffix.lower() in PICTURE_SUFFIXES and path.stem in wanted:
-                    row = rows.get(path.stem, {})
-                    prompt = row.get(self.prompt_column)
-                    kept = {name: _text(row.get(name)) for name in self.kept}
-                    yield Picture(path.stem, path.read_bytes(), prompt if isinstance(prompt, str) else None, kept)
+                row = {name: row.get(name) for name in (self.prompt_column, *self.kept)}
+                if rows.setdefault(uid, row) != row:
+                    several[uid] = None
+        return rows, list(several)
 
 
 def open_source(place: str | Path, columns: Columns | None = None, table: str | Path | None = None) -> Source:
@@ -173,7 +215,8 @@ def open_source(place: str | Path, columns: Columns | None = None, table: str | 
 
     Raises:
         ValueError: `place` is none of the three kinds or lacks a column; the message lists what was found. Or its
-            prompts are no text, or a column to keep holds something else than plain values.
+            uids, pictures or prompts are of a type that these cannot be, or a column to keep holds something else than
+            plain values.
     """
     place, columns = Path(place), columns or Columns()
     if not place.exists():
@@ -181,19 +224,21 @@ def open_source(place: str | Path, columns: Columns | None = None, table: str | 
     if table is not None:
         return _open_folder(place, Path(table), columns)
     if files := _data_files(place):
-        found = _column_names(files[0])
+        found = _schema(files[0]).names
         if set(PAIR_COLUMNS) <= set(found):
             sides = {name: _sides(found, name) for name in columns.kept}
-            needed, kept = PAIR_COLUMNS, tuple(dict.fromkeys(chain(*sides.values())))
+            uids, images, prompt = PAIR_COLUMNS[:2], PAIR_COLUMNS[2:4], PAIR_COLUMNS[4]
+            kept = tuple(dict.fromkeys(chain(*sides.values())))
             source = PicturePairs(place, files, sides)
         else:
-            needed, kept = (columns.uid, columns.image, columns.prompt), columns.kept
+            uids, images, prompt, kept = (columns.uid,), (columns.image,), columns.prompt, columns.kept
             source = PictureRows(place, files, columns)
         for file in files:
-            _check_columns(file, found if file == files[0] else _column_names(file), needed)
-            _check_is_text(file, needed[-1])
+            schema = _schema(file)
+            _check_columns(file, schema.names, (*uids, *images, prompt))
+            _check_types(file, schema, uids, images, prompt)
             if kept:
-                _check_kept(file, kept)
+                _check_kept(file, schema, kept)
         return source
     tables = sorted(path for path in place.glob("*") if path.suffix.lower() in _TABLE_SUFFIXES)
     if len(tables) != 1:
@@ -233,19 +278,36 @@ def _check_columns(file: Path, found: Sequence[str], needed: Sequence[str]) -> N
         )
 
 
-def _check_is_text(file: Path, column: str) -> None:
-    """Refuse a column of prompts, of all rows, that holds something else than text."""
-    kind = _schema(file).field(column).type
-    if not _is_one_of(kind, _TEXT):
-        raise ValueError(
-            f"{file}: the column {column!r} holds prompts and must be text, not {kind}; name the column of text by "
-            "--prompt_column, or write the file anew"
-        )
+def _check_types(file: Path, schema: pa.Schema, uids: Sequence[str], images: Sequence[str], prompt: str) -> None:
+    """Refuse columns of uids, pictures and prompts whose type says that not one of their rows can be such."""
+
+    def check(column: str, fits: bool, what: str, flag: str) -> None:
+        if not fits:
+            raise ValueError(
+                f"{file}: the column {column!r} holds {what}, not {schema.field(column).type}; name the column that"
+                f" does by {flag}, or write the file anew"
+            )
+
+    for name in uids:
+        fits = _is_one_of(schema.field(name).type, _UIDS)
+        check(name, fits, "uids and must be text or whole numbers", "--uid_column")
+    for name in images:
+        fits = _can_be_pictures(schema.field(name).type)
+        check(name, fits, "pictures and must be bytes, or a struct of bytes and path", "--image_column")
+    check(prompt, _is_one_of(schema.field(prompt).type, _TEXT), "prompts and must be text", "--prompt_column")
 
 
-def _check_kept(file: Path, kept: Sequence[str]) -> None:
+def _can_be_pictures(kind: pa.DataType) -> bool:
+    """Whether `_picture_data` finds something in a column of that type."""
+    if not pa.types.is_struct(kind):
+        return _is_one_of(kind, _BYTES)
+    tests = {"bytes": _BYTES, "path": _TEXT}
+    fields = {part.name: part.type for part in kind.fields if part.name in tests}
+    return bool(fields) and all(_is_one_of(of_one, tests[name]) for name, of_one in fields.items())
+
+
+def _check_kept(file: Path, schema: pa.Schema, kept: Sequence[str]) -> None:
     """Refuse columns to keep that a parquet or arrow file lacks, or that hold something else than plain values."""
-    schema = _schema(file)
     _check_are_there(file, schema.names, kept)
     for name in kept:
         if not _is_one_of(kind := schema.field(name).type, (*_TEXT, *_OTHER_PLAIN)):
@@ -299,10 +361,6 @@ def _json_file(path: Path) -> dict:
         raise ValueError(f"{path} is no JSON: {error}") from error
 
 
-def _column_names(file: Path) -> list[str]:
-    return _schema(file).names
-
-
 def _schema(file: Path) -> pa.Schema:
     try:
         if file.suffix == ".parquet":
@@ -329,10 +387,9 @@ def _rows(file: Path, keys: Sequence[str], names: Sequence[str], wanted: Collect
 def _batches(
     file: Path, keys: Sequence[str], names: Sequence[str], wanted: Collection[str]
 ) -> Iterator[pa.RecordBatch]:
+    """The rows' columns `names`, `_BATCH` rows at most at a time; each is let go before the next is asked for."""
     if file.suffix != ".parquet":
-        with pa.OSFile(str(file)) as opened, pa.ipc.open_stream(opened) as stream:
-            for batch in stream:
-                yield batch.select(names)
+        yield from _mapped_batches(file, names)
         return
     # Without a buffer a whole column is read, and ahead of its use a whole row group, which may be the file.
     with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
@@ -340,6 +397,20 @@ def _batches(
             uids = table.read_row_group(group, columns=list(keys)).to_pydict()
             if any(_any_wanted(column, wanted) for column in uids.values()):  # else its pictures are not even read
                 yield from table.iter_batches(batch_size=_BATCH, row_groups=[group], columns=names)
+
+
+def _mapped_batches(file: Path, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The same of an arrow file, whose batches may have any size: what was looked at is given back to the kernel."""
+    found = _schema(file).names
+    options = pa.ipc.IpcReadOptions(included_fields=[found.index(name) for name in names])
+    with file.open("rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    with pa.ipc.open_stream(pa.py_buffer(mapped), options=options) as stream:
+        for batch in stream:
+            for begin in range(0, batch.num_rows, _BATCH):
+                yield batch.slice(begin, _BATCH).select(names)
+                if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows, where pages stay until memory is short
+                    mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _any_wanted(uids: Sequence[object], wanted: Collection[str]) -> bool:

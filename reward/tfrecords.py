@@ -59,7 +59,9 @@ def read_frames(path: str | Path) -> Iterator[Frame]:
                 return
             length, checksum = struct.unpack("<QI", head)
             if checksum != masked_crc32c(head[:8]):
-                what = "is no TFRecord file" if index == 0 else f"is damaged at byte {offset} (record {index})"
+                what = f"is damaged at byte {offset} (record {index})"
+                if index == 0:  # one flipped bit, and a file of another kind, look the same here
+                    what = f"is no TFRecord file, or {what}"
                 raise ValueError(f"{path} {what}: the checksum of a record's length does not hold; fetch it again")
             if offset + _HEAD + length + _TAIL > size:  # asked before reading: a length may be anything
                 yield Frame(index, offset + _HEAD, b"", CUT_OFF)

@@ -151,13 +151,15 @@ def test_prompts_that_are_no_text(refused, build, raw_data, change, kind, source
     assert f"{files[-1]}: the column '{column}' holds prompts and must be text, not {kind}" in said
 
 
-@pytest.mark.parametrize(("scores", "why"), [({"overall": 1.5}, "overall"), ({"alignment": float("nan")}, "alignment")])
+@pytest.mark.parametrize(
+    ("scores", "why"), [({"overall": 1.5}, "overall is 1.5"), ({"alignment": float("nan")}, "alignment is nan")]
+)
 def test_labels_out_of_range_cost_their_record_only(refused, build, raw_data, scores, why, capsys):
     path = raw_data / "tfrecords" / "train.tfrecord"
     first, *others = read_tfrecords(path)
     frames = [by_hand.frame(by_hand.example(first, scores=scores)), *map(by_hand.frame, map(by_hand.example, others))]
     path.write_bytes(b"".join(frames))
-    assert "1: labels out of range (train-0)" in refused(richhf.main, *build, "--strict")
+    assert f"1: labels out of range (train-0); {why}, not in [0, 1]" in refused(richhf.main, *build, "--strict")
     richhf.main(build)
     assert "train: 12 records read, 11 joined, 1 dropped" in capsys.readouterr().out
 

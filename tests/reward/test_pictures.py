@@ -1,9 +1,10 @@
 import io
+import warnings
 
 import datasets
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from reward.pictures import as_map_file, as_rgb_file, decode, size_of, to_rgb
 
@@ -95,6 +96,12 @@ def test_what_does_not_decode_is_said(data):
         decode(data)
 
 
+def test_what_is_no_picture_is_always_said_alike():
+    """The message goes into a report, which must not have a place in memory in it."""
+    with pytest.raises(ValueError, match=r"can be read \(none of PNG, JPEG, WEBP, BMP, GIF, TIFF\)$"):
+        decode(b"no picture")
+
+
 def test_a_png_broken_inside_is_said():
     data = bytearray(encoded(Image.open(io.BytesIO(NOISE))))
     data[len(data) // 2] ^= 255
@@ -102,7 +109,19 @@ def test_a_png_broken_inside_is_said():
         decode(bytes(data))
 
 
-def test_a_picture_too_large_to_be_meant_is_refused(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match="no picture that can be read"):
-        decode(NOISE)
+@pytest.mark.parametrize("read", [decode, lambda data: size_of(io.BytesIO(data))], ids=["decode", "size_of"])
+@pytest.mark.parametrize("times", [40, 1.5])
+def test_a_picture_too_large_to_be_meant_is_refused(monkeypatch, read, times):
+    """Before it is decoded, and also where Pillow only warns, up to twice its limit."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(64 * 64 / times))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("it is decoded"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="no picture that can be read"):
+            read(NOISE)
+
+
+@pytest.mark.parametrize("limit", [64 * 64, None])
+def test_a_picture_of_the_largest_size_is_read(monkeypatch, limit):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    assert decode(NOISE).size == (64, 64)

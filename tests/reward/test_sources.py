@@ -4,6 +4,9 @@ import csv
 import datetime
 import io
 import json
+import os
+import uuid
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +14,16 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from reward.sources import Columns, Picture, PictureFolder, PicturePairs, PictureRows, open_source
+from reward.sources import (
+    MORE_PICTURES,
+    MORE_PROMPTS,
+    Columns,
+    Picture,
+    PictureFolder,
+    PicturePairs,
+    PictureRows,
+    open_source,
+)
 
 UIDS = [f"u{index}" for index in range(40)]
 WANTED = dict.fromkeys(UIDS[::3])
@@ -149,6 +161,38 @@ def test_a_folder_of_pictures_with_jsonl_elsewhere(tmp_path):
     assert found == {Picture("u0", png(0), None)} | {picture for picture in EXPECTED if picture.uid != "u0"}
 
 
+def test_a_folders_pictures_come_in_the_same_order_on_every_file_system(tmp_path, monkeypatch):
+    """Here one that lists everything backwards."""
+    walk = os.walk
+
+    def backwards(folder):
+        for place, folders, names in walk(folder):
+            folders.sort(reverse=True)
+            yield place, folders, sorted(names, reverse=True)
+
+    monkeypatch.setattr(os, "walk", backwards)
+    for index, place in enumerate(["u1.png", "c/u1.png", "a/u1.webp", "a/u1.jpg", "b/z/u1.png", "b/u1.gif"]):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_bytes(png(index))
+    write_csv(tmp_path / "x.csv")
+    found = [picture.data for picture in open_source(tmp_path).pictures(WANTED | {"u1": None})]
+    assert found == [png(index) for index in (0, 3, 2, 5, 4, 1)]
+
+
+def test_uids_that_stand_for_different_things_in_a_folder(tmp_path):
+    """Equal copies are no contradiction, nor are a column that nobody asked for and a uid that nobody wants."""
+    write_pictures(tmp_path)
+    for place, index in {"u0.png": 9, "u3.png": 3, "2/u6.png": 8, "u1.png": 9}.items():
+        (tmp_path / place).write_bytes(png(index))
+    lines = [{"uid": name, "prompt": prompt(index), "model": "x", "seed": 1} for index, name in enumerate(UIDS)]
+    lines += [lines[3], {**lines[6], "prompt": "b"}, {**lines[9], "model": "y"}, {**lines[12], "seed": 2}]
+    lines += [{**lines[1], "prompt": "b"}, {**lines[6], "prompt": "c"}]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = open_source(tmp_path, Columns(kept=("model",))).ambiguous(WANTED)
+    assert found == {MORE_PICTURES: ["u0", "u6"], MORE_PROMPTS: ["u6", "u9"]}
+    assert open_source(tmp_path).ambiguous(WANTED)[MORE_PROMPTS] == ["u6"]
+
+
 def test_reading_ends_with_what_is_wanted(tmp_path):
     """A uid that is no longer wanted is not read again; row groups without a wanted one are not read at all."""
     write_parquet(tmp_path, rows(), group=1)
@@ -172,6 +216,88 @@ def test_missing_columns_are_named_and_the_found_ones_listed(tmp_path):
     (tmp_path / "pictures" / "x.csv").write_text("")
     with pytest.raises(ValueError, match=r"it has none\."):
         open_source(tmp_path / "pictures")
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_saved])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": "x.png"}, r"'image' holds pictures and must be bytes, or a struct of bytes and path, not string;.*"),
+        ({"image": 1}, r"'image' holds pictures .* not int64; name the column that does by --image_column"),
+        ({"image": {"bytes": "x", "path": "x"}}, r"'image' holds pictures .* not struct<bytes: string, path: string>"),
+        ({"image": {"path": 1}}, r"'image' holds pictures .* not struct<path: int64>"),
+        ({"image": {"file": "x"}}, r"'image' holds pictures .* not struct<file: string>"),
+        ({"uid": b"u0"}, r"'uid' holds uids and must be text or whole numbers, not binary; name .* by --uid_column"),
+        ({"uid": ["u0"]}, r"'uid' holds uids and must be text or whole numbers, not list"),
+        ({"uid": 0.5}, r"'uid' holds uids and must be text or whole numbers, not double"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_columns_that_cannot_be_pictures_or_uids(tmp_path, write, change, message):
+    """It is told before any row is read."""
+    write(tmp_path / "x", [{**row, **change} for row in rows()])
+    with pytest.raises(ValueError, match=message):
+        open_source(tmp_path / "x")
+
+
+@pytest.mark.parametrize(("column", "what"), [("jpg_1", "pictures"), ("image_1_uid", "uids")])
+def test_columns_of_pairs_that_cannot_be_meant(tmp_path, column, what):
+    write_parquet(tmp_path, [{**row, column: [1]} for row in pairs()])
+    with pytest.raises(ValueError, match=rf"'{column}' holds {what} and must be .*, not list"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())], ids=str
+)
+def test_every_type_that_holds_bytes_serves(tmp_path, kind):
+    pictures = pa.array([png(0), png(1)]).cast(kind)
+    table = pa.table({"uid": ["u0", "u1"], "image": pictures, "prompt": [prompt(0), prompt(1)]})
+    with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    assert set(open_source(tmp_path).pictures(["u0"])) == {Picture("u0", png(0), prompt(0))}
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_saved])
+@pytest.mark.parametrize("uid", [7, uuid.UUID(int=7)], ids=["number", "UUID"])
+def test_uids_may_be_numbers_or_of_arrows_own_type(tmp_path, write, uid):
+    write(tmp_path / "x", [{**row, "uid": uid} for row in rows()[:2]])
+    found = list(open_source(tmp_path / "x").pictures([str(uid)]))
+    assert [picture.uid for picture in found] == [str(uid)] * 2
+
+
+def resident(kind):
+    """Bytes of this process that are resident: `RssAnon`, its own, or `RssFile`, mapped."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is counted by Linux's /proc")
+@pytest.mark.parametrize("write", ["pairs", "rows"])
+def test_of_a_large_batch_only_the_wanted_rows_are_in_memory(tmp_path, write):
+    """64 MiB in one batch, of which first two pictures are wanted, then all: neither read at once nor left mapped."""
+    size, count = 2**20, 64
+    large = np.random.default_rng(0).bytes(size)
+    if write == "pairs":
+        columns = {f"image_{side}_uid": [f"{side}-{row}" for row in range(count // 2)] for side in (0, 1)}
+        columns |= {f"jpg_{side}": [large] * (count // 2) for side in (0, 1)} | {"caption": ["a"] * (count // 2)}
+    else:
+        columns = {"uid": [f"0-{row}" for row in range(count)], "prompt": ["a"] * count, "unused": [large] * count}
+        columns["image"] = [{"bytes": large, "path": None}] * count
+    table = pa.table(columns)
+    with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    del table, columns
+    source = open_source(tmp_path)
+    for wanted, found in ((["0-1", "0-30"], 2), ([f"{side}-{row}" for side in (0, 1) for row in range(count)], count)):
+        own, mapped, arrows = resident("RssAnon"), resident("RssFile"), pa.total_allocated_bytes()
+        pictures = 0
+        for picture in source.pictures(wanted):
+            pictures += picture.data == large
+            assert pa.total_allocated_bytes() - arrows < 4 * size
+            assert resident("RssAnon") - own < 16 * size
+            assert resident("RssFile") - mapped < 40 * size  # sixteen rows, both sides, and what lies around them
+        assert pictures == found
 
 
 PLAIN = {"text": "x", "number": 3, "share": 0.5, "flag": True, "day": datetime.date(2023, 1, 2), "nothing": None}

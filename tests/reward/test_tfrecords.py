@@ -66,6 +66,12 @@ def test_a_last_frame_that_is_cut_off_is_said(tmp_path, kept):
     assert [frame.problem for frame in read_frames(path)] == [None, None, CUT_OFF]
 
 
+@pytest.mark.parametrize("place", [3, 9], ids=["length", "its checksum"])
+def test_a_damaged_first_length_may_be_that_or_another_kind_of_file(tmp_path, place):
+    with pytest.raises(ValueError, match=r"is no TFRecord file, or is damaged at byte 0 \(record 0\).*fetch it again"):
+        next(read_frames(damaged(tmp_path / "x", place)))
+
+
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "x").write_text("This is a text, not a TFRecord file.")
     with pytest.raises(ValueError, match="is no TFRecord file"):
