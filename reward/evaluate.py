@@ -6,7 +6,8 @@ prints the tables as Markdown and writes them to the folder `--out`, with all fi
 `report.png`: predicted against true scores, and the best and the worst heatmaps. `--group_by COLUMN` also gives the
 figures for each value of a column of the data; `--group_prompts` (a prompt a line) for the pictures of those prompts,
 such as compositions held out from training. `--raters` adds the ceiling (see `reward.fresh_raters`) and the predictor's
-share of it.
+share of it. What baselines learn, they learn from the data's train split; where there is none, or it is what is
+evaluated, only those are given that learn nothing.
 """
 
 import json
@@ -103,13 +104,13 @@ def compare(
     """What the predictor, fresh raters and baselines say of every picture of `split`, against its labels.
 
     Args:
-        baselines: name -> (2, h, h), what is said of every picture (see `reward.baselines`); "constant" also gives
-            every picture the same scores, and calls every word misaligned.
+        baselines: name -> (2, h, h), what is said of every picture (see `reward.baselines`); "constant", whether it
+            has maps there or not, also gives every picture the same scores, and calls every word misaligned.
         raters: their rows in the order of `split`.
         map_size: side to which all maps are brought; None leaves the true ones as they are (RichHF-18K's: 512).
 
     Returns:
-        "predictor", "ceiling" (with `raters`) and each baseline -> what it says; and the labels.
+        "predictor", "ceiling" (with `raters`), each baseline and "constant" -> what it says; and the labels.
     """
     config = predictor.model.config
     dataset = FeedbackDataset(split, config)
@@ -139,7 +140,7 @@ def compare(
         given["ceiling"] = raters.scores(), _only(raters.words(), read)
     given["constant"] = np.full_like(truth.scores, 0.5), [[1] * len(labels) for labels in true_words]
     maps = {who: {name: metric_columns(rows[name]) for name in HEATMAPS} for who, rows in map_rows.items()}
-    return {who: Said(columns, *given.get(who, (None, None))) for who, columns in maps.items()}, truth
+    return {who: Said(maps.get(who, {}), *given.get(who, (None, None))) for who in maps | given}, truth
 
 
 def _read_words(split: Dataset, predictor: RichFeedbackPredictor) -> list[list[bool]]:
@@ -283,10 +284,15 @@ def main(argv: Sequence[str] | None = None) -> dict:
     members = groups(split, arguments)
     raters = load_fresh_raters(arguments.raters, data, arguments.split) if arguments.raters is not None else None
     predictor = RichFeedbackPredictor.from_pretrained(arguments.model, device)
-    learned_from = "train" if "train" in data else arguments.split
+    learned_from = "train" if "train" in data and arguments.split != "train" else None
     size = predictor.model.config.map_size if arguments.map_size is None else (arguments.map_size,) * 2
-    mean = mean_maps(data[learned_from], size)
-    said, truth = compare(split, predictor, map_baselines(mean), raters, arguments.map_size, arguments.batch_size)
+    if learned_from is None:
+        baselines = {"all zero": torch.zeros(2, *size)}
+        why = "that is what is evaluated" if "train" in data else f"{arguments.data} has none"
+        logger.warning("the mean map and other baselines learned from the train split are left out: %s", why)
+    else:
+        baselines = map_baselines(mean_maps(data[learned_from], size))
+    said, truth = compare(split, predictor, baselines, raters, arguments.map_size, arguments.batch_size)
     rows = rows_of(said, truth, members, arguments.draws)
     report = {
         "model": str(arguments.model),
@@ -298,9 +304,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "raters_word_threshold": None if raters is None else raters.threshold,
         "draws": arguments.draws,
         "baselines_learned_from": learned_from,
+        "notes": notes(raters is not None, learned_from is not None),
         "rows": [row.as_json() for row in rows],
     }
-    text, figures = f"{markdown(rows)}\n\n{notes(raters is not None)}\n", json.dumps(report, indent=1) + "\n"
+    text = markdown(rows) + "\n\n" + "".join(f"- {line}\n" for line in report["notes"])
+    figures = json.dumps(report, indent=1) + "\n"
     sheet = report_figure(said["predictor"].scores, truth.scores, map_examples(split, predictor, said["predictor"]))
     print(text)
     for path in (arguments.folder / "report.json", *([Path(arguments.json)] if arguments.json is not None else [])):

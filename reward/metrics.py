@@ -5,6 +5,7 @@ is an error. Saliency metrics as in Bylinskii et al., arXiv 1604.03605. Shapes: 
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -83,18 +84,32 @@ def map_metrics(predicted: ArrayLike, true: ArrayLike) -> dict[str, float]:
 def word_metrics(predicted: Sequence[Sequence[int]], true: Sequence[Sequence[int]]) -> dict[str, float]:
     """`precision`, `recall`, `f1` of "misaligned" (1) over the tokens of all prompts together; 0 where undefined.
 
-    Both are lists of lists of 0 and 1, one list a prompt, one label a token.
+    Both are lists of lists of 0 and 1 (or bools), one list a prompt, one label a token.
+
+    Raises:
+        ValueError: another number of predictions than of labels, or one of them that is not 0 or 1.
     """
     for index, (p, t) in enumerate(zip(predicted, true, strict=True)):
         if len(p) != len(t):
             raise ValueError(f"prompt {index} has {len(t)} labels but {len(p)} predictions")
-    p = np.array([bool(label) for labels in predicted for label in labels], dtype=bool)
-    t = np.array([bool(label) for labels in true for label in labels], dtype=bool)
+    p, t = _marks(predicted, "predictions"), _marks(true, "labels")
     hits = int((p & t).sum())
     precision = hits / int(p.sum()) if p.any() else 0.0
     recall = hits / int(t.sum()) if t.any() else 0.0
     f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
     return {"precision": precision, "recall": recall, "f1": f1}
+
+
+def _marks(rows: Sequence[Sequence[int]], what: str) -> np.ndarray:
+    """Labels of each prompt's tokens -> (N,) bool, of all prompts together."""
+    values = np.array(list(chain.from_iterable(rows)))
+    wrong = (values != 0) & (values != 1)  # NaN too is neither
+    if wrong.any():
+        raise ValueError(
+            f"{int(wrong.sum())} of {values.size} {what} of words are not 0 or 1, the first is {values[wrong][0]}; "
+            "leave out words that do not count, and compare probabilities with a threshold"
+        )
+    return values == 1
 
 
 def _numpy(values: ArrayLike) -> np.ndarray:

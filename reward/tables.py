@@ -211,18 +211,33 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n\n".join(tables)
 
 
-def notes(ceiling: bool) -> str:
-    """What a reader must know of the tables."""
+def notes(ceiling: bool, learned: bool = True) -> list[str]:
+    """What a reader must know of the tables, a sentence or two a line.
+
+    Args:
+        ceiling: whether fresh raters have rows.
+        learned: whether those baselines have rows that are learned from training maps.
+    """
     told = [
         f"In parentheses: {LEVEL:.0%} bootstrap intervals over pictures.",
         f"Published figures ({published.SOURCE}) are of RichHF-18K's test split and say nothing of other data.",
         "MSE GT=0 is over pictures whose true map is empty, CC to AUC-Judd over the others; '-': there is none.",
-        "'constant' gives every picture one score, one map (the training maps' mean), and calls every word misaligned.",
     ]
+    if learned:
+        told.append(
+            "'constant' gives every picture one score, one map (the training maps' mean), and calls every word "
+            "misaligned."
+        )
+    else:
+        told.append("'constant' gives every picture one score, and calls every word misaligned.")
+        told.append(
+            "Its map, 'mean map' and 'centre prior' are left out: they are learned from a train split other than what "
+            "is evaluated, and there is none."
+        )
     if ceiling:
         told.append("'ceiling' is what fresh raters, other than those of the labels, say of the same pictures.")
         told.append("'of ceiling' is the predictor's figure divided by the ceiling's, where higher is better.")
-    return "\n".join(f"- {line}" for line in told)
+    return told
 
 
 def _tally(said: Sequence[int], labels: Sequence[int]) -> tuple[int, int, int]:

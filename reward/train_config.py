@@ -37,6 +37,20 @@ _LOWER_IS_BETTER = ("loss", "mse_", "kld_")  # how such names begin
 
 _GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 
+_FIXED = {
+    "remove_unused_columns": (False, "the collator reads columns that the model does not"),
+    "dataloader_persistent_workers": (False, "workers that stay do not hear of new epochs"),
+    "save_only_model": (False, "checkpoints are there to be resumed, which takes the optimizer too"),
+    "eval_do_concat_batches": (True, "the metrics of dev are those of all its pictures together"),
+    "batch_eval_metrics": (False, "the metrics of dev are those of all its pictures together"),
+    "do_train": (True, "training is what the command does"),
+    "do_eval": (True, "what was trained is evaluated on dev in any case; eval_strategy says when else"),
+    "do_predict": (False, "the test split is for `python -m reward.evaluate`"),
+}
+"""Settings that take one value only, and why."""
+
+_SAMPLING = ("random", "sequential")  # the others go by the lengths of examples
+
 
 @dataclass
 class RahfArguments:
@@ -145,9 +159,14 @@ class RahfTrainingArguments(TrainingArguments):
         default="tensorboard", metadata={"help": "where figures are logged"}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "must be false: our collator reads them all"})
+    do_train: bool = field(default=True, metadata={"help": "must be true: training is what the command does"})
+    do_eval: bool = field(default=True, metadata={"help": "must be true: eval_strategy says when dev is evaluated"})
 
     def __post_init__(self):
         self._check_best_metric()
+        for name, (value, why) in _FIXED.items():  # Trainer would change do_eval
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} must be {str(value).lower()}: {why}")
         check_deepspeed_settings(self.deepspeed)
         super().__post_init__()
         if self.label_names is not None:
@@ -155,10 +174,11 @@ class RahfTrainingArguments(TrainingArguments):
                 f"label_names is {self.label_names}; leave it out: what RAHF learns from has its own names"
             )
         self.label_names = ["scores", "heatmaps", "word_labels"]
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be false: the collator reads columns that the model does not")
-        if self.dataloader_persistent_workers:
-            raise ValueError("dataloader_persistent_workers must be false: workers that stay do not hear of new epochs")
+        if self.train_sampling_strategy not in _SAMPLING:
+            raise ValueError(
+                f"train_sampling_strategy must be one of {', '.join(_SAMPLING)}, not {self.train_sampling_strategy!r}: "
+                "how long a prompt is, only the collator finds out"
+            )
         zero = self.hf_deepspeed_config if self.deepspeed else None
         if zero and zero.is_zero3() and not zero.is_true(_GATHER):
             raise ValueError(f"with ZeRO-3, {_GATHER} must be true in {self.deepspeed}, or no whole model can be saved")

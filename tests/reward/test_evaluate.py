@@ -88,6 +88,8 @@ def test_words_that_the_model_does_not_see_are_named_and_not_counted(run, data, 
 
 def test_baselines_look_at_nothing(run):
     report = run()
+    assert any("one map (the training maps' mean)" in line for line in report["notes"])
+    assert not any("left out" in line for line in report["notes"])
     constant = row_of(report, "constant")
     assert values_of(constant["scores"]["overall"]) == {"plcc": 0.0, "srcc": 0.0}
     assert constant["words"]["recall"]["value"] == 1.0
@@ -98,6 +100,32 @@ def test_baselines_look_at_nothing(run):
         row = row_of(report, name)
         assert (row["scores"], row["words"]) == ({}, {})
         assert row["heatmaps"]["implausibility"]["mse"]["value"] > 0
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_no_baseline_learns_from_what_it_is_judged_on(run, data, tmp_path, caplog, split):
+    """Where the train split is what is evaluated, and where there is none."""
+    if split == "test":
+        other = DatasetDict({"test": load_from_disk(str(data))["test"]})
+        other.save_to_disk(str(tmp_path / "test_only"))
+        report = run("--data", str(tmp_path / "test_only"))
+    else:
+        report = run("--split", "train")
+    assert report["baselines_learned_from"] is None
+    names = {row["name"] for row in report["rows"] if row["kind"] == "baseline"}
+    assert names == {"all zero", "constant"}
+    constant = row_of(report, "constant")
+    assert constant["heatmaps"] == {}
+    assert (constant["scores"]["overall"]["srcc"]["value"], constant["words"]["recall"]["value"]) == (0, 1)
+    said = [line for line in report["notes"] if "'mean map' and 'centre prior' are left out" in line]
+    assert len(said) == 1
+    assert not any("training maps' mean" in line for line in report["notes"])
+    text = (tmp_path / "report" / "tables.md").read_text()
+    assert all(f"\n- {line}\n" in text for line in report["notes"])
+    assert not any(f"| {name} |" in text for name in ("mean map", "centre prior"))
+    assert text.count("| constant |") == 2  # scores and words
+    assert text.count("| all zero |") == 2  # both heatmaps
+    assert caplog.text.count("learned from the train split are left out") == 1
 
 
 def test_groups_are_reported_apart(run, tmp_path):

@@ -132,3 +132,13 @@ def test_words():
     assert found == {"precision": 0.5, "recall": 0.5, "f1": 0.5}
     assert word_metrics([[0, 0]], [[1, 0]]) == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
     assert word_metrics([[1]], [[0]]) == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
+    assert word_metrics([[True, False], [np.True_]], [[1, 0], [0.0]])["precision"] == 0.5
+    assert word_metrics([], []) == word_metrics([[]], [[]]) == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
+
+
+@pytest.mark.parametrize("wrong", [-100, 2, 0.7, float("nan"), None], ids=str)
+def test_words_are_marked_or_not(wrong):
+    with pytest.raises(ValueError, match=f"1 of 3 labels of words are not 0 or 1, the first is {wrong}; leave out"):
+        word_metrics([[1, 0], [1]], [[1, 0], [wrong]])
+    with pytest.raises(ValueError, match="2 of 3 predictions of words are not 0 or 1"):
+        word_metrics([[wrong, 0], [wrong]], [[1, 0], [1]])

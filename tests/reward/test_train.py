@@ -36,6 +36,21 @@ def test_a_short_training_leaves_a_model_that_predicts_and_its_figures(command, 
     assert (out / "examples.png").is_file()
 
 
+def test_the_weights_of_the_terms_are_those_of_the_loss(command, raw_data):
+    given = {"score_loss_weight": 2, "heatmap_loss_weight": 3, "word_loss_weight": 5, "heatmap_positive_weight": 7}
+    train.main(command("out", **given, max_steps=2))
+    out = raw_data / "out"
+    logs = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    logs = [entry for entry in logs if "loss" in entry]
+    assert len(logs) == 2
+    for entry in logs:
+        weighted = 2 * entry["score_loss"] + 3 * entry["heatmap_loss"] + 5 * entry["word_loss"]
+        assert entry["loss"] == pytest.approx(weighted, rel=1e-5)
+    for folder in (out, out / "checkpoint-2"):
+        config = RahfModel.from_pretrained(folder).config
+        assert {name: getattr(config, name) for name in given} == given
+
+
 def test_the_seed_decides_everything(command, raw_data):
     settings = {"crop_probability": 0.5, "brightness": 0.2}
     for output, seed in (("one", 3), ("same", 3), ("other", 4)):
@@ -45,15 +60,40 @@ def test_the_seed_decides_everything(command, raw_data):
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("stop", [2, 3], ids=["between epochs", "amid an epoch"])
-def test_resuming_ends_where_an_uninterrupted_training_ends(command, raw_data, stop):
-    settings = {"load_best_model_at_end": False, "lr_scheduler_type": "constant", "contrast": 0.2}
-    settings |= {"eval_steps": stop, "save_steps": stop}
+@pytest.mark.parametrize(
+    ("stop", "higher", "best"), [(2, True, 4), (3, False, 3)], ids=["between epochs", "amid an epoch"]
+)
+def test_resuming_ends_where_an_uninterrupted_training_ends(
+    command, raw_data, model, model_folder, monkeypatch, stop, higher, best
+):
+    """Rate, optimizer, augmentation and dropout go on as if nothing had been; and so does the choice of the best
+    checkpoint, be it from after the stop (to whoever takes the highest loss for the best) or from before it."""
+    model.config.text_config.dropout_rate = 0.1
+    model.config.save_pretrained(model_folder)
+    settings = {"lr_scheduler_type": "cosine", "warmup_steps": 1, "learning_rate": 3e-3, "hue": 0.2, "contrast": 0.2}
+    settings |= {"crop_probability": 0.5, "jpeg_probability": 0.5, "eval_steps": stop, "save_steps": stop}
+    settings |= {"metric_for_best_model": "eval_loss", "greater_is_better": higher}
     train.main(command("whole", **settings))
-    train.main(command("halves", **settings, max_steps=stop))
+    save = train.RahfTrainer._save_checkpoint
+
+    def interrupted(self, model, trial):
+        save(self, model, trial)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.RahfTrainer, "_save_checkpoint", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(command("halves", **settings))
+    assert [path.name for path in (raw_data / "halves").glob("checkpoint-*")] == [f"checkpoint-{stop}"]
     train.main(command("halves", **settings, resume_from_checkpoint="last"))
-    whole, halves = weights(raw_data / "whole"), weights(raw_data / "halves")
-    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    for part in ("checkpoint-4", "."):
+        whole, halves = (weights(raw_data / name / part) for name in ("whole", "halves"))
+        assert all(torch.equal(whole[name], halves[name]) for name in whole), part
+    for name in ("whole", "halves"):
+        state = json.loads((raw_data / name / "checkpoint-4" / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(raw_data / name / f"checkpoint-{best}")
+        chosen, saved = weights(state["best_model_checkpoint"]), weights(raw_data / name)
+        assert all(torch.equal(chosen[key], saved[key]) for key in chosen)
 
 
 def test_a_torn_checkpoint_is_passed_over(command, raw_data):
@@ -116,9 +156,9 @@ def test_training_fits_what_it_is_shown(command, raw_data):
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_backbone_and_heads_have_their_own_rates(model):
+def test_backbone_and_heads_have_their_own_rates(model, tmp_path):
     args = train.RahfTrainingArguments(
-        output_dir="unused", learning_rate=1e-2, backbone_learning_rate=1e-4, use_cpu=True, report_to="none"
+        output_dir=str(tmp_path), learning_rate=1e-2, backbone_learning_rate=1e-4, use_cpu=True, report_to="none"
     )
     trainer = train.RahfTrainer(model, args, train_dataset=[0], eval_dataset=[0], data_collator=list)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -162,14 +202,29 @@ def test_wrong_settings_are_named(command, settings, message):
         ({"panels": -1}, "panels must be a number from 0 on, not -1"),
         ({"words": "seqence"}, "words must be one of tagging, sequence, none, not 'seqence'"),
         ({"head_width": 0}, "head_width must be a number above 0, not 0"),
-        ({"heatmap_size": 0}, "heatmap_size must be at least 1, not 0"),
+        ({"heatmap_size": 0}, "heatmap_size must be a side of at least 1, .*, not 0"),
         ({"image_std": 0.5}, "image_std takes a number for each of R, G, B"),
+        ({"save_only_model": True}, "save_only_model must be false: checkpoints are there to be resumed"),
+        ({"eval_do_concat_batches": False}, "eval_do_concat_batches must be true: the metrics of dev"),
+        ({"batch_eval_metrics": True}, "batch_eval_metrics must be false: the metrics of dev"),
+        ({"train_sampling_strategy": "group_by_length"}, "must be one of random, sequential, not 'group_by_length'"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "must be one of random, sequential, not 'batch_rebalance'"),
+        ({"do_train": False}, "do_train must be true: training is what the command does"),
+        ({"do_eval": False}, "do_eval must be true: .*eval_strategy says when"),
+        ({"do_eval": False, "eval_strategy": "no"}, "do_eval must be true"),
+        ({"do_predict": True}, "do_predict must be false: the test split is for `python -m reward.evaluate`"),
     ],
     ids=str,
 )
 def test_mistakes_in_the_settings_alone_are_told_before_anything_is_read(command, settings, message):
     with pytest.raises(ValueError, match=message):
         train.main(command("out", data="nowhere", **settings))
+
+
+def test_settings_that_say_what_is_done_anyway_are_taken(command):
+    anyway = {"do_train": True, "do_eval": True, "do_predict": False, "save_only_model": False}
+    with pytest.raises(ValueError, match="no data folder nowhere"):
+        train.main(command("out", data="nowhere", train_sampling_strategy="sequential", **anyway))
 
 
 def test_an_output_folder_in_use_is_refused(command, raw_data):
@@ -248,10 +303,10 @@ def test_another_head_is_new_and_the_encoders_are_kept(model, model_folder):
     assert not any(name.startswith(("vision.", "encoder.", "score_heads.")) for name in new)
 
 
-def test_a_new_decoder_learns_at_the_heads_rate(model_folder):
+def test_a_new_decoder_learns_at_the_heads_rate(model_folder, tmp_path):
     model, _, new = train.build_model(train.RahfArguments(data="", model=str(model_folder), words="sequence"))
     args = train.RahfTrainingArguments(
-        output_dir="unused", learning_rate=1e-2, backbone_learning_rate=1e-4, use_cpu=True, report_to="none"
+        output_dir=str(tmp_path), learning_rate=1e-2, backbone_learning_rate=1e-4, use_cpu=True, report_to="none"
     )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for told, expected in ((new, 1e-2), ((), 1e-4)):
@@ -305,7 +360,7 @@ def test_sizes_are_one_side_or_two(command, raw_data):
         ({"words": "seqence"}, "words must be one of tagging, sequence, none, not 'seqence'"),
         ({"heatmap_head": "lite"}, "heatmap_head must be one of paper, light, not 'lite'"),
         ({"image_size": 33}, "image_size 33 is no multiple of 8"),
-        ({"heatmap_size": 0}, "heatmap_size must be at least 1"),
+        ({"heatmap_size": 0}, "heatmap_size must be a side of at least 1"),
         ({"max_text_length": 1}, "max_text_length must be at least 2"),
         ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers must be false"),
     ],
