@@ -23,7 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, SiglipVisionConfig, T5Config, ViTConfig
 
 from reward.arguments import parse_arguments
-from reward.model import RahfConfig, RahfModel
+from reward.model import RahfModel
+from reward.rahf_config import RahfConfig
 from reward.train_config import RahfArguments, RahfTrainingArguments
 
 ROOT = Path(__file__).parents[1]

@@ -28,7 +28,8 @@ from torch import nn
 from transformers import T5Config, ViTConfig
 
 from reward.feedback import HEATMAPS, SCORES
-from reward.model import RahfConfig, RahfModel
+from reward.model import RahfModel
+from reward.rahf_config import RahfConfig
 
 HEADS = {
     "light": {"heatmap_head": "light", "score_head": "light"},

@@ -38,9 +38,9 @@ from finetune.rule_reading import read_rules  # noqa: E402
 from finetune.rules import Rule, Step, asks_for_words, select  # noqa: E402
 from finetune.selection_report import HISTOGRAMS, KEPT, REJECTED, REPORT, print_steps, write_report  # noqa: E402
 from reward.arguments import main_guard, parse_arguments, read_prompt_file  # noqa: E402
-from reward.model import RahfConfig  # noqa: E402
 from reward.pictures import as_rgb_file  # noqa: E402
 from reward.predict import RichFeedbackPredictor, check_model_folder  # noqa: E402
+from reward.rahf_config import RahfConfig  # noqa: E402
 from rl.policy_checks import warn_of_ignored  # noqa: E402
 
 DATA = "data"

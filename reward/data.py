@@ -20,8 +20,8 @@ from reward.augmentation import Augmentation
 from reward.checks import read_row, read_rows
 from reward.feedback import HEATMAPS, SCORES
 from reward.losses import IGNORE
-from reward.model import RahfConfig
 from reward.pictures import to_rgb
+from reward.rahf_config import RahfConfig
 
 _AS_WORDS = {"is_split_into_words": True, "add_special_tokens": False, "split_special_tokens": True}
 """How words are tokenised: a prompt that holds the text of a special token does not get that token."""

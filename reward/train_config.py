@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from reward.augmentation import SIDED_WORDS, Augmentation
 from reward.feedback import HEATMAPS, SCORES
-from reward.model import check_options
+from reward.rahf_config import check_options
 from reward.training_arguments import check_deepspeed_settings, check_training_arguments
 
 LOSS_SETTINGS = ("score_loss_weight", "heatmap_loss_weight", "word_loss_weight", "heatmap_positive_weight")

@@ -3,7 +3,8 @@
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from reward.keywords import SUFFIX
-from reward.model import OUTPUT_NAMES, RahfModel
+from reward.model import RahfModel
+from reward.rahf_config import OUTPUT_NAMES
 
 MARK = f"<{SUFFIX}>"
 """The token behind a misaligned word: the paper's `_0`, in a form that no prompt turns into (see `encode_prompts`)."""

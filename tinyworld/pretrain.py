@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast, ResNetConfig, T5Config
 
 from reward import losses
 from reward.data import encode_prompts, pad_rows, preprocess
-from reward.model import RahfConfig, RahfModel
+from reward.model import RahfModel
+from reward.rahf_config import RahfConfig
 from reward.vision import tokens_of, width_of
 from tinyworld.corruption import corrupt
 from tinyworld.grammar import COLOURS, KINDS, RELATIONS, ROOMY, SHAPES, WORDS, Request, is_held_out, parse

@@ -11,7 +11,8 @@ from preset_memory import memory_of, phases_of
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, T5Config, ViTConfig
 
 from reward.arguments import parse_arguments
-from reward.model import RahfConfig, RahfModel
+from reward.model import RahfModel
+from reward.rahf_config import RahfConfig
 from rl.adapter import AdapterSettings
 from rl.ddpo_config import DDPOConfig
 from rl.memory import MemorySettings

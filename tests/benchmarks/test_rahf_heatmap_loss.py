@@ -11,7 +11,7 @@ from report import over_seeds
 
 from reward import richhf
 from reward.feedback import HEATMAPS
-from reward.model import RahfConfig
+from reward.rahf_config import RahfConfig
 
 
 def test_every_choice_is_compared_with_the_papers_by_seed_and_picture():

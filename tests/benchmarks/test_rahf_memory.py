@@ -8,7 +8,8 @@ import torch
 from counted_memory import GIB
 from transformers import T5Config, ViTConfig
 
-from reward.model import RahfConfig, RahfModel
+from reward.model import RahfModel
+from reward.rahf_config import RahfConfig
 
 SMALL = {
     "google/siglip2-so400m-patch16-384": ViTConfig(

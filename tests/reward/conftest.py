@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast, T5Config, ViTConfig
 
 from reward import richhf
 from reward.feedback import HEATMAPS, SCORES
-from reward.model import RahfConfig, RahfModel
+from reward.model import RahfModel
 from reward.predict import RichFeedbackPredictor
+from reward.rahf_config import RahfConfig
 from reward.records import Record, encode_map, write_tfrecords
 
 WORDS = ("a", "red", "blue", "circle", "square", "left", "of", "and")

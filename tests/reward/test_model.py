@@ -31,7 +31,8 @@ from transformers import (
     ViTModel,
 )
 
-from reward.model import OUTPUT_NAMES, RahfConfig, RahfModel
+from reward.model import RahfModel
+from reward.rahf_config import OUTPUT_NAMES, RahfConfig
 from reward.vocabulary import adopt_tokenizer
 
 

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Siglip2VisionConfig, T5Config, ViTConfig, ViTModel
 
-from reward.model import RahfConfig, RahfModel
+from reward.model import RahfModel
+from reward.rahf_config import RahfConfig
 
 TEXT = {"vocab_size": 20, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_decoder_layers": 1,
         "num_heads": 2}  # fmt: skip
