@@ -19,7 +19,7 @@ import torch
 
 from reward.data import to_tensor
 from reward.pictures import decode
-from reward.sources import PICTURE_SUFFIXES, table_rows
+from reward.stored_rows import PICTURE_SUFFIXES, table_rows
 
 logger = logging.getLogger(__name__)
 

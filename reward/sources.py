@@ -6,16 +6,11 @@
 
 Each can give further columns along with its pictures, as text (`Columns.kept`).
 
-The first two are parquet files or what `datasets` keeps on disk (arrow). All are streamed: at no time is more than a
-few rows in memory. Arrow files are mapped, as a batch of theirs may be the whole file; mapped pages count as the
-process's memory (`ru_maxrss`), although the kernel can drop them, so they are given back every few rows. Compressed
-arrow files are unpacked batch by batch, the needed columns only.
+The first two are parquet files or what `datasets` keeps on disk (arrow). All are streamed (`reward.stored_rows`): at no
+time is more than a few rows in memory.
 """
 
-import csv
 import hashlib
-import json
-import mmap
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,12 +19,11 @@ from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
-import pyarrow.parquet
+
+from reward.stored_rows import PICTURE_SUFFIXES, data_files, rows_of, schema_of, table_rows, text_of, uid_of
 
 PAIR_COLUMNS = ("image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "caption")
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _TABLE_SUFFIXES = (".csv", ".jsonl")
-_BATCH = 16  # rows: a few megabytes of pictures
 _BYTES = (
     pa.types.is_binary,
     pa.types.is_large_binary,
@@ -109,11 +103,11 @@ class PicturePairs:
     def pictures(self, wanted: Collection[str]) -> Iterator[Picture]:
         names = (*PAIR_COLUMNS, *chain(*self.kept.values()))
         for file in self.files:
-            for row in _rows(file, ("image_0_uid", "image_1_uid"), names, wanted):
+            for row in rows_of(file, ("image_0_uid", "image_1_uid"), names, wanted):
                 for side in (0, 1):
                     if row[f"image_{side}_uid"] in wanted:
                         data = _picture_data(row[f"jpg_{side}"], self.folder)
-                        kept = {name: _text(row[columns[side]]) for name, columns in self.kept.items()}
+                        kept = {name: text_of(row[columns[side]]) for name, columns in self.kept.items()}
                         yield Picture(row[f"image_{side}_uid"], data, row["caption"], kept)
 
 
@@ -135,10 +129,10 @@ class PictureRows:
     def pictures(self, wanted: Collection[str]) -> Iterator[Picture]:
         names = (self.columns.uid, self.columns.image, self.columns.prompt, *self.columns.kept)
         for file in self.files:
-            for row in _rows(file, names[:1], names, wanted):
+            for row in rows_of(file, names[:1], names, wanted):
                 data = _picture_data(row[self.columns.image], self.folder)
-                kept = {name: _text(row[name]) for name in self.columns.kept}
-                yield Picture(_uid(row[self.columns.uid]), data, row[self.columns.prompt], kept)
+                kept = {name: text_of(row[name]) for name in self.columns.kept}
+                yield Picture(uid_of(row[self.columns.uid]), data, row[self.columns.prompt], kept)
 
 
 @dataclass(frozen=True)
@@ -165,7 +159,7 @@ class PictureFolder:
         for path in self._files(wanted):
             row = rows.get(path.stem, {})
             prompt = row.get(self.prompt_column)
-            kept = {name: _text(row.get(name)) for name in self.kept}
+            kept = {name: text_of(row.get(name)) for name in self.kept}
             yield Picture(path.stem, path.read_bytes(), prompt if isinstance(prompt, str) else None, kept)
 
     def ambiguous(self, wanted: Collection[str]) -> dict[str, list[str]]:
@@ -195,7 +189,7 @@ class PictureFolder:
         rows: dict[str, dict] = {}
         several: dict[str, None] = {}
         for row in table_rows(self.table):
-            if (uid := _uid(row.get(self.uid_column))) in wanted:
+            if (uid := uid_of(row.get(self.uid_column))) in wanted:
                 row = {name: row.get(name) for name in (self.prompt_column, *self.kept)}
                 if rows.setdefault(uid, row) != row:
                     several[uid] = None
@@ -223,8 +217,8 @@ def open_source(place: str | Path, columns: Columns | None = None, table: str | 
         raise ValueError(f"there is no source of pictures {place}")
     if table is not None:
         return _open_folder(place, Path(table), columns)
-    if files := _data_files(place):
-        found = _schema(files[0]).names
+    if files := data_files(place):
+        found = schema_of(files[0]).names
         if set(PAIR_COLUMNS) <= set(found):
             sides = {name: _sides(found, name) for name in columns.kept}
             uids, images, prompt = PAIR_COLUMNS[:2], PAIR_COLUMNS[2:4], PAIR_COLUMNS[4]
@@ -234,7 +228,7 @@ def open_source(place: str | Path, columns: Columns | None = None, table: str | 
             uids, images, prompt, kept = (columns.uid,), (columns.image,), columns.prompt, columns.kept
             source = PictureRows(place, files, columns)
         for file in files:
-            schema = _schema(file)
+            schema = schema_of(file)
             _check_columns(file, schema.names, (*uids, *images, prompt))
             _check_types(file, schema, uids, images, prompt)
             if kept:
@@ -342,92 +336,6 @@ def _is_one_of(kind: pa.DataType, tests: Iterable[Callable[[pa.DataType], bool]]
     return any(test(value) for test in tests)
 
 
-def _data_files(place: Path) -> list[Path]:
-    """Parquet files; or the arrow files of a data set that was saved to disk; or those of `datasets`' cache."""
-    if place.is_file():
-        return [place] if place.suffix == ".parquet" else []
-    if files := sorted(place.rglob("*.parquet")):
-        return files
-    if states := sorted(place.rglob("state.json")):
-        names = [(state, entry["filename"]) for state in states for entry in _json_file(state).get("_data_files", [])]
-        return [state.with_name(Path(name).name) for state, name in names]
-    return sorted(path for path in place.rglob("*.arrow") if not path.name.startswith(("cache-", "tmp")))
-
-
-def _json_file(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-
-
-def _schema(file: Path) -> pa.Schema:
-    try:
-        if file.suffix == ".parquet":
-            return pyarrow.parquet.read_schema(file)
-        with pa.OSFile(str(file)) as opened, pa.ipc.open_stream(opened) as stream:
-            return stream.schema
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); fetch it again") from error
-
-
-def _rows(file: Path, keys: Sequence[str], names: Sequence[str], wanted: Collection[str]) -> Iterator[dict]:
-    """The rows of a file in which one of the columns `keys` is a wanted uid, as dicts of the columns `names`."""
-    names = list(dict.fromkeys(names))
-    try:
-        for batch in _batches(file, keys, names, wanted):
-            columns = [batch.column(name).to_pylist() for name in keys]
-            rows = [row for row, uids in enumerate(zip(*columns, strict=True)) if _any_wanted(uids, wanted)]
-            for row in rows:  # one by one: a row is a copy out of the batch
-                yield batch.slice(row, 1).to_pylist()[0]
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); fetch it again") from error
-
-
-def _batches(
-    file: Path, keys: Sequence[str], names: Sequence[str], wanted: Collection[str]
-) -> Iterator[pa.RecordBatch]:
-    """The rows' columns `names`, `_BATCH` rows at most at a time; each is let go before the next is asked for."""
-    if file.suffix != ".parquet":
-        yield from _mapped_batches(file, names)
-        return
-    # Without a buffer a whole column is read, and ahead of its use a whole row group, which may be the file.
-    with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
-        for group in range(table.num_row_groups):
-            uids = table.read_row_group(group, columns=list(keys)).to_pydict()
-            if any(_any_wanted(column, wanted) for column in uids.values()):  # else its pictures are not even read
-                yield from table.iter_batches(batch_size=_BATCH, row_groups=[group], columns=names)
-
-
-def _mapped_batches(file: Path, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The same of an arrow file, whose batches may have any size: what was looked at is given back to the kernel."""
-    found = _schema(file).names
-    options = pa.ipc.IpcReadOptions(included_fields=[found.index(name) for name in names])
-    with file.open("rb") as opened:
-        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    with pa.ipc.open_stream(pa.py_buffer(mapped), options=options) as stream:
-        for batch in stream:
-            for begin in range(0, batch.num_rows, _BATCH):
-                yield batch.slice(begin, _BATCH).select(names)
-                if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows, where pages stay until memory is short
-                    mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def _any_wanted(uids: Sequence[object], wanted: Collection[str]) -> bool:
-    return any(_uid(uid) in wanted for uid in uids)
-
-
-def _uid(value: object) -> str:
-    """A uid as it stands; of a picture file's name, the stem."""
-    text = _text(value)
-    return Path(text).stem if text.lower().endswith(PICTURE_SUFFIXES) else text
-
-
-def _text(value: object) -> str:
-    """A plain value as text; empty where there is none."""
-    return "" if value is None else str(value)
-
-
 def _picture_data(value: object, folder: Path) -> bytes | None:
     """The bytes of a cell; a path counts only inside the source's own folder."""
     if isinstance(value, dict):
@@ -437,27 +345,6 @@ def _picture_data(value: object, folder: Path) -> bytes | None:
         file = (folder / path).resolve()
         return file.read_bytes() if file.is_relative_to(folder.resolve()) and file.is_file() else None
     return value if isinstance(value, bytes) else None
-
-
-def table_rows(table: Path) -> Iterator[dict]:
-    """The rows of a CSV or JSONL file, one at a time."""
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            if table.suffix.lower() == ".csv":
-                yield from csv.DictReader(file, strict=True)
-                return
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"{table}, line {number}: each line must be a JSON object")
-                    yield row
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{table} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{table}, line {number}: not valid JSON ({error})") from error
-    except csv.Error as error:
-        raise ValueError(f"{table} is not a sound CSV file: {error}") from error
 
 
 def _count(files: Sequence[Path]) -> str:
