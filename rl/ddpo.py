@@ -109,6 +109,7 @@ class DDPOTrainer(PolicyTrainer):
         self.experience: Experience | None = None
         self._kls: list[torch.Tensor] | None = None  # of a rollout's first pictures, a trained step; None: not awaited
         self._noted = True
+        self._shared: list[int] = []  # draws of noise that the pictures of a group of the rollout in use share
         self._drawn_from: int | None = None  # the checkpoint that drew the rollout in use, by its updates
         self._begun: tuple[int, RunState] | None = None  # the rollout in use, and what was remembered before it
         if args.beta > 0 and not policy.has_reference:
@@ -172,7 +173,7 @@ class DDPOTrainer(PolicyTrainer):
         schedule = self.rollout_schedule = self._schedule_of(number)
         probes, steps = self._probes(number), self._steps_of(number)
         # What is shared has no signal of its own, so a rollout that measures all steps shares nothing.
-        shared = [] if probes else shared_places(args.share_noise, steps, len(schedule))
+        shared = self._shared = [] if probes else shared_places(args.share_noise, steps, len(schedule))
         self.model_wrapped.train()  # as in the update: engines may treat the two modes differently
         batches = []
         for first in range(0, len(mine), size):
@@ -334,7 +335,7 @@ class DDPOTrainer(PolicyTrainer):
             metrics["sde_window"] = float(self.rollout_schedule.stds.nonzero()[0])
         self._log_later(metrics)
         self._noted, self._kls = True, []
-        self._observe(experience.measures)
+        self._observe(experience.measures, self._shared)
         self._drawn_from = self.state.global_step if self.is_saved else None
         if not self.policy.has_reference:  # else the last monitor, KL, is still to come
             self._note_checkpoint()

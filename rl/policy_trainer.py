@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -246,8 +246,8 @@ class PolicyTrainer(ResumableTrainer):
 
     # ---- Logs ----
 
-    def _observe(self, measured: dict[str, float]) -> None:
-        self._log_later({f"watch/{name}": value for name, value in self.watch.observe(measured).items()})
+    def _observe(self, measured: dict[str, float], shared: Sequence[int] = ()) -> None:
+        self._log_later({f"watch/{name}": value for name, value in self.watch.observe(measured, shared).items()})
 
     def _log_later(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

@@ -163,9 +163,13 @@ class Watch:
         """The monitors for which the run is to end."""
         return [name for name in self.over if name in self.stop_on]
 
-    def observe(self, measured: Mapping[str, float]) -> dict[str, float]:
+    def observe(self, measured: Mapping[str, float], shared: Sequence[int] = ()) -> dict[str, float]:
         """Take note of what was measured (see `measure_rollout`; `kl` comes by itself) and say once what crosses its
         limit.
+
+        Args:
+            shared: draws of noise that the pictures of a prompt had in common (`rl.rollout.shared_places`). They make
+                them alike whatever the policy, so the diversity of a rollout is held against the first of its kind.
 
         Returns:
             monitor -> value of its curve, for those that were measured.
@@ -176,8 +180,9 @@ class Watch:
         if not self._looked:
             self._looked = True
             self._check_first(measured)
+        starts = {"diversity": " ".join(["diversity", *map(str, shared)])}
         for name, value in measured.items():
-            self._start.setdefault(name, value)
+            self._start.setdefault(starts.get(name, name), value)
         if "reward" in measured:  # of a rollout; KL comes by itself
             told = {
                 name: measured[name] for name in (*_AVERAGED, *map("{}_error".format, _AVERAGED)) if name in measured
@@ -192,7 +197,8 @@ class Watch:
                 elif name in _AVERAGED:
                     value, judged = self._fall(name)
                 elif monitor.ratio:  # where there was nothing at the start, nothing can be lost
-                    value = judged = measured[name] / self._start[name] if self._start[name] > 1e-8 else 1.0
+                    start = self._start[starts.get(name, name)]
+                    value = judged = measured[name] / start if start > 1e-8 else 1.0
                 self._judge(name, judged)
                 curves[name] = value
         return curves

@@ -21,8 +21,9 @@ run at it, and leaves the weights of the best checkpoint. "Of the start" is of t
     reward        The reward that is trained on fell: the run breaks what it should improve, by too large a learning
                   rate or credit that leads elsewhere. As held_out.
     diversity     Pictures of one prompt become alike: their mean distance, of the start; between what the reward sees
-                  in them where it tells (`features`), else between their pixels. 0.7: sound runs have lost a quarter,
-                  one 0.31 in a single rollout.
+                  in them where it tells (`features`), else between their pixels. Where rollouts differ in the noise
+                  that a prompt's pictures share (`share_noise`), the start is the first of each kind. 0.7: sound runs
+                  have lost a quarter, one 0.31 in a single rollout.
     drawn         Edges, of the start. 0.6: a policy that learns to draw less passes it on its way to nothing; sound
                   runs have stayed below 1.5. Texture that fools a predictor passes 1 / 0.6.
     file_size     Bytes of a JPEG, of the start; sees noise and texture that edges miss. 0.6 and 1 / 0.6, as above.

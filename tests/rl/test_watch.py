@@ -27,6 +27,19 @@ def test_a_crossing_is_said_once_and_again_after_a_recovery(caplog):
     assert "watch/drawn is 0.5, its limit 0.6" in lines[0]
 
 
+def test_diversity_is_held_against_a_rollout_that_shared_as_much_noise():
+    """Pictures from the same first steps are alike whatever the policy; a fall among such ones is one."""
+    watch = Watch({}, speaks=False)
+    shared = [[], [0, 1], [0, 1], [0, 1, 2], [0, 1], []]
+    told = [1.0, 0.4, 0.38, 0.2, 0.2, 0.9]
+    curve = [watch.observe({"diversity": value}, noise)["diversity"] for value, noise in zip(told, shared, strict=True)]
+    assert curve == pytest.approx([1, 1, 0.95, 1, 0.5, 0.9])
+    assert watch.crossed == ["diversity"]
+    resumed = Watch({}, speaks=False)
+    resumed.load_state(json.loads(json.dumps(watch.state())))
+    assert resumed.observe({"diversity": 0.1}, [0, 1]) == {"diversity": pytest.approx(0.25)}
+
+
 @pytest.mark.parametrize(
     ("name", "values", "over"),
     [

@@ -328,3 +328,25 @@ def test_what_the_first_rollout_lacks_is_said_before_an_update(make_trainer, nam
     assert trainer.state.global_step == 0
     make_trainer(Ranged(), stop_on=["all"], num_train_epochs=1, watch_limits={"kl": None}, save_strategy="no").train()
     assert f"stop_on all does not stop on {name}: the reward" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"share_noise": "around", "train_steps": ["auto:2"], "probe_rollouts": 1, "gradient_accumulation_steps": 8},
+        {"share_noise": "before", "timestep_fraction": 0.5, "gradient_accumulation_steps": 4},
+    ],
+    ids=["auto", "fraction"],
+)
+def test_noise_that_is_shared_in_some_rollouts_only_is_no_loss_of_diversity(make_trainer, settings):
+    """Nothing is learned here. Rollouts that probe share nothing, and others what comes before their trained steps."""
+    trainer = make_trainer(
+        **settings, num_inference_steps=5, generation_batch_size=16, learning_rate=1e-9, num_train_epochs=5,
+        save_strategy="no",
+    )  # fmt: skip
+    trainer.train()
+    curve = logged(trainer, "watch/diversity")
+    assert len(curve) == 5
+    assert all(0.75 < value < 1.33 for value in curve)
+    kinds = {name for name in trainer.watch.state()["start"] if name.startswith("diversity")}
+    assert len(kinds) > 1
