@@ -32,6 +32,7 @@ from finetune.run import (  # noqa: E402
     read_schedule,
     run_settings,
     train,
+    try_rewards,
     watch_facts,
 )
 from finetune.run_arguments import RewardedRunArguments  # noqa: E402
@@ -42,7 +43,7 @@ from rl.adapter import AdapterSettings, check_adapter_files  # noqa: E402
 from rl.ddpo import DDPOConfig, DDPOTrainer  # noqa: E402
 from rl.dry_run import measure, print_costs  # noqa: E402
 from rl.evaluate import TRAINING_REWARD  # noqa: E402
-from rl.experience import check_credit_is_told  # noqa: E402
+from rl.experience import check_credit_is_told, told_by  # noqa: E402
 from rl.model_card import DDPO  # noqa: E402
 
 
@@ -106,6 +107,8 @@ def load(
     console.print("[bold]loading[/] policy and rewards")
     with whole_models(args):
         rewards = {name: place_reward(reward, args) for name, reward in run.make_rewards().items()}
+        said = try_rewards(rewards, run.policy, args, prompts[0])
+        check_credit_is_told(args, told_by(said[TRAINING_REWARD]))
         policy = load_policy(run.policy, args)
     held_out = rewards[run.watch_reward] if run.watch_reward else None
     eval_on = run.held_out(eval_prompts, rewards) if eval_prompts else None

@@ -19,7 +19,7 @@ from rich.console import Console
 from tqdm.auto import tqdm
 
 from finetune.run_arguments import EvaluationArguments
-from reward.feedback import RewardFn
+from reward.feedback import Reward, RewardError, RewardFn
 from rl.adapter import AdapterSettings
 from rl.callbacks import show_at_end
 from rl.checkpoints import Start, claim_output_dir, explained, mark_finished, plan_start, restore_before
@@ -29,11 +29,12 @@ from rl.interrupt import RunInterrupted
 from rl.memory import MemorySettings, OffloadedReward
 from rl.model_card import Method, write_model_card
 from rl.pictures import before_after_sheet
-from rl.pipelines import load_scheduler
+from rl.pipelines import load_scheduler, picture_size
 from rl.policy import PictureSize, StableDiffusionPolicy
 from rl.policy_config import PolicyConfig
 from rl.policy_trainer import Judged, PolicyTrainer
 from rl.report import print_table, write_report
+from rl.scoring import score
 from rl.sde import Schedule
 
 # ---- Before the models are loaded ----
@@ -115,6 +116,28 @@ def place_reward(reward: RewardFn, args: PolicyConfig) -> RewardFn:
         return OffloadedReward(reward, args.device)
     reward.to(args.device)
     return reward
+
+
+def try_rewards(rewards: Mapping[str, RewardFn], policy: str, args: PolicyConfig, prompt: str) -> dict[str, Reward]:
+    """Ask each reward about one grey picture, as large as the policy's, before the policy is loaded and draws any.
+
+    Returns:
+        name -> what it says of it.
+
+    Raises:
+        ValueError: names the reward whose answer cannot be trained on, and what is wrong with it.
+    """
+    try:
+        size = picture_size(policy, args.resolution)
+    except OSError:  # of a name on the hub that is not there; loading it says so
+        size = (512, 512)
+    grey, said = torch.full((1, 3, *size), 0.5, device=args.device), {}
+    for name, reward in rewards.items():
+        try:
+            said[name] = score(reward, grey, [prompt])
+        except RewardError as error:
+            raise ValueError(f"asked about one grey picture, the reward {name!r} fails: {error}") from error
+    return said
 
 
 # ---- The run ----

@@ -50,7 +50,7 @@ def measure(trainer: "DDPOTrainer") -> dict[str, float]:
         with trainer.accelerator.autocast():  # the Trainer's own context has none: it leaves that to `prepare`
             batch = sample_and_score(
                 policy, policy.network, trainer.reward_fn, prompts, noise, trainer.schedule, kept, args, clock, 0,
-                trunks=trainer.trunks(pictures),
+                held_out=trainer.held_out, trunks=trainer.trunks(pictures),
             )  # fmt: skip
         updates = [_update(trainer, batch.trajectory, prompts, k) for k in sorted({0, plan.train_steps - 1})]
     (first, _), (other, _) = updates[0], updates[-1]

@@ -181,7 +181,7 @@ def credit_map(
         ValueError: the reward does not say what the kind of credit needs.
     """
     grid = policy.latent_shape[1:]
-    check_credit_is_told(args, _given_in(reward))
+    check_credit_is_told(args, told_by(reward))
     if args.credit == "words":
         positions = word_positions(policy.pipeline.tokenizer, prompts)
         return to_latent_grid(word_map(attention, positions, reward.word_penalties), grid).to(images.device)
@@ -224,10 +224,11 @@ def check_reward_fits_credit(policy: StableDiffusionPolicy, reward_fn: RewardFn,
     if args.credit == "words" or _goes_by_maps(args):
         sides = [side * policy.pipeline.vae_scale_factor for side in policy.latent_shape[1:]]
         grey = torch.full((1, 3, *sides), 0.5, device=policy.device)
-        check_credit_is_told(args, _given_in(score(reward_fn, grey, [prompt])))
+        check_credit_is_told(args, told_by(score(reward_fn, grey, [prompt])))
 
 
-def _given_in(reward: Reward) -> set[str]:
+def told_by(reward: Reward) -> set[str]:
+    """What credit may go by that a reward says: "penalties", "word_penalties"."""
     given = {"penalties": bool(reward.penalties), "word_penalties": reward.word_penalties is not None}
     return {name for name, there in given.items() if there}
 

@@ -56,8 +56,11 @@ def _check_trained(checkpoint: Path, args: PolicyConfig) -> None:
         return
     if not file.is_file():
         raise ValueError(f"tune is lora, but {checkpoint} holds no {LORA_WEIGHTS}; it is of a whole U-Net")
+    if args.init_adapter is not None:  # its rank is the LoRA's, and is compared when that is read
+        return
     with safe_open(file, framework="pt") as stored:
         names = [name for name in list(stored.keys()) if "lora_A" in name]
         ranks = {stored.get_slice(name).get_shape()[0] for name in names}
-    if ranks and ranks.isdisjoint({args.lora_rank, 2 * args.lora_rank}):  # twice, where a LoRA begins off zero
+    twice = args.init_lora_weights != "default"  # where a LoRA begins off zero, what it began as is stored too
+    if ranks and ranks.isdisjoint({args.lora_rank, (1 + twice) * args.lora_rank}):
         raise ValueError(f"lora_rank is {args.lora_rank}, but the LoRA in {checkpoint} has the rank {min(ranks)}")

@@ -12,7 +12,14 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
@@ -139,6 +146,25 @@ def check_pipeline_folder(path: str, families: Mapping[str, Family] = FAMILIES) 
         elif part != "scheduler":
             check_weight_files(folder / part, path)
     check_network(_read_json(folder / "unet" / "config.json"), path, family)
+
+
+def picture_size(path: str, resolution: int | None) -> tuple[int, int]:
+    """Height and width of what a pipeline draws, in pixels; from its configs, so nothing of it is loaded.
+
+    Args:
+        path: folder, or name on the hub.
+        resolution: of the run's settings; None: the size that the U-Net was trained at.
+
+    Raises:
+        OSError: a config is not there.
+    """
+    if resolution is not None:
+        return resolution, resolution
+    unet = UNet2DConditionModel.load_config(path, subfolder="unet")
+    vae = AutoencoderKL.load_config(path, subfolder="vae")
+    factor, size = 2 ** (len(vae["block_out_channels"]) - 1), unet["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * factor, width * factor
 
 
 def check_network(config: Mapping[str, Any], path: str, family: Family) -> None:

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -315,15 +315,19 @@ def differences(reference: Path, folder: Path) -> list[str]:
 # ---- Killing ----
 
 
-def kill_at_random(child: Forked | Launched, phases: PhaseFile, chance: random.Random, importing: float) -> str | None:
+def kill_at_random(
+    child: Forked | Launched, phases: PhaseFile, chance: random.Random, importing: float, wanted: Sequence[str] = ()
+) -> str | None:
     """Kill a run at a random moment; returns the phase it was in, None if it ended before.
 
     Args:
         importing: seconds before `main` begins, in which a kill may fall too.
+        wanted: phases behind whose second beginning it falls, when there is a checkpoint; none: any phase, and some
+            kills at any time.
     """
-    if chance.random() < 0.8:
-        phase = chance.choice((*PHASES, "checkpoint", "publish"))
-        times = 1 if phase in ONCE else chance.randint(1, 4)
+    if wanted or chance.random() < 0.8:
+        phase = chance.choice(wanted or (*PHASES, "checkpoint", "publish"))
+        times = 1 if phase in ONCE else 2 if wanted else chance.randint(1, 4)
         delay = chance.uniform(0, LONGEST[phase] + (importing if phase == "start" else 0))
         reached = lambda: phase == "start" or phases.entered(phase) >= times  # noqa: E731
     else:
@@ -376,15 +380,17 @@ def main(options: argparse.Namespace, folder: Path) -> None:
         end(begin(reference), "the run without kills")
     print(f"one run without kills: {time.perf_counter() - start:.1f} s", flush=True)
 
-    fell, runs, unequal = Counter(), 0, []
+    fell, runs, behind, unequal = Counter(), 0, 0, []
     while sum(fell.values()) < options.kills:
         output = folder / f"run_{runs}"
         while sum(fell.values()) < options.kills:
             child = begin(output)
-            phase = kill_at_random(child, phases, chance, importing=0.0 if options.ranks == 1 else 8.0)
+            importing = 0.0 if options.ranks == 1 else 8.0
+            phase = kill_at_random(child, phases, chance, importing, options.phases)
             if phase is None:
                 break
             fell[phase] += 1
+            behind += bool(complete_checkpoints(output))
         else:
             child = begin(output)
         end(child, f"run {runs}, started again after {sum(fell.values())} kills in all,")
@@ -398,6 +404,7 @@ def main(options: argparse.Namespace, folder: Path) -> None:
         print(f"{runs} runs, {sum(fell.values())} kills, {time.perf_counter() - start:.0f} s", flush=True)
 
     print("\n".join(f"{phase:>12}  {fell[phase]:4} kills" for phase in PHASES))
+    print(f"{behind} of them when there was a checkpoint")
     print(f"{sum(fell.values())} kills in {runs} runs of {options.rollouts} rollouts, {options.ranks} rank(s), "
           f"engine {options.engine}, seed {options.seed}, {time.perf_counter() - start:.0f} s: "
           f"{'; '.join(unequal) if unequal else 'every run ended as the one without kills'}")  # fmt: skip
@@ -411,6 +418,9 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--engine", choices=("none", "ddp", "zero2"), help="default: none for one rank, ddp for two")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--rollouts", type=int, default=8, help="of a run")
+    parser.add_argument(
+        "--phases", nargs="+", choices=PHASES, default=(), help="that a kill may fall in (default: any)"
+    )
     options = parser.parse_args(argv)
     options.engine = options.engine or ("none" if options.ranks == 1 else "ddp")
     if (options.engine == "none") != (options.ranks == 1):

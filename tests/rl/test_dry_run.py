@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from reward.feedback import Reward
 from rl.dry_run import measure
 from rl.policy import StableDiffusionPolicy
 
@@ -21,6 +22,17 @@ def test_what_a_run_would_cost(make_trainer):
     phases = [value for name, value in costs.items() if name.startswith("rollout_") and name.endswith("_seconds")]
     assert costs["seconds"] == pytest.approx(5 * sum(phases))
     assert all(torch.equal(old, new) for old, new in zip(before, trainer.trained_weights(), strict=True))
+
+
+def test_the_watched_reward_costs_too(make_trainer):
+    asked = []
+
+    def watching(images, prompts):
+        asked.append(len(images))
+        return Reward(images.mean((1, 2, 3)))
+
+    measure(make_trainer(held_out=watching))
+    assert sum(asked) == 2 * 4  # the batch, twice
 
 
 def test_what_a_group_shares_is_taken_off(make_trainer, monkeypatch):

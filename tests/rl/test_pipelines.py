@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 import rl.policy
-from rl.pipelines import load_pipeline, load_scheduler
+from rl.pipelines import load_pipeline, load_scheduler, picture_size
 from rl.policy import PictureSize, StableDiffusionPolicy
 from rl.rollout import keyed_noise, sample
 from rl.sde import ddim_scheduler, make_schedule
@@ -163,3 +163,11 @@ def test_networks_for_other_tasks_are_refused(pipeline_folder, tmp_path, key, va
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     with pytest.raises(ValueError, match=message):
         load(str(tmp_path / "other"))
+
+
+def test_the_grey_picture_is_as_large_as_the_policys(pipeline_folder, xl_folder):
+    for folder in (pipeline_folder, xl_folder):
+        policy = StableDiffusionPolicy.load(folder)
+        sides = tuple(side * policy.pipeline.vae_scale_factor for side in policy.latent_shape[1:])
+        assert picture_size(folder, None) == sides
+        assert picture_size(folder, 32) == (32, 32)

@@ -263,6 +263,39 @@ def test_what_a_reward_says_of_its_arguments_is_said_first(config, capsys, nothi
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("how", "credit", "message"),
+    [
+        ("column", "image", "(1, 1)"),
+        ("nan", "image", "is nan for the prompt"),
+        ("negative", "focus", "negative"),
+        ("one map", "focus", "blame"),
+    ],
+)
+@pytest.mark.parametrize("asked", ["trained on", "only asked"])
+def test_a_reward_that_cannot_be_trained_on_is_found_out_before_the_policy_is_loaded(
+    config, tmp_path, capsys, monkeypatch, how, credit, message, asked
+):
+    monkeypatch.setattr(run_ddpo, "load_policy", lambda path, args: pytest.fail("loaded too early"))
+    broken = {"reward": "tests.rl.toy_rewards:Broken", "kwargs": {"how": how}}
+    flags = ["--eval_rewards", json.dumps({"it": broken})]
+    if asked == "trained on":
+        flags = ["--credit", credit, "--reward", broken["reward"], "--reward_kwargs", json.dumps(broken["kwargs"])]
+    assert command("--config", config, *flags) == 2
+    said = capsys.readouterr().err
+    name = "reward" if asked == "trained on" else "it"
+    assert f"asked about one grey picture, the reward '{name}' fails: " in said
+    assert message in said
+    assert not (tmp_path / "run/run_config.json").exists()
+
+
+def test_credit_by_maps_of_a_users_own_reward_is_refused_before_the_policy_is_loaded(config, capsys, monkeypatch):
+    monkeypatch.setattr(run_ddpo, "load_policy", lambda path, args: pytest.fail("loaded too early"))
+    flags = ["--credit", "focus", "--reward", "tests.rl.toy_rewards:Plain", "--reward_kwargs", "{}"]
+    assert command("--config", config, *flags) == 2
+    assert "credit focus on maps needs a reward with penalty maps" in capsys.readouterr().err
+
+
 def test_one_command_starts_goes_on_and_finds_that_nothing_is_left(config, tmp_path, capsys):
     folder, line = tmp_path / "run", ("--config", config, "--num_train_epochs", "1", "--resume_from_checkpoint", "auto")
     assert command(*line) == 0
@@ -396,7 +429,7 @@ def test_a_reward_that_falls_silent_ends_the_run_and_leaves_its_checkpoint(confi
 
     def dies_in_the_second_rollout(images, prompts):
         calls.append(1)
-        if len(calls) > 2:  # micro-batches of a rollout
+        if len(calls) > 3:  # a grey picture, and the micro-batches of a rollout
             raise RuntimeError("out of memory")
         return Plain()(images, prompts)
 
@@ -565,9 +598,15 @@ def test_presets_rewards_can_be_built(path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("ddpo_*.yaml")), ids=lambda path: path.name)
-def test_presets_are_valid_and_open_with_three_comment_lines(path):
+def test_presets_are_valid_and_open_with_three_comment_lines(path, monkeypatch):
+    """Their arithmetic is that of as many processes as the first line starts."""
     lines = path.read_text().splitlines()
     assert all(line.startswith("# ") for line in lines[:3])
     assert f"--config configs/{path.name}" in lines[0]
+    processes = int((re.search(r"--num_processes (\d+)", lines[0]) or [0, 1])[1])
+    monkeypatch.setattr(run_ddpo.DDPOConfig, "world_size", processes)
     _, args = settings_of(path)
-    args.plan(len(args.train_steps))
+    plan = args.plan(len(args.train_steps))
+    if told := re.search(r"then (\d+) updates? of (\d+) rows", lines[2]):
+        assert (plan.updates, plan.pictures * plan.train_steps // plan.updates) == tuple(map(int, told.groups()))
+    assert processes == 1 or told

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from reward.feedback import Reward
 from rl.adapter import LORA_WEIGHTS
+from rl.checkpoints import complete_checkpoints
 
 KINDS = {
     "full": {"tune": "full", "learning_rate": 0.001},
@@ -44,6 +45,25 @@ def test_ratio_is_exactly_one_and_a_resumed_run_is_the_uninterrupted_one(make_tr
     assert any(not torch.equal(one[name], before[name]) for name in one)
     assert logged(whole, "reward") == logged(rest, "reward")
     assert logged(whole, "kl") == logged(rest, "kl")
+
+
+def test_a_run_from_another_lora_goes_on_with_the_rank_of_that(make_trainer, tmp_path):
+    """Its settings leave `lora_rank` out, so the default stands there."""
+    first = make_trainer(output_dir=str(tmp_path / "first"), num_train_epochs=1, lora_rank=3)
+    first.train()
+    settings = {"init_adapter": str(complete_checkpoints(tmp_path / "first")[-1]), "lora_rank": 8}
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), num_train_epochs=2, **settings)
+    whole.train()
+    make_trainer(output_dir=str(tmp_path / "part"), num_train_epochs=1, **settings).train()
+    rest = make_trainer(output_dir=str(tmp_path / "part"), num_train_epochs=2, **settings)
+    rest.train(resume_from_checkpoint="latest")
+    (one, two) = (weights(complete_checkpoints(tmp_path / name)[-1]) for name in ("whole", "part"))
+    assert {weight.shape[0] for name, weight in one.items() if "lora_A" in name} == {3}
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    with pytest.raises(ValueError, match=r"lora_rank is 8, but the LoRA in .* has the rank 3"):
+        make_trainer(output_dir=str(tmp_path / "part"), num_train_epochs=3, lora_rank=8).train(
+            resume_from_checkpoint="latest"
+        )
 
 
 def test_whole_unet_is_pulled_back_to_the_base(make_trainer, tmp_path):

@@ -53,3 +53,22 @@ class Plain:
 
     def __call__(self, images, prompts):
         return Reward(total=images.mean(dim=(1, 2, 3)), terms={"satisfied": (images.mean(dim=(1, 2, 3)) > 0.5).float()})
+
+
+class Broken:
+    """A reward whose answer cannot be trained on, in one of several ways."""
+
+    def __init__(self, how: str):
+        self.how = how
+
+    def __call__(self, images, prompts):
+        total, penalty = images.mean(dim=(1, 2, 3)), images[:, 0]
+        if self.how == "column":
+            total = total[:, None]
+        elif self.how == "nan":
+            total = total * float("nan")
+        elif self.how == "negative":
+            penalty = -penalty
+        elif self.how == "one map":
+            penalty = penalty[0]
+        return Reward(total=total, penalties={"blame": penalty})
