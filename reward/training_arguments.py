@@ -81,8 +81,15 @@ def check_training_arguments(args: TrainingArguments) -> None:
 
     Raises:
         ValueError: a logger that is not installed; a rate, a beta or an option that the optimizer or the schedule does
-            not take; settings of DeepSpeed's that contradict these.
+            not take; settings of DeepSpeed's that contradict these; a launcher that was told to compute in another
+            precision, which Trainer would do while every record of the run says these settings.
     """
+    if args.mixed_precision != "no" and not (args.bf16 or args.fp16):
+        raise ValueError(
+            f"accelerate was told to compute in {args.mixed_precision} (mixed_precision of its settings, or "
+            "ACCELERATE_MIXED_PRECISION), but neither bf16 nor fp16 is set; set the one that you mean, or tell "
+            'accelerate "no"'
+        )
     installed = sorted(get_available_reporting_integrations())
     for name in [args.report_to] if isinstance(args.report_to, str) else args.report_to or []:
         if name not in installed:

@@ -52,6 +52,15 @@ def test_what_trainer_takes_is_taken(tmp_path, changes):
     trainer.create_optimizer_and_scheduler(num_training_steps=10)  # as the check says, it can be made
 
 
+def test_a_launchers_precision_is_not_taken_in_silence(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match=r"accelerate was told to compute in bf16 .* neither bf16 nor fp16 is set"):
+        check_training_arguments(arguments(tmp_path))
+    check_training_arguments(arguments(tmp_path, bf16=True))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    check_training_arguments(arguments(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
