@@ -105,7 +105,8 @@ def agreement(first: torch.Tensor, second: torch.Tensor, group_size: int) -> tup
     groups = [values.double().view(-1, group_size) for values in (first, second)]
     a, b = (values - values.mean(dim=1, keepdim=True) for values in groups)
     scale = a.norm(dim=1) * b.norm(dim=1)
-    told = scale > 1e-12 * groups[0].norm(dim=1) * groups[1].norm(dim=1)  # below, it is rounding
+    # Rewards are float32: what differs by less than this is rounding, and no preference.
+    told = (a.norm(dim=1) > 1e-6 * groups[0].norm(dim=1)) & (b.norm(dim=1) > 1e-6 * groups[1].norm(dim=1))
     found = torch.where(told, (a * b).sum(dim=1) / torch.where(told, scale, torch.ones_like(scale)), 0.0)
     spread = max(float(found.std()) if len(found) > 1 else 0.0, (group_size - 1) ** -0.5)
     return float(found.mean()), spread / len(found) ** 0.5

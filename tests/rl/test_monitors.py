@@ -135,3 +135,13 @@ def test_features_are_the_rewards_own_or_none():
         reward.features = wrong
         with pytest.raises(RewardError, match=r"features are to be finite, \(5, D\)"):
             features(reward, images)
+
+
+def test_rounding_is_no_preference():
+    """Rewards that are equal but for float32's last bits prefer none."""
+    equal = torch.tensor([0.5, 0.6, 0.7, 0.8]) - torch.tensor([0.1, 0.2, 0.3, 0.4])
+    assert equal.unique().numel() > 1
+    value, _ = agreement(equal, torch.arange(1.0, 5.0), 4)
+    assert value == 0
+    small = 1000 + torch.tensor([0.01, 0.02, 0.03, 0.04])
+    assert agreement(small, torch.arange(1.0, 5.0), 4)[0] == pytest.approx(1, abs=1e-3)
