@@ -96,9 +96,10 @@ class Trip:
     monitors: tuple[str, ...] = field(default=())
 
 
+HELD_OUT = "with a held-out reward"
 WAYS = {
     "by rollouts alone": {"held_out", "agreement", "evaluated"},
-    "with a held-out reward": {"evaluated"},
+    HELD_OUT: {"evaluated"},
     "with evaluations too": set(),
 }
 """What a run has -> the monitors that it therefore lacks."""
@@ -172,7 +173,10 @@ def table(found: Mapping[Training, Result]) -> list[Row]:
             never = " (never)" if fallen is None else ""
             text = f"{name}, seed {seed}: rollout at which the judge fell by {FALL}{never}"
             rows.append(Row(text, last if fallen is None else fallen, n=judged))
+            holds_out = any("agreement" in watched for watched in result.watched)
             for way, lacks in WAYS.items():
+                if way == HELD_OUT and not holds_out:  # it would be the first way again, by another name
+                    continue
                 trip = first_trip(result, {*lacks, *game.rewarded})
                 said, by_then = ", ".join(trip.monitors) or "none", lowest_change(result, trip.rollout)
                 told = last if trip.rollout is None else trip.rollout

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from gamed import (
     GAMES,
+    HELD_OUT,
     SOUND,
     WAYS,
     Trip,
@@ -69,7 +70,8 @@ def test_a_game_holds_if_every_seed_was_seen_in_time():
     for judges, holds in (((early, early), True), ((early, late), False)):
         found = {Training(name, seed): training_of(judge, FADING) for seed, judge in enumerate(judges)}
         rows = {row.name: row for row in table(found)}
-        for way in WAYS:
+        assert not any(HELD_OUT in name for name in rows), "they had none"
+        for way in set(WAYS) - {HELD_OUT}:
             verdict = rows[f"{name}: judge's lowest change by the first monitor {way}, worst seed"]
             assert verdict.holds is holds
             assert rows[f"{name}, seed 0: first monitor {way} (drawn), at rollout"].value == 5
@@ -81,7 +83,7 @@ def test_what_a_run_lacks_does_not_count():
     against = [{**measured, "drawn": 0.02, "agreement": -0.5, "agreement_error": 0.1} for measured in FADING]
     rows = {row.name: row for row in table({Training("paid, unit", 0): training_of([0.8] * 9, against)})}
     assert rows["paid, unit, seed 0: first monitor by rollouts alone (none), at rollout"].value == 8
-    for way in ("with a held-out reward", "with evaluations too"):
+    for way in (HELD_OUT, "with evaluations too"):
         assert rows[f"paid, unit, seed 0: first monitor {way} (agreement), at rollout"].value == 0
 
 
@@ -89,7 +91,9 @@ def test_what_is_rewarded_does_not_count():
     sizes = [{**measured, "drawn": 0.02, "file_size": 1000.0 - 80 * k} for k, measured in enumerate(FADING)]
     found = {Training("small files", 0): training_of([0.8] * 9, sizes)}
     names = [row.name for row in table(found)]
-    assert all(f"small files, seed 0: first monitor {way} (none), at rollout" in names for way in WAYS)
+    assert all(
+        f"small files, seed 0: first monitor {way} (none), at rollout" in names for way in set(WAYS) - {HELD_OUT}
+    )
     assert "small files, seed 0: rollout at which the judge fell by 0.05 (never)" in names
     assert not any("worst seed" in name for name in names)  # nothing fell, so there was nothing to see
 
