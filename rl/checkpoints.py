@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
     """
     if resume_from_checkpoint is None or resume_from_checkpoint is False:
         return None
+    _bring_back(output_dir)
     offer = newest_whole(output_dir)
     if str(resume_from_checkpoint).lower() in (*_LATEST, _AUTO):
         available = complete_checkpoints(output_dir)
@@ -88,6 +89,16 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
     if checkpoint is not None:
         check_intact(checkpoint, contents=False)
     return checkpoint
+
+
+def _bring_back(output_dir: str | Path) -> None:
+    """Give a whole checkpoint its name again that `publish` moved aside, where it was killed before the next stood
+    there."""
+    for replaced in Path(output_dir).glob(f"checkpoint-*{REPLACED}"):
+        place = replaced.with_name(replaced.name.removesuffix(REPLACED))
+        if is_complete(replaced) and not place.exists():
+            with suppress(FileNotFoundError):  # another rank was first
+                os.replace(replaced, place)
 
 
 def _is_auto(resume_from_checkpoint: str | bool | None) -> bool:
@@ -345,8 +356,9 @@ def check_writable(output_dir: str | Path) -> None:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
+        there = f"; {newest_whole(output_dir)}" if complete_checkpoints(output_dir) else ""
         raise ValueError(
-            f"cannot write to output_dir {output_dir} ({place}: {error.strerror}); give another --output_dir"
+            f"cannot write to output_dir {output_dir} ({place}: {error.strerror}); give another --output_dir{there}"
         ) from error
 
 

@@ -160,7 +160,11 @@ class PolicyConfig(TrainingArguments):
         },
     )
     model_dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Precision of the frozen weights; what is trained is float32."}
+        default="float32",
+        metadata={
+            "help": "Precision of the frozen weights; what is trained is float32 (with DeepSpeed and bf16 or fp16, "
+            "float32 in its optimizer, and rounded to that where it is used and saved)."
+        },
     )
     ema_decay: float | None = field(
         default=None,

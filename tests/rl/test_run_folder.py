@@ -117,6 +117,24 @@ def test_a_checkpoint_replaces_one_of_its_name_and_one_of_the_two_is_always_whol
     assert {path.name for path in tmp_path.iterdir()} == {BESIDE, "checkpoint-3"}
 
 
+def test_a_checkpoint_that_was_moved_aside_for_one_that_never_came_is_found_again(tmp_path, monkeypatch):
+    """As if the process died between the two renames."""
+    old, beside = checkpoint(tmp_path, 3), checkpoint(tmp_path / BESIDE, 3, complete=False)
+    rename = os.replace
+
+    def renaming(source, place):
+        if source == beside:
+            raise KeyboardInterrupt
+        rename(source, place)
+
+    monkeypatch.setattr(os, "replace", renaming)
+    with pytest.raises(KeyboardInterrupt):
+        publish(beside, old, {"global_step": 3})
+    assert not old.exists()
+    assert resolve_checkpoint("auto", tmp_path) == old
+    assert is_complete(old)
+
+
 @pytest.mark.parametrize("how", ["discard", "rotate", "publish", "clear"])
 def test_a_checkpoint_that_is_half_deleted_is_not_whole(tmp_path, monkeypatch, how):
     """As if the process died where its files begin to be deleted."""
@@ -331,13 +349,20 @@ def test_a_checkpoint_elsewhere_is_compared_with_its_own_settings_and_never_mixe
     assert is_complete(origin)
 
 
-def test_a_folder_that_cannot_be_written_to_is_found_at_the_start(tmp_path):
+def test_a_folder_that_cannot_be_written_to_is_found_at_the_start(tmp_path, monkeypatch):
     kept = checkpoint(tmp_path, 3)
     check_writable(tmp_path / "not/yet/there")
     assert list(tmp_path.iterdir()) == [kept]
     with pytest.raises(ValueError, match=r"cannot write to output_dir /proc/run \(/proc: .*give another --output_dir"):
         plan_start(None, "/proc/run", {}, False)  # there not even root can
     assert plan_start(None, "/proc/run", {}, False, thorough=False) == Start(None, keep=False)
+
+    def refused(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
+    with pytest.raises(ValueError, match=rf"Permission denied\).*; the newest whole checkpoint is {kept}"):
+        check_writable(tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
