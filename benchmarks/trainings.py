@@ -163,11 +163,11 @@ class Looks(TrainerCallback):
         self.watched: list[dict[str, float]] = []
         observe = trainer.watch.observe
 
-        def note(measured: Mapping[str, float]) -> dict[str, float]:
+        def note(measured: Mapping[str, float], shared: Sequence[int] = ()) -> dict[str, float]:
             if "reward" in measured:  # the rollout's first
                 self.watched.append({})
             self.watched[-1] |= measured
-            return observe(measured)
+            return observe(measured, shared)
 
         trainer.watch.observe = note
 
