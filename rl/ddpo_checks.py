@@ -77,6 +77,11 @@ def check_steps(args: "DDPOConfig") -> None:
     )
     require(args.timestep_fraction == 1, "timestep_fraction does not go with train_steps auto; leave it out")
     require(
+        args.timestep_weighting == "uniform",
+        f"timestep_weighting is {args.timestep_weighting}, but train_steps auto rates the steps as if they counted "
+        "alike; leave it out, or name the steps",
+    )
+    require(
         args.tune == "lora",
         "train_steps auto keeps a gradient of all weights for each step, too much with tune full; name them",
     )

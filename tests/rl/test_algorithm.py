@@ -299,6 +299,7 @@ def test_the_probes_gradients_are_the_updates(make_trainer):
         ({"train_steps": ["auto:3"]}, "only 2 steps have noise"),
         ({"train_steps": ["auto:1"]}, "chunks of 4 pictures.*a rollout of 8 has not.*multiple of 4 from 12 on"),
         ({"train_steps": ["auto:1"], "timestep_fraction": 0.5}, "timestep_fraction does not go with"),
+        ({"train_steps": ["auto:1"], "timestep_weighting": "std"}, "timestep_weighting is std, but train_steps auto"),
         ({"train_steps": ["auto:1"], "advantage_baseline": "batch"}, "advantages must be within groups"),
         ({"share_noise": "before", "advantage_baseline": "prompt"}, "share_noise before helps by cancelling"),
         ({"model_dtype": "float16"}, "model_dtype is float16 without fp16"),
