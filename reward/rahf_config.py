@@ -13,6 +13,9 @@ from reward.vision import check_pictures_taken, check_size, size_of, stride_of
 OUTPUT_NAMES = (*(f"{name} score" for name in SCORES), *(f"{name} heatmap" for name in HEATMAPS), "misaligned words")
 """What `augmented_prompt` writes before the prompt, by output."""
 
+LOSS_SETTINGS = ("score_loss_weight", "heatmap_loss_weight", "word_loss_weight", "heatmap_positive_weight")
+"""Fields that the loss is computed with; settings of a training."""
+
 _CHOICES = {
     "variant": ("multi_head", "augmented_prompt"),
     "heatmap_head": ("paper", "light"),
@@ -22,8 +25,7 @@ _CHOICES = {
 _LEAST = {"max_text_length": 2, "image_pooling": 1}
 _SIDES = ("image_size", "heatmap_size")
 _OF_COLOURS = ("image_mean", "image_std")
-_WEIGHTS = ("score_loss_weight", "heatmap_loss_weight", "word_loss_weight", "heatmap_positive_weight")
-_CHECKED = (*_CHOICES, *_LEAST, *_SIDES, *_OF_COLOURS, *_WEIGHTS, "head_width", "word_threshold")
+_CHECKED = (*_CHOICES, *_LEAST, *_SIDES, *_OF_COLOURS, *LOSS_SETTINGS, "head_width", "word_threshold")
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -45,7 +47,7 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} takes a number for each of R, G, B, of image_std above 0, not {list(value)}")
         if name == "head_width" and not 0 < value < float("inf"):
             raise ValueError(f"head_width must be a number above 0, not {value}")
-        if name in _WEIGHTS and not 0 <= value < float("inf"):
+        if name in LOSS_SETTINGS and not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be a number from 0 on, not {value}")
         if name == "word_threshold" and not 0 <= value <= 1:
             raise ValueError(f"word_threshold is a probability, in [0, 1], not {value}")

@@ -46,9 +46,9 @@ from reward.metrics import heatmap_metrics, score_metrics, word_metrics
 from reward.model import RahfModel, RahfOutput
 from reward.panels import ExamplePanels
 from reward.predict import check_model_folder, load_tokenizer, save_whole
-from reward.rahf_config import RahfConfig
+from reward.rahf_config import LOSS_SETTINGS, RahfConfig
 from reward.t5_family import check_text_config
-from reward.train_config import LOSS_SETTINGS, RahfArguments, RahfTrainingArguments
+from reward.train_config import RahfArguments, RahfTrainingArguments
 from reward.training_arguments import whole_models
 from reward.vision import is_staged
 from reward.vocabulary import adopt_tokenizer

@@ -12,11 +12,8 @@ from transformers import TrainingArguments
 
 from reward.augmentation import SIDED_WORDS, Augmentation
 from reward.feedback import HEATMAPS, SCORES
-from reward.rahf_config import check_options
+from reward.rahf_config import LOSS_SETTINGS, check_options
 from reward.training_arguments import check_deepspeed_settings, check_training_arguments
-
-LOSS_SETTINGS = ("score_loss_weight", "heatmap_loss_weight", "word_loss_weight", "heatmap_positive_weight")
-"""Settings that go into the model's config, where the loss is computed."""
 
 _MODEL_SETTINGS = (
     "variant", "heatmap_head", "score_head", "words", "head_width", "image_pooling", "max_text_length", "image_mean",
