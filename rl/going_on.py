@@ -4,7 +4,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from rl.adapter import LORA_WEIGHTS
+from rl.adapter import LORA_WEIGHTS, AdapterSettings
 from rl.checkpoints import MARKER, read_marker
 from rl.full_unet import UNET_FOLDER
 from rl.policy_config import PolicyConfig
@@ -61,6 +61,6 @@ def _check_trained(checkpoint: Path, args: PolicyConfig) -> None:
     with safe_open(file, framework="pt") as stored:
         names = [name for name in list(stored.keys()) if "lora_A" in name]
         ranks = {stored.get_slice(name).get_shape()[0] for name in names}
-    twice = args.init_lora_weights != "default"  # where a LoRA begins off zero, what it began as is stored too
-    if ranks and ranks.isdisjoint({args.lora_rank, (1 + twice) * args.lora_rank}):
+    both = args.part(AdapterSettings).starts_from_base  # then what it began as is stored beside it
+    if ranks and args.lora_rank * (1 + both) not in ranks:
         raise ValueError(f"lora_rank is {args.lora_rank}, but the LoRA in {checkpoint} has the rank {min(ranks)}")
