@@ -53,6 +53,7 @@ from reward.vision import (
     normalisation_of,
     only_features,
     resizing,
+    see,
     tokens_of,
     width_of,
 )
@@ -220,7 +221,7 @@ class RahfModel(PreTrainedModel):
                 f"pixel_values are {tuple(pixel_values.shape[-2:])} pixels, and the model sees "
                 f"{self.config.input_size}; `reward.data.preprocess` brings pictures to that size"
             )
-        features = self.vision(pixel_values=pixel_values, **self.resizing).last_hidden_state
+        features = see(self.vision, pixel_values, **self.resizing)
         return tokens_of(features, self.config.grid[0] * self.config.grid[1])
 
     def see(self, pixel_values: torch.Tensor) -> torch.Tensor:

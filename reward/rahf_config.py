@@ -8,7 +8,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from reward.feedback import HEATMAPS, LABEL_RANGE, SCORES, SEPARATORS
 from reward.t5_family import check_text_config
-from reward.vision import check_pictures_taken, check_size, size_of, stride_of
+from reward.vision import check_size, size_of, stride_of
 
 OUTPUT_NAMES = (*(f"{name} score" for name in SCORES), *(f"{name} heatmap" for name in HEATMAPS), "misaligned words")
 """What `augmented_prompt` writes before the prompt, by output."""
@@ -116,7 +116,6 @@ class RahfConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         check_options({name: getattr(self, name) for name in _CHECKED})
-        check_pictures_taken(self.vision_config)
         check_text_config(self.text_config)
         if self.word_separators != SEPARATORS:
             raise ValueError(f"the model's prompts were split at {self.word_separators!r}; here it is {SEPARATORS!r}")

@@ -1,15 +1,17 @@
 """Vision encoders of transformers as RAHF sees them: a grid of feature vectors, from patches or from convolutions.
 
-Plain ones (ViT, DeiT, BEiT, CLIP, SigLIP, DINOv2 and their like) keep one token a patch; staged ones (ResNet, ConvNeXt,
-Swin, with `depths` in their config) halve the grid from stage to stage.
+Plain ones (ViT, DeiT, BEiT, CLIP, SigLIP, SigLIP 2, DINOv2 and their like) keep one token a patch; staged ones (ResNet,
+ConvNeXt, Swin, with `depths` in their config) halve the grid from stage to stage.
 
 Shapes: B images of H x W pixels, g x k the grid, P = g * k, D the encoder's width.
 """
 
 import inspect
+import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
@@ -17,6 +19,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 _UNREAD = {
     "clip_vision_model": ("post_layernorm.",),
     "siglip_vision_model": ("head.",),
+    "siglip2_vision_model": ("head.",),
     "convnext": ("layernorm.",),
     "convnextv2": ("layernorm.",),
     "dinov2": ("embeddings.mask_token",),
@@ -47,7 +50,7 @@ def stride_of(config: PreTrainedConfig) -> int:
     if patch is None:
         raise ValueError(
             f"the vision encoder is a {config.model_type!r}, which says neither `patch_size` nor `depths`; use one "
-            "like ViT, CLIP, SigLIP, DINOv2, ResNet, ConvNeXt or Swin"
+            "like ViT, CLIP, SigLIP, SigLIP 2, DINOv2, ResNet, ConvNeXt or Swin"
         )
     return patch
 
@@ -58,6 +61,8 @@ def size_of(config: PreTrainedConfig) -> int | list[int]:
     Raises:
         ValueError: the config does not say, as a ResNet's.
     """
+    if _takes_patches(config):
+        return math.isqrt(config.num_patches) * stride_of(config)
     size = getattr(config, "image_size", None)
     if size is None:
         raise ValueError(f"give image_size: the vision encoder, a {config.model_type!r}, has none of its own")
@@ -78,15 +83,6 @@ def normalisation_of(folder: str | Path) -> tuple[list[float], list[float]] | No
     if not all(isinstance(values, (list, tuple)) and len(values) == 3 for values in (mean, std)):
         return None
     return [float(value) for value in mean], [float(value) for value in std]
-
-
-def check_pictures_taken(config: PreTrainedConfig) -> None:
-    """Raise a `ValueError` if the encoder takes something else than pictures."""
-    if config.model_type.startswith("siglip2"):
-        raise ValueError(
-            "the vision encoder is a SigLIP 2 of the NaFlex kind, which takes patches instead of pictures; use one of "
-            "fixed size (its model_type is siglip_vision_model)"
-        )
 
 
 def check_size(config: PreTrainedConfig, size: tuple[int, int]) -> None:
@@ -133,7 +129,12 @@ def _class_of(config: PreTrainedConfig) -> type:
 
 def _any_size(config: PreTrainedConfig) -> bool:
     """Whether the encoder takes its positions from the picture it is given."""
-    return config.model_type.startswith(("dinov2", "dinov3"))
+    return config.model_type.startswith(("dinov2", "dinov3")) or _takes_patches(config)
+
+
+def _takes_patches(config: PreTrainedConfig) -> bool:
+    """Whether the encoder takes patches of pictures of any shape: SigLIP 2 of the NaFlex kind."""
+    return config.model_type == "siglip2_vision_model"
 
 
 def is_staged(config: PreTrainedConfig) -> bool:
@@ -153,6 +154,34 @@ def only_features(encoder: nn.Module) -> nn.Module:
         if name.startswith(unread):
             parameter.requires_grad_(False)
     return encoder
+
+
+def see(encoder: nn.Module, pixel_values: torch.Tensor, **how: bool) -> torch.Tensor:
+    """An encoder's last hidden state of images (B, 3, H, W), as `tokens_of` takes it.
+
+    Args:
+        how: what `resizing` says.
+    """
+    if _takes_patches(encoder.config):
+        return _see_patches(encoder, pixel_values)
+    return encoder(pixel_values=pixel_values, **how).last_hidden_state
+
+
+def _see_patches(encoder: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """What a NaFlex model says of images (B, 3, H, W) that have all one size, (B, P, D).
+
+    Its own `forward` would read each image's size from the device, and interpolate the same positions for each.
+    """
+    parts, side = encoder.embeddings, stride_of(encoder.config)
+    blocks = pixel_values.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (B, 3, g, side, k, side)
+    patches = blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    own = parts.position_embedding_size
+    places = parts.position_embedding(torch.arange(own**2, device=pixel_values.device))
+    places = places.T.unflatten(1, (own, own))[None].float()
+    places = F.interpolate(places, (blocks.shape[2], blocks.shape[4]), mode="bilinear", antialias=True)
+    embedded = parts.patch_embedding(patches.to(parts.patch_embedding.weight.dtype))
+    embedded = embedded + places.flatten(2).transpose(1, 2).to(embedded)
+    return encoder.post_layernorm(encoder.encoder(inputs_embeds=embedded, attention_mask=None).last_hidden_state)
 
 
 def tokens_of(features: torch.Tensor, count: int) -> torch.Tensor:
