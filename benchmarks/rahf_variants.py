@@ -37,7 +37,6 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from reward import evaluate
 from reward.feedback import SCORES
 from reward.predict import RichFeedbackPredictor
 from reward.train import COMPLETE
@@ -68,7 +67,7 @@ GOALS = {
 """Share of the ceiling that is aimed at, by the whole training."""
 MOST_LOWER = 0.05  # on held-out compositions
 PICTURES = 64
-SETTINGS = "asked.json"
+SETTINGS, REPORT = "asked.json", "report.json"
 
 
 def encoders_alone(pretrained: Path, folder: Path) -> Path:
@@ -113,17 +112,23 @@ def train(folder: Path, settings: list[str], seed: int, options) -> None:
     subprocess.run([*map(str, command)], check=True, env=os.environ | threads)
 
 
-def figures(folder: Path, raters: Path, held_out: Path, options) -> dict[tuple[str, str], dict[str, float]]:
+def judge(folder: Path, raters: Path, held_out: Path, options) -> None:
+    """Write `folder`'s `report.json`, unless it is there; on one thread where several are at work."""
+    if (folder / REPORT).exists():
+        return
+    places = {"--model": folder, "--data": options.data, "--raters": raters, "--out": folder}
+    command = [sys.executable, "-m", "reward.evaluate", *(word for place in places.items() for word in place)]
+    command += ["--batch_size", "64", "--device", "cpu"]  # as the published figures
+    command += ["--split", "test", "--group_prompts", held_out, "--draws", "0"]
+    threads = {"OMP_NUM_THREADS": "1"} if options.jobs > 1 else {}
+    subprocess.run([*map(str, command)], check=True, env=os.environ | threads, stdout=subprocess.DEVNULL)
+
+
+def figures(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
     """(kind, group of pictures) -> metric -> figure, all that `reward.evaluate` reports; kinds are "of ceiling" and
     "predictor"."""
-    told = folder / "report.json"
-    if not told.exists():
-        places = {"--model": folder, "--data": options.data, "--raters": raters, "--out": folder}
-        argv = [str(word) for place in places.items() for word in place]
-        argv += ["--batch_size", "64", "--device", "cpu"]  # as the published figures, to the last bit
-        evaluate.main([*argv, "--split", "test", "--group_prompts", str(held_out), "--draws", "0"])
     found = {}
-    for row in json.loads(told.read_text())["rows"]:
+    for row in json.loads((folder / REPORT).read_text(encoding="utf-8"))["rows"]:
         if row["kind"] in ("of ceiling", "predictor"):
             values = {f"{metric} {name}": one for name, of in row["scores"].items() for metric, one in of.items()}
             values |= {f"{metric} {name}": one for name, of in row["heatmaps"].items() for metric, one in of.items()}
@@ -216,13 +221,16 @@ def main() -> None:
     def folder(variant: str, seed: int) -> Path:
         return work / f"{variant}_{options.epochs or 'whole'}_{seed}"
 
-    wanted = [(variant, seed) for seed in seeds for variant in options.variants]
+    def train_and_judge(wanted: tuple[str, int]) -> None:
+        train(folder(*wanted), VARIANTS[wanted[0]], wanted[1], options)
+        judge(folder(*wanted), raters, held_out, options)
+
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda one: train(folder(*one), VARIANTS[one[0]], one[1], options), wanted))
+        list(pool.map(train_and_judge, [(variant, seed) for seed in seeds for variant in options.variants]))
 
     table, kept = [], {}
     for variant in options.variants:
-        kept[variant] = [figures(folder(variant, seed), raters, held_out, options) for seed in seeds]
+        kept[variant] = [figures(folder(variant, seed)) for seed in seeds]
         million, seconds = cost(folder(variant, 0), rows)
         table.append(Row(f"{variant}: parameters, millions", million))
         table.append(

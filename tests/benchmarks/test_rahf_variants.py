@@ -86,6 +86,23 @@ def test_a_finished_training_is_kept_and_a_killed_one_goes_on(tmp_path, monkeypa
         rahf_variants.train(new, VARIANTS["pooled"], 0, SimpleNamespace(**{**vars(options), "epochs": 10}))
 
 
+@pytest.mark.parametrize(("jobs", "threads"), [(1, "7"), (2, "1")])
+def test_a_training_is_judged_once_on_one_thread_beside_others(tmp_path, monkeypatch, jobs, threads):
+    started = []
+
+    def run(command, env, **how):
+        started.append((command[command.index("--model") + 1], command[command.index("--raters") + 1]))
+        assert env["OMP_NUM_THREADS"] == threads
+        (tmp_path / rahf_variants.REPORT).touch()
+
+    monkeypatch.setattr(rahf_variants.subprocess, "run", run)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    options = SimpleNamespace(data=Path("data"), jobs=jobs)
+    for _ in range(2):
+        rahf_variants.judge(tmp_path, Path("raters"), Path("prompts.txt"), options)
+    assert started == [(str(tmp_path), "raters")]
+
+
 def test_without_its_heads_a_checkpoint_is_its_encoders(tmp_path):
     """The command takes it, and calls every head new, and nothing else."""
     whole = ROOT / "tinyworld/assets/rahf"

@@ -26,13 +26,15 @@ from tests.rl.toy_rewards import Plain, Redness
 
 ROOT = Path(__file__).parents[2]
 WAYS = {
+    "across": {"num_generations": 8, "share_noise": "before"},
     "mask": {"credit": "mask"},
     "prompt": {"advantage_baseline": "prompt", "prompt_buffer_size": 8, "prompt_min_count": 2},
     "auto": {
         "train_steps": ["auto:2"], "probe_rollouts": 2, "num_inference_steps": 4, "generation_batch_size": 16
     },
 }  # fmt: skip
-"""What of the algorithm looks at all ranks' pictures: the largest value of all maps, rewards by prompt, gradients."""
+"""What of the algorithm looks at all ranks' pictures: a group that lies across them, the largest value of all maps,
+rewards by prompt, gradients."""
 
 
 def settings(folder: Path, engine: str, world_size: int) -> dict:
