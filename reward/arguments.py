@@ -82,7 +82,8 @@ def read_prompt_file(path: str | Path) -> list[str]:
         ValueError: no such file, not UTF-8, nothing but blank lines, or a line without a word.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        # Only line ends end a line: prompts from the web hold other characters that `splitlines` would cut at.
+        lines = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except OSError as error:
         raise ValueError(f"cannot read the prompt file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

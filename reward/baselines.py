@@ -15,14 +15,14 @@ CENTRE_WIDTH = 0.25
 
 
 def mean_maps(split: Dataset, size: tuple[int, int]) -> torch.Tensor:
-    """(2, *size), the mean heatmaps of a split, in the order of `HEATMAPS`."""
+    """(2, *size), the mean heatmaps of a split of at least one row, in the order of `HEATMAPS`."""
     wanted = {"uid", *(f"{name}_map" for name in HEATMAPS)}
     columns = split.select_columns([name for name in split.column_names if name in wanted])
     total = torch.zeros(2, *size, dtype=torch.float64)
     for row in read_rows(columns):
         maps = [to_tensor(row[f"{name}_map"], "L").float() / 255 for name in HEATMAPS]
         total += torch.cat([resize_maps(heatmap[None], size)[0] for heatmap in maps])
-    return (total / max(len(columns), 1)).float()
+    return (total / len(columns)).float()
 
 
 def map_baselines(mean: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -109,6 +109,26 @@ def check_place(place: Path, what: str, folder: bool = True) -> None:
         raise ValueError(f"{what} {place} is a file; name a folder")
 
 
+def check_new_folder(given: str | Path, what: str) -> Path:
+    """A folder that results are to become at once, when they are whole: where it will be, links followed.
+
+    Args:
+        what: the setting's name in the message.
+
+    Raises:
+        ValueError: it is not empty, or cannot be replaced by another (a file, the folder one is in, a mount point).
+    """
+    place = Path(given).resolve()
+    check_place(place, what)
+    if place.is_dir():
+        if any(place.iterdir()):
+            raise ValueError(f"{given} is not empty; give a folder that does not exist yet")
+        if place == Path.cwd() or place.is_mount():
+            why = "the folder you are in" if place == Path.cwd() else "a mount point"
+            raise ValueError(f"{what} {given} is {why}, which cannot be replaced; name a folder in it")
+    return place
+
+
 def model_type(folder: Path) -> str | None:
     """The `model_type` that a checkpoint's `config.json` states; None if there is no such file or it is none."""
     try:

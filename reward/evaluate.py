@@ -284,11 +284,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
     members = groups(split, arguments)
     raters = load_fresh_raters(arguments.raters, data, arguments.split) if arguments.raters is not None else None
     predictor = RichFeedbackPredictor.from_pretrained(arguments.model, device)
-    learned_from = "train" if "train" in data and arguments.split != "train" else None
+    learned_from = "train" if arguments.split != "train" and len(data.get("train", ())) else None
     size = predictor.model.config.map_size if arguments.map_size is None else (arguments.map_size,) * 2
     if learned_from is None:
         baselines = {"all zero": torch.zeros(2, *size)}
-        why = "that is what is evaluated" if "train" in data else f"{arguments.data} has none"
+        why = "that is what is evaluated" if arguments.split == "train" else f"{arguments.data} has no row of one"
         logger.warning("the mean map and other baselines learned from the train split are left out: %s", why)
     else:
         baselines = map_baselines(mean_maps(data[learned_from], size))

@@ -25,6 +25,10 @@ class _Norm(nn.GroupNorm):
     def __init__(self, channels: int):
         super().__init__(1, channels)
 
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        # Where a pixel's channels lie together, torch's kernel for CPUs loses digits of a large mean: none is left.
+        return super().forward(feature_map - feature_map.mean((1, 2, 3), keepdim=True))
+
 
 class PaperHeatmapHead(nn.Module):
     """The heatmap head of arXiv 2312.10240: 2 convolutions, then 4 stride-2 transposed ones, each with 2 read-outs.

@@ -68,8 +68,9 @@ class RahfOutput(ModelOutput):
 
     Attributes:
         loss: scalar, weighted sum of the terms whose targets were given; None without targets.
-        scores: (B, 4) in [0, 1], in the order of `reward.feedback.SCORES`.
-        heatmaps: (B, 2, h, w) in [0, 1], in the order of `reward.feedback.HEATMAPS`.
+        scores: (B, 4) in [0, 1], in the order of `reward.feedback.SCORES`; float32 whatever the model computes in, as
+            in bf16 ranks would meet ties.
+        heatmaps: (B, 2, h, w) in [0, 1], in the order of `reward.feedback.HEATMAPS`; float32.
         word_logits: (B, T), above 0 where the word is more likely misaligned than not; arbitrary at padding. None while
             a decoder is trained: it is then told the marks instead of choosing them.
         score_loss, heatmap_loss, word_loss: scalars, the terms before weighting; None without their targets.
@@ -301,7 +302,7 @@ class RahfModel(PreTrainedModel):
         ]
         mapped = [_of(self.heatmap_heads, name)(maps[index]) for index, name in enumerate(HEATMAPS, start=len(SCORES))]
         predicted = RahfOutput(
-            scores=torch.stack(scored, dim=1).sigmoid(), heatmaps=torch.stack(mapped, dim=1).sigmoid()
+            scores=torch.stack(scored, dim=1).float().sigmoid(), heatmaps=torch.stack(mapped, dim=1).float().sigmoid()
         )
         if word_positions is not None:
             self._add_words(predicted, by_output[-1][1], input_ids, attention_mask, word_positions, word_labels)

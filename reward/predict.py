@@ -11,6 +11,7 @@ Shapes: B pictures of H x W pixels, T the words of a prompt.
 """
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -26,11 +27,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from reward import draw, keywords
 from reward.arguments import main_guard, parse_arguments, read_prompt_file
-from reward.checks import check_pictures, check_place, check_weights, model_type
+from reward.checks import check_new_folder, check_pictures, check_weights, model_type
 from reward.data import describe_unread, encode_prompts, preprocess, to_tensor, unread_words
 from reward.feedback import HEATMAPS, SCORES, RichFeedback, check_question
 from reward.model import RahfModel
 from reward.pictures import decode
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_STEM = 150  # bytes; a file's name may have 255
 
 
 class RichFeedbackPredictor:
@@ -270,13 +275,15 @@ class PredictArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments([PredictArguments], argv)
-    device, out = choose_device(arguments.device), Path(arguments.out)
-    check_place(out, "--out")
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; give a folder that does not exist yet")
+    device, out = choose_device(arguments.device), check_new_folder(arguments.out, "--out")
     prompts = read_prompts(arguments.prompts)
     if len(prompts) != len(arguments.images):
         raise ValueError(f"{len(arguments.images)} images were given with {len(prompts)} prompts; give one an image")
+    if wordless := [place for place, prompt in enumerate(prompts, start=1) if not keywords.tokenize(prompt)]:
+        logger.warning(
+            "prompts without a word: %d of %d, first the one of picture %d; alignment of such pictures means nothing",
+            len(wordless), len(prompts), wordless[0],
+        )  # fmt: skip
     check_model_folder(arguments.model)
     check_pictures(arguments.images)
     predictor = RichFeedbackPredictor.from_pretrained(arguments.model, device)
@@ -292,14 +299,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for place, image, said in zip(places, images, feedback, strict=True):
                     path = Path(arguments.images[place])
                     check_finite(said, [str(path)])
-                    files = _write_pictures(image, said, f"{place:04d}_{path.stem}", folder, predictor.word_threshold)
+                    stem = f"{place:04d}_{_shortened(path.stem)}"
+                    files = _write_pictures(image, said, stem, folder, predictor.word_threshold)
                     (judged,) = predictor.judges([prompts[place]])
                     line = _as_line(said, judged, predictor.word_threshold)
                     lines.write(json.dumps({"image": str(path), "prompt": prompts[place], **line, **files}) + "\n")
         if out.is_dir():
             out.rmdir()
         shutil.move(folder, out)
-    print(f"{len(prompts)} images judged; see {out}/feedback.jsonl and {out}/*_overlay.png")
+    print(f"{len(prompts)} images judged; see {arguments.out}/feedback.jsonl and {arguments.out}/*_overlay.png")
 
 
 def read_prompts(given: Sequence[str]) -> list[str]:
@@ -350,6 +358,11 @@ def _write_pictures(
     files["overlay"] = f"{stem}_overlay.png"
     draw.feedback_panel(image[0], feedback, 0, threshold=threshold).save(folder / files["overlay"])
     return files
+
+
+def _shortened(stem: str) -> str:
+    """A file's name that leaves room for what is put behind it: names of pictures may be whole prompts."""
+    return stem.encode()[:_LONGEST_STEM].decode(errors="ignore")
 
 
 def _as_line(feedback: RichFeedback, judged: Sequence[bool], threshold: float) -> dict:

@@ -39,7 +39,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from reward import keywords
 from reward.arguments import main_guard, parse_arguments
 from reward.card import write_card
-from reward.checks import check_place
+from reward.checks import check_new_folder
 from reward.feedback import HEATMAPS, SCORES
 from reward.pictures import as_map_file, as_rgb_file
 from reward.records import SPLITS, Record, RecordError, find_tfrecords, parse_record
@@ -400,10 +400,7 @@ class RichHFArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; writes the data set and prints what became of the records."""
     (arguments,) = parse_arguments([RichHFArguments], argv)
-    out = Path(arguments.out)
-    check_place(out, "--out")
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; give a folder that does not exist yet")
+    out = check_new_folder(arguments.out, "--out")
     kept = tuple(arguments.keep_columns)
     columns = Columns(arguments.uid_column, arguments.image_column, arguments.prompt_column, kept)
     source = open_source(arguments.images, columns, arguments.prompts_table)
@@ -419,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(report_text(reports))
     for split in (split for split, report in reports.items() if not report.joined):
         logger.warning("split %s is empty: none of its records could be joined; see the report for why", split)
-    print(f"{out}: " + ", ".join(f"{report.joined} {split}" for split, report in reports.items()))
+    print(f"{arguments.out}: " + ", ".join(f"{report.joined} {split}" for split, report in reports.items()))
 
 
 if __name__ == "__main__":

@@ -105,10 +105,10 @@ class PicturePairs:
         for file in self.files:
             for row in rows_of(file, ("image_0_uid", "image_1_uid"), names, wanted):
                 for side in (0, 1):
-                    if row[f"image_{side}_uid"] in wanted:
+                    if (uid := uid_of(row[f"image_{side}_uid"])) in wanted:
                         data = _picture_data(row[f"jpg_{side}"], self.folder)
                         kept = {name: text_of(row[columns[side]]) for name, columns in self.kept.items()}
-                        yield Picture(row[f"image_{side}_uid"], data, row["caption"], kept)
+                        yield Picture(uid, data, row["caption"], kept)
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,8 @@ def _see_patches(encoder: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor
     places = places.T.unflatten(1, (own, own))[None].float()
     places = F.interpolate(places, (blocks.shape[2], blocks.shape[4]), mode="bilinear", antialias=True)
     embedded = parts.patch_embedding(patches.to(parts.patch_embedding.weight.dtype))
-    embedded = embedded + places.flatten(2).transpose(1, 2).to(embedded)
+    # In the weights' precision, which autocast leaves alone: so is what the layers add to.
+    embedded = embedded + places.flatten(2).transpose(1, 2).to(parts.position_embedding.weight.dtype)
     return encoder.post_layernorm(encoder.encoder(inputs_embeds=embedded, attention_mask=None).last_hidden_state)
 
 

@@ -195,6 +195,11 @@ def test_blank_lines_are_skipped_and_counted(tmp_path, caplog):
     assert "2 blank lines skipped, 2 prompts" in caplog.text
 
 
+def test_only_line_ends_end_a_prompt(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("a\u2028cat\r\na\u0085dog\ra\fhorse".encode())
+    assert read_prompt_file(tmp_path / "prompts.txt") == ["a\u2028cat", "a\u0085dog", "a\fhorse"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

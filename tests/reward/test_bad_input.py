@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -369,6 +370,44 @@ def test_a_file_where_the_results_folder_is_to_be(
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.fixture
+def makers(build, judge, picture):
+    """The commands that make a folder which is there at once, when it is whole."""
+    asked = [*judge, "--images", picture, "--prompts", "red"]
+    return {"richhf": (richhf.main, build), "predict": (predict.main, asked)}
+
+
+@pytest.mark.parametrize("command", ["richhf", "predict"])
+@pytest.mark.parametrize("there", [False, True], ids=["dangling", "empty"])
+def test_a_link_is_followed_to_where_the_results_are_to_be(makers, tmp_path, command, there):
+    (tmp_path / "disk").mkdir()
+    place, link = tmp_path / "disk" / "here", tmp_path / "link"
+    if there:
+        place.mkdir()
+    link.symlink_to(place)
+    main, words = makers[command]
+    words = [str(word) for word in words]
+    words[words.index("--out") + 1] = str(link)
+    main(words)
+    assert link.is_symlink()
+    assert len(list(place.iterdir())) > 3
+
+
+@pytest.mark.parametrize("command", ["richhf", "predict"])
+def test_a_folder_that_cannot_be_replaced(refused, makers, tmp_path, command, monkeypatch):
+    """Said before the work, which would be lost."""
+    (tmp_path / "here").mkdir()
+    main, words = makers[command]
+    words = [str(word) for word in words]
+    words[words.index("--out") + 1] = str(tmp_path / "here")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "is_mount", lambda path: path.name == "here")
+        assert f"--out {tmp_path}/here is a mount point, which cannot be replaced" in refused(main, *words)
+    monkeypatch.chdir(tmp_path / "here")
+    words[words.index("--out") + 1] = "."
+    assert "--out . is the folder you are in, which cannot be replaced; name a folder in it" in refused(main, *words)
+
+
 def test_a_folder_where_a_report_is_to_be(refused, commands, tmp_path):
     main, words = commands["evaluate"]
     assert f"--json {tmp_path} is a folder; name a file" in refused(main, *words, "--json", tmp_path)
@@ -430,10 +469,23 @@ def test_a_device_that_is_not_there(refused, judge, picture, device, message):
     assert message in refused(predict.main, *judge, "--images", picture, "--prompts", "red", "--device", device)
 
 
-def test_an_empty_prompt_is_judged_without_words(judge, picture, tmp_path):
-    words = [*judge, "--images", picture, picture, "--prompts", "", " ,. "]
+def test_a_picture_whose_name_is_a_whole_prompt(judge, picture, tmp_path):
+    long = tmp_path / ("a red circle left of a blue square, " * 6 + "ü" * 15 + ".png")
+    long.write_bytes(Path(picture).read_bytes())
+    predict.main([str(word) for word in [*judge, "--images", long, "--prompts", "red"]])
+    line = json.loads((tmp_path / "out" / "feedback.jsonl").read_text())
+    assert line["image"] == str(long)
+    assert line["overlay"].startswith("0000_a red circle left of")
+    assert all((tmp_path / "out" / line[name]).is_file() for name in ("overlay", "implausibility_map"))
+
+
+def test_an_empty_prompt_is_judged_without_words(judge, picture, tmp_path, caplog):
+    words = [*judge, "--images", picture, picture, picture, "--prompts", "red", "", " ,. "]
     predict.main([str(word) for word in words])
-    for line in (tmp_path / "out" / "feedback.jsonl").read_text().splitlines():
+    assert "prompts without a word: 2 of 3, first the one of picture 2" in caplog.text
+    lines = (tmp_path / "out" / "feedback.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    for line in lines[1:]:
         found = json.loads(line)
         assert (found["tokens"], found["struck_out"]) == ([], [])
         assert all(0 <= value <= 1 for value in found["scores"].values())

@@ -1,6 +1,8 @@
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from datasets import DatasetDict, load_from_disk
@@ -102,15 +104,21 @@ def test_baselines_look_at_nothing(run):
         assert row["heatmaps"]["implausibility"]["mse"]["value"] > 0
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_no_baseline_learns_from_what_it_is_judged_on(run, data, tmp_path, caplog, split):
-    """Where the train split is what is evaluated, and where there is none."""
-    if split == "test":
+@pytest.mark.parametrize("split", ["train", "test", "test, train empty"])
+def test_no_baseline_learns_from_what_it_is_judged_on(run, data, raw_data, tmp_path, caplog, split):
+    """Where the train split is what is evaluated, and where there is none, or one of which no picture was there."""
+    if split == "test, train empty":
+        (raw_data / "some").mkdir()
+        table = pyarrow.parquet.read_table(raw_data / "images")
+        tested = [uid.startswith(("test", "other-test")) for uid in table["image_0_uid"].to_pylist()]
+        pyarrow.parquet.write_table(table.filter(pyarrow.array(tested)), raw_data / "some" / "0.parquet")
+        places = ["--tfrecords", raw_data / "tfrecords", "--images", raw_data / "some", "--out", tmp_path / "test_only"]
+        richhf.main([str(place) for place in places])
+        assert len(load_from_disk(str(tmp_path / "test_only"))["train"]) == 0
+    elif split == "test":
         other = DatasetDict({"test": load_from_disk(str(data))["test"]})
         other.save_to_disk(str(tmp_path / "test_only"))
-        report = run("--data", str(tmp_path / "test_only"))
-    else:
-        report = run("--split", "train")
+    report = run("--split", "train") if split == "train" else run("--data", str(tmp_path / "test_only"))
     assert report["baselines_learned_from"] is None
     names = {row["name"] for row in report["rows"] if row["kind"] == "baseline"}
     assert names == {"all zero", "constant"}

@@ -254,21 +254,25 @@ def test_the_size_that_a_convolutional_encoder_sees_must_be_given_and_fit():
         RahfConfig(**unknown, image_size=64)
 
 
-@pytest.mark.parametrize(
-    ("vision", "grid"),
-    [
-        (SwinConfig(image_size=64, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4), 8),
-        (ConvNextV2Config(num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], image_size=64), 8),
-        (ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], downsample_in_first_stage=True), 4),
-        (Dinov2Config(image_size=64, patch_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 4),
-        (Dinov2WithRegistersConfig(image_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 4),
-        (DINOv3ViTConfig(image_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 4),
-        (SiglipVisionConfig(image_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 4),
-        (Siglip2VisionConfig(num_patches=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 4),
-        (CLIPVisionConfig(image_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 2),
-    ],
-    ids=lambda value: getattr(value, "model_type", value),
-)
+ENCODERS = [
+    (SwinConfig(image_size=64, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4), 8),
+    (ConvNextV2Config(num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], image_size=64), 8),
+    (ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], downsample_in_first_stage=True), 4),
+    (Dinov2Config(image_size=64, patch_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 4),
+    (Dinov2WithRegistersConfig(image_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 4),
+    (DINOv3ViTConfig(image_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 4),
+    (SiglipVisionConfig(image_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 4),
+    (Siglip2VisionConfig(num_patches=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 4),
+    (CLIPVisionConfig(image_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 2),
+]
+"""Vision encoders for pictures of 64 pixels, and the grid that each sees."""
+
+
+def kind_of(value):
+    return getattr(value, "model_type", value)
+
+
+@pytest.mark.parametrize(("vision", "grid"), ENCODERS, ids=kind_of)
 def test_the_grid_is_that_of_the_encoder(vision, grid):
     text = T5Config(vocab_size=20, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     config = RahfConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), image_size=64, head_width=0.1)
@@ -280,6 +284,21 @@ def test_the_grid_is_that_of_the_encoder(vision, grid):
     image.sum().backward()
     trained = [(name, one.grad) for name, one in model.vision.named_parameters() if one.requires_grad]
     assert [name for name, gradient in trained if gradient is None] == []  # DDP waits for every gradient
+
+
+@pytest.mark.parametrize("vision", [vision for vision, _ in ENCODERS], ids=kind_of)
+def test_every_encoder_sees_pictures_of_another_shape_in_one_graph(vision):
+    text = T5Config(vocab_size=20, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    settings = {"image_size": [64, 96], "heatmap_size": 32, "head_width": 0.1}
+    model = RahfModel(RahfConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), **settings)).eval()
+    images = torch.randn(2, 3, 64, 96)
+    torch.compiler.reset()  # or it counts the other encoders
+    with torch.no_grad():
+        features = model.patch_features(images)
+        compiled = torch.compile(model.patch_features, fullgraph=True, backend="aot_eager")(images)
+    assert features.shape[:2] == (2, model.config.grid[0] * model.config.grid[1])
+    assert 2 * model.config.grid[1] == 3 * model.config.grid[0]
+    torch.testing.assert_close(compiled, features)
 
 
 def test_from_backbones_takes_a_resnet(tmp_path, batch):
@@ -494,6 +513,7 @@ def test_a_decoder_is_not_made_up(tmp_path):
 def test_bfloat16_predicts_with_maps_of_any_size(make_config, batch):
     model = RahfModel(make_config(heatmap_size=[24, 40])).eval().to(torch.bfloat16)
     out = model(**(batch | {"pixel_values": batch["pixel_values"].bfloat16()}))
+    assert (out.scores.dtype, out.heatmaps.dtype) == (torch.float32, torch.float32)
     assert out.heatmaps.shape == (3, 2, 24, 40)
     assert out.heatmaps.isfinite().all()
 

@@ -43,9 +43,10 @@ def test_features_are_those_that_transformers_calculates_from_its_own_patches(to
     patches = np.stack([convert_image_to_patches(image.numpy(), 8) for image in images])
     grid = torch.tensor([[size[0] // 8, size[1] // 8]] * 3)
     mask = torch.ones(patches.shape[:2], dtype=torch.long)
-    with torch.no_grad():
-        expected = theirs(torch.from_numpy(patches), mask, grid).last_hidden_state
-        torch.testing.assert_close(model.patch_features(images), expected, atol=1e-5, rtol=0)
+    for lower in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            expected = theirs(torch.from_numpy(patches), mask, grid).last_hidden_state
+            torch.testing.assert_close(model.patch_features(images), expected, atol=1e-5, rtol=0)
 
 
 def test_it_comes_from_a_folder_with_its_size_and_its_normalisation(towers, tmp_path):

@@ -259,6 +259,15 @@ def test_every_type_that_holds_bytes_serves(tmp_path, kind):
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_saved])
+@pytest.mark.parametrize("uid", [7, uuid.UUID(int=7), "7.png"], ids=["number", "UUID", "file"])
+def test_uids_of_pairs_may_be_too(tmp_path, write, uid):
+    write(tmp_path / "x", [{**row, "image_0_uid": uid} for row in pairs()[:2]])
+    name = str(uid).removesuffix(".png")
+    found = list(open_source(tmp_path / "x").pictures([name]))
+    assert [picture.uid for picture in found] == [name] * 2
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_saved])
 @pytest.mark.parametrize("uid", [7, uuid.UUID(int=7)], ids=["number", "UUID"])
 def test_uids_may_be_numbers_or_of_arrows_own_type(tmp_path, write, uid):
     write(tmp_path / "x", [{**row, "uid": uid} for row in rows()[:2]])

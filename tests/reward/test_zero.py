@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from reward import train
 from reward.model import RahfModel
+from reward.predict import RichFeedbackPredictor
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +35,8 @@ def on_two_ranks(file: Path, trainings: list[list[str]]) -> None:
 
 @pytest.mark.timeout(1200)
 def test_two_ranks_are_one(command, raw_data):
-    """The same global batches, so the same losses, weights, and figures of the best checkpoint on dev.
+    """The same global batches, so the same losses, weights, and figures of the best checkpoint on dev, and nearly so in
+    bf16.
 
     ZeRO-3 with checkpointed encoders and words in sequence, stopped half of the way, and resumed. DDP where another run
     was before, of which nothing must stay.
@@ -53,6 +55,8 @@ def test_two_ranks_are_one(command, raw_data):
             trainings.append(command(engine, **told, max_steps=2))
             told |= {"resume_from_checkpoint": "last"}
         trainings.append(command(engine, **told))
+    lower = {"bf16": True, "deepspeed": ROOT / "configs/deepspeed/zero2.json"}
+    trainings.append(command("bf16", **settings, **halves, **lower))
     (raw_data / "ddp" / "checkpoint-8").mkdir(parents=True)
     (raw_data / "ddp" / "checkpoint-8" / "complete").touch()
     on_two_ranks(raw_data / "trainings.json", trainings)
@@ -72,3 +76,19 @@ def test_two_ranks_are_one(command, raw_data):
         for name in ("eval_loss", "eval_quality", "eval_mse_misalignment"):
             assert two[name] == pytest.approx(one[words][name], rel=1e-4), f"{engine}: {name}"
         RahfModel.from_pretrained(raw_data / engine)
+    assert_trained_in_bf16(raw_data / "bf16", logged(raw_data / "tagging"))
+
+
+def assert_trained_in_bf16(folder: Path, in_float32: list[dict[str, float]]) -> None:
+    """As the presets for GPUs are trained with DeepSpeed: all but the targets in bf16, the weights that stay too."""
+    given = json.loads((folder / "given.json").read_text())
+    assert given["pixel_values"] == "torch.bfloat16"
+    assert [given[name] for name in ("scores", "heatmaps")] == ["torch.float32"] * 2
+    for name in ("loss", "score_loss", "heatmap_loss", "word_loss"):
+        alone, together = ([entry[name] for entry in log] for log in (in_float32, logged(folder)))
+        assert together == pytest.approx(alone, rel=0.03), name
+        assert together != alone, name
+    assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    said = RichFeedbackPredictor.from_pretrained(folder)(torch.rand(2, 3, 40, 40), ["a red circle", "a square"])
+    assert said.scores["overall"].isfinite().all()
+    assert 0 < float(said.heatmaps["implausibility"].min()) <= float(said.heatmaps["implausibility"].max()) < 1

@@ -1,6 +1,7 @@
 """`python -m reward.train` under torchrun, once for each list of arguments in a JSON file: `two_ranks.py FILE`.
 
-Importing takes longer than such a training, so one launch does them all.
+Importing takes longer than such a training, so one launch does them all. In which precision the model was given what is
+noted in each output folder, in `given.json`.
 """
 
 import json
@@ -16,6 +17,16 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from reward import train
 
 torch.set_num_threads(1)
+compute_loss = train.RahfTrainer.compute_loss
+
+
+def noting(trainer, model, inputs, **how):
+    given = {name: str(value.dtype) for name, value in inputs.items()}
+    Path(trainer.args.output_dir, "given.json").write_text(json.dumps(given))
+    return compute_loss(trainer, model, inputs, **how)
+
+
+train.RahfTrainer.compute_loss = noting
 for arguments in json.loads(Path(sys.argv[1]).read_text()):
     train.main(arguments)
     torch.distributed.barrier()
