@@ -1,4 +1,5 @@
-"""Which weights a folder holds. Its name does not say: a model that is trained anew may take the old one's place."""
+"""Which weights a folder holds, and which code is at work. Names do not say: a model that is trained anew may take the
+old one's place."""
 
 import hashlib
 import json
@@ -10,6 +11,7 @@ from rl.adapter import LORA_WEIGHTS
 
 _SUFFIXES = (".json", ".safetensors", ".model", "pytorch_model.bin")
 _WEIGHTS_OF = "weights of "
+_ROOT, _ROOMS = Path(__file__).parents[1], ("finetune", "reward", "rl", "tinyworld")
 
 
 def fingerprint(model: str | Path) -> str:
@@ -20,6 +22,15 @@ def fingerprint(model: str | Path) -> str:
         digest.update(file.relative_to(model).as_posix().encode())
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
+def code() -> str:
+    """Twelve digits that differ where the toolkit's own Python files do."""
+    digest = hashlib.sha256()
+    for file in [_ROOT / "run_ddpo.py", *sorted(file for room in _ROOMS for file in (_ROOT / room).rglob("*.py"))]:
+        digest.update(file.relative_to(_ROOT).as_posix().encode())
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -32,7 +32,8 @@ class CompareArguments:
     entrants: dict = field(
         metadata={
             "help": "Name -> {config: YAML of run_ddpo.py or finetune.draft, command: run_ddpo or finetune.draft, "
-            "changes: {setting: value}, upper_bound: true for one that is only to be compared with, note: text}."
+            "changes: {setting: value}, upper_bound: true for one that is only to be compared with, note: text, "
+            "against: the entrant that it is to be compared with, a question of its own}."
         }
     )
     evaluators: dict = field(

@@ -53,6 +53,7 @@ class Entrant:
         updates: of a rollout.
         rollouts: of the training; None where its time decides.
         save_steps: updates between two checkpoints, which are what is looked at.
+        against: name of the entrant that this one is to be compared with, whatever others there are; None for nobody.
         start: what the policy is before training and how it samples; entrants of the same one share a base.
     """
 
@@ -68,6 +69,7 @@ class Entrant:
     rollouts: int | None
     save_steps: int
     start: Mapping[str, Any]
+    against: str | None = None
 
     @property
     def folder(self) -> str:
@@ -114,7 +116,7 @@ def read_entrant(name: Any, entry: Any, arguments: "CompareArguments") -> Entran
     place = f"entrants: {name!r}"
     require(isinstance(name, str) and bool(slug(name)), f"{place} cannot be a name; give it a text with letters")
     require(name != BASE, f"{place}: {BASE!r} is the policy before training; choose another name")
-    valid = ("config", "command", "changes", "upper_bound", "note")
+    valid = ("config", "command", "changes", "upper_bound", "note", "against")
     require(isinstance(entry, Mapping), f"{place} is {entry!r}; write a mapping of {', '.join(valid)}")
     if unknown := [key for key in entry if key not in valid]:
         raise ValueError(f"{place} has the unknown key {unknown[0]!r}; it may have {', '.join(valid)}")
@@ -123,6 +125,11 @@ def read_entrant(name: Any, entry: Any, arguments: "CompareArguments") -> Entran
     )
     command = entry.get("command", "run_ddpo")
     require(command in COMMANDS, f"{place}: command is {command!r}; it must be one of {', '.join(COMMANDS)}")
+    against = entry.get("against")
+    require(
+        against is None or (against in arguments.entrants and against != name),
+        f"{place}: against is {against!r}; name another of the entrants: {', '.join(map(str, arguments.entrants))}",
+    )
     changes = entry.get("changes") or {}
     require(isinstance(changes, Mapping), f"{place}: changes is {changes!r}; write a mapping of setting: value")
     changes = dict(arguments.common) | dict(changes)
@@ -161,7 +168,7 @@ def read_entrant(name: Any, entry: Any, arguments: "CompareArguments") -> Entran
         save_steps = _save_steps(place, args.save_steps if "save_steps" in said else updates, updates)
     return Entrant(
         name, command, entry["config"], changes, spec, bool(entry.get("upper_bound", False)),
-        str(entry.get("note", "")), pictures, updates, rollouts, save_steps, _start_of(run, args),
+        str(entry.get("note", "")), pictures, updates, rollouts, save_steps, _start_of(run, args), against,
     )  # fmt: skip
 
 

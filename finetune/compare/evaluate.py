@@ -199,14 +199,17 @@ class _Keeper:
         write_whole(self.folder / TABLE, ("\n".join(lines) + "\n").encode())
 
 
-def looks_of(run_folder: Path, pictures: int, most: int, on_cpu: bool) -> list[Look]:
+def looks_of(run_folder: Path, pictures: int, most: int, on_cpu: bool, every: int = 1) -> list[Look]:
     """The checkpoints of a finished training, at most `most`, evenly spread, the end among them.
 
     Args:
         pictures: of a rollout.
         on_cpu: whether seconds are the processor's.
+        every: updates between two checkpoints; others but the last were written because the training was stopped, and
+            are passed over, or its curve would lie elsewhere than those of other seeds.
     """
-    checkpoints = complete_checkpoints(run_folder)
+    there = [(checkpoint, read_marker(checkpoint)) for checkpoint in complete_checkpoints(run_folder)]
+    checkpoints = [one for one, marker in there if marker["global_step"] % every == 0 or one is there[-1][0]]
     count = min(most, len(checkpoints))
     chosen = [checkpoints[-1 - place * len(checkpoints) // count] for place in range(count)][::-1]
     found = []

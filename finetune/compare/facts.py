@@ -9,7 +9,7 @@ from finetune.files import write_whole
 from rl.checkpoints import complete_checkpoints
 from rl.run_state import RunState
 
-FACTS = "facts.json"
+FACTS, CODE = "facts.json", "code.txt"
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,14 @@ class TrainingFacts:
         kl: to the base at its last rollout, nats a latent value; None where it was not measured.
         monitors: those of `rl.watch_limits` that were ever across their limits.
         wall_seconds: of training, whatever ran beside it.
+        code: the toolkit's own code when the training was last started, as `finetune.fingerprints.code` tells it; empty
+            where nobody noted it.
     """
 
     kl: float | None
     monitors: Sequence[str]
     wall_seconds: float
+    code: str = ""
 
     @classmethod
     def read(cls, folder: Path) -> "TrainingFacts":
@@ -46,7 +49,8 @@ class TrainingFacts:
         watch = RunState.read(checkpoint).facts["watch"]
         crossed = watch.get("crossed", watch.get("over", []))
         seconds = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["train_seconds"]
-        return cls(kls[-1] if kls else None, crossed, seconds)
+        code = (folder / CODE).read_text(encoding="utf-8") if (folder / CODE).is_file() else ""
+        return cls(kls[-1] if kls else None, crossed, seconds, code)
 
     def keep(self, folder: Path) -> None:
         write_whole(folder / FACTS, (json.dumps(asdict(self)) + "\n").encode())

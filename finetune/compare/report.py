@@ -7,7 +7,7 @@ pictures and drawn curves, whose figures the others have.
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from finetune.compare.verdict import (
     correct,
     decide,
     flags_of,
+    in_words,
     needed_in_words,
 )
 from finetune.files import write_whole
@@ -109,7 +110,10 @@ def build(
     }
     chosen = {one.name: tables[one.name] for one in ranked if one.name in tables and not one.upper_bound}
     pairs = compare_pairs(chosen, arguments.smallest_difference)
+    asked = [(one.name, one.against) for one in comparison.entrants if one.against is not None]
+    answers = compare_pairs(tables, arguments.smallest_difference, asked)
     verdict = decide(standings, pairs, by, tables)
+    verdict = replace(verdict, sentences=[*verdict.sentences, *(f"Asked: {in_words(pair)}" for pair in answers)])
     judged = [one.name for one in standings if one.sound]
     evaluator = next((one for one in comparison.evaluators if one.name == by), comparison.evaluators[0])
     shown = [done[one.name].entrant for one in ranked if one.name in done]
@@ -123,6 +127,8 @@ def build(
         "few_seeds": len(arguments.seeds) < FEWEST_SEEDS,
         "fewest_seeds": FEWEST_SEEDS,
         "budget": _budget(comparison),
+        "wall_hours": sum(facts.wall_seconds for one in results for facts in one.facts) / 3600,
+        "codes": sorted({facts.code for one in results for facts in one.facts}),
         "counts": {
             "entrants": len(comparison.entrants), "seeds": list(arguments.seeds), "prompts": len(comparison.held_out),
             "generations": arguments.generations,
@@ -140,6 +146,7 @@ def build(
                 comparison, comparison.entrant(one.name), arguments.seeds[0])]))
             for one in ranked
         ],
+        "asked": [_pair_row(pair) for pair in answers],
         "pairs": [_pair_row(pair) for pair in pairs],
         "charts": _charts(comparison, results, ranked, places) if by else [],
         "grid": {

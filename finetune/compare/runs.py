@@ -27,7 +27,7 @@ from finetune.compare.agreement import agreement_command, agreement_rewards, is_
 from finetune.compare.config import Comparison
 from finetune.compare.entrants import Entrant, parse_entrant, run_flags
 from finetune.compare.evaluate import EvaluationJob, Findings, Look, looks_of
-from finetune.compare.facts import TrainingFacts
+from finetune.compare.facts import CODE, TrainingFacts
 from finetune.compare.folder import (
     FINDINGS,
     agreement_failure,
@@ -41,6 +41,7 @@ from finetune.compare.folder import (
 from finetune.compare.pictures import check_overlay
 from finetune.compare.rewards import Spec
 from finetune.files import write_whole
+from finetune.fingerprints import code
 from rl.checkpoints import FINISHED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,7 +139,7 @@ class Work:
             for entrant in self.comparison.entrants:
                 if entrant.name in broken:
                     outcome.failures[entrant.name, seed] = broken[entrant.name]
-                    broken[entrant.name].write(run_failure(self.comparison, entrant, seed))
+                    self._keep(broken[entrant.name], run_failure(self.comparison, entrant, seed))
                 else:
                     asked.append((entrant, seed))
         missing = [one for one in asked if not run_findings(self.comparison, *one).is_file()]
@@ -161,9 +162,15 @@ class Work:
                     self.console.print(f"{what}: {how}, {seconds:.0f} s")
                     if failure is not None:
                         outcome.failures[entrant.name, seed] = failure
-                        failure.write(run_failure(self.comparison, entrant, seed))
+                        self._keep(failure, run_failure(self.comparison, entrant, seed))
         self._raise_if_stopping()
         return outcome
+
+    def _keep(self, failure: Failure, file: Path) -> None:
+        try:
+            failure.write(file)
+        except OSError as error:  # a full disk may be why it failed
+            self.console.print(f"why it failed cannot be kept: {error}", markup=False)
 
     def stop(self, terminate: bool) -> None:
         """Start nothing more; with `terminate`, ask what runs to end."""
@@ -272,9 +279,12 @@ class Work:
             failure = None
             command = training_command(self.comparison, entrant, seed)
             if not (folder / FINISHED).is_file():
+                write_whole(folder / CODE, code().encode())
                 failure = self._run(Step("training", command, folder / "log.txt"), gpu)
             if failure is None and not self._stopping:
                 failure = self._judge(entrant, command[1:], folder, gpu)
+        except (OSError, ValueError, KeyError) as error:  # a full disk, a broken file: the others go on
+            failure = Failure("keeping its files", f"{type(error).__name__}: {error}", str(folder))
         finally:
             if gpu is not None:
                 self._gpus.put(gpu)
@@ -284,7 +294,7 @@ class Work:
         """A finished training, at each of its looks; what it says of itself is kept."""
         arguments, file = self.comparison.arguments, folder / FINDINGS
         _, args = parse_entrant(entrant.command, flags)
-        looks = looks_of(folder, entrant.pictures, arguments.looks, args.device.type == "cpu")
+        looks = looks_of(folder, entrant.pictures, arguments.looks, args.device.type == "cpu", entrant.save_steps)
         if not looks:
             said = f"there is no checkpoint in {folder} to look at; delete the folder and train again"
             return Failure("evaluation", said, str(folder / "log.txt"))

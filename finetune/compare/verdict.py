@@ -19,7 +19,8 @@ RULES = (
     f"less what it says of the base's, from the same noise. Its {LEVEL:.0%} interval is Student's, over seeds and "
     f"prompts as crossed random effects. With fewer than {FEWEST_SEEDS} seeds there is none.",
     f"A difference is shown if its p-value, corrected by Holm's method for all entrants, or all pairs of them, in the "
-    f"eyes of one evaluator, is below {ALPHA:.2g}.",
+    f"eyes of one evaluator, is below {ALPHA:.2g}. Differences that the settings asked for by name (`against`) are "
+    f"corrected for each other only.",
     "The deciding evaluator is one that no entrant trains on, upper bounds aside; without such a one there is no "
     "verdict. An evaluator is trained on if an entrant's reward is of the same class and reads the same model, "
     "whatever its weights.",
@@ -88,7 +89,7 @@ class Pair:
     """`one` less `other`, by the deciding evaluator, on the seeds that both have.
 
     Attributes:
-        corrected: p-value, Holm's over all pairs; None with too few seeds.
+        corrected: p-value, Holm's over all pairs that were asked for; None with too few seeds.
     """
 
     one: str
@@ -164,17 +165,22 @@ def _fell(standing: Standing, name: str, spread: float, asked: int) -> bool:
     return gain.value < -_SMALL * spread if p is None else gain.value < 0 and p * asked < ALPHA
 
 
-def compare_pairs(tables: Mapping[str, Mapping[int, np.ndarray]], smallest: float | None) -> list[Pair]:
+def compare_pairs(
+    tables: Mapping[str, Mapping[int, np.ndarray]],
+    smallest: float | None,
+    asked: Sequence[tuple[str, str]] | None = None,
+) -> list[Pair]:
     """Every two entrants.
 
     Args:
         tables: entrant -> seed -> (P,), gains by the deciding evaluator.
         smallest: as `difference` takes it.
+        asked: these pairs only; those without a common seed are left out.
     """
     common = {
         (one, other): seeds
-        for one, other in combinations(tables, 2)
-        if (seeds := [seed for seed in tables[one] if seed in tables[other]])
+        for one, other in (combinations(tables, 2) if asked is None else asked)
+        if (seeds := [seed for seed in tables.get(one, ()) if seed in tables.get(other, ())])
     }
     pairs = []
     for (one, other), seeds in common.items():

@@ -154,6 +154,14 @@ def test_looks_are_evenly_spread_and_the_end_is_among_them(tmp_path):
     assert len(looks_of(tmp_path, 4, most=99, on_cpu=True)) == 7
 
 
+def test_checkpoints_of_a_stop_are_not_looked_at(tmp_path):
+    """Or the looks of seeds that were stopped would lie elsewhere than those of the others."""
+    checkpoints(tmp_path, (4, 7, 8, 12, 16, 19, 20))
+    assert [look.updates for look in looks_of(tmp_path, 4, 5, on_cpu=True, every=4)] == [4, 8, 12, 16, 20]
+    checkpoints(tmp_path, (21,))  # where time decides, the end is where it is
+    assert [look.updates for look in looks_of(tmp_path, 4, 99, on_cpu=True, every=4)] == [4, 8, 12, 16, 20, 21]
+
+
 def test_a_training_ends_when_its_time_is_up(tmp_path, pipeline_folder):
     """With a checkpoint there, and the seconds in it."""
     comparison = comparison_of(tmp_path, pipeline_folder, budget_images=None, budget_seconds=1e-3)

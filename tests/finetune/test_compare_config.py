@@ -135,6 +135,8 @@ def test_back_propagation_is_an_entrant_too(tmp_path, pipeline_folder):
         ({"held_out_prompts": 1}, "need at least 2"),
         ({"agreement_prompts": 2, "agreement_generations": 1}, "at least 2 pictures of each"),
         ({"prompts": "./none.txt"}, "cannot read the prompt file"),
+        ({"entrants": {"red": {"config": "x.yaml", "against": "green"}}}, "against is 'green'; name another of.*: red"),
+        ({"entrants": {"red": {"config": "x.yaml", "against": "red"}}}, "against is 'red'; name another"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(tmp_path, pipeline_folder, changes, message):

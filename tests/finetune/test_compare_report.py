@@ -108,6 +108,31 @@ def test_three_files_say_the_same(reported, capsys):
     assert all(len({line.count("|") for line in table}) == 1 and len(table) >= 3 for table in tables)
 
 
+def test_what_the_settings_ask_is_answered_apart(reported, tmp_path, pipeline_folder):
+    entrants = settings_of(tmp_path, pipeline_folder)["entrants"]
+    entrants["plain"]["against"] = "red"
+    folder = reported(entrants=entrants)
+    content = json.loads((folder / "report.json").read_text())
+    (asked,) = content["asked"]
+    assert (asked["one"], asked["other"]) == ("plain", "red")
+    assert asked["less"]["value"] == pytest.approx(-0.3, abs=0.02)
+    (sentence,) = [one for one in content["verdict"]["sentences"] if one.startswith("Asked: ")]
+    assert sentence.startswith("Asked: plain less red: -0.3")
+    assert "## What was asked, by satisfied" in (folder / "report.md").read_text()
+    assert 'id="asked-table"' in (folder / "report.html").read_text()
+
+
+def test_trainings_by_other_code_are_named(reported):
+    folder = reported()
+    assert "states of the toolkit's code" not in (folder / "report.md").read_text()
+    (folder / "runs/red/seed1/code.txt").write_text("abc")
+    main(["--config", str(folder.parent / "comparison.yaml"), "--report_only", "true"])
+    assert json.loads((folder / "report.json").read_text())["codes"] == ["", "abc"]
+    for name in ("report.md", "report.html"):
+        said = " ".join(unescape((folder / name).read_text()).split())
+        assert "made by 2 states of the toolkit's code (unknown, abc)" in said
+
+
 def test_the_page_is_one_file_for_everybody(reported):
     text = (reported() / "report.html").read_text()
     page = Page(text)

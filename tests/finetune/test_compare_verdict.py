@@ -168,3 +168,16 @@ def test_pairs_are_of_the_seeds_that_both_have():
     tables = {"a": {0: np.ones(5), 1: np.ones(5)}, "b": {1: np.zeros(5), 2: np.zeros(5)}, "c": {9: np.zeros(5)}}
     (pair,) = compare_pairs(tables, None)
     assert (pair.one, pair.other, pair.less.value, pair.less.seeds) == ("a", "b", 1.0, 1)
+
+
+def test_pairs_that_were_asked_for_are_corrected_for_each_other_only():
+    means = {"a": 0.05, "b": 0.02, "c": 0.0, "d": 0.0}
+    tables = {name: dict(enumerate(gains(mean, number=place))) for place, (name, mean) in enumerate(means.items())}
+    every = {(pair.one, pair.other): pair for pair in compare_pairs(tables, None)}
+    asked = compare_pairs(tables, None, [("b", "c"), ("b", "gone")])
+    assert [(pair.one, pair.other) for pair in asked] == [("b", "c")]
+    assert asked[0].less.value == every["b", "c"].less.value
+    assert asked[0].corrected == pytest.approx(asked[0].less.p)  # alone
+    assert every["b", "c"].corrected > asked[0].corrected
+    both = compare_pairs(tables, None, [("b", "c"), ("c", "d")])
+    assert both[0].corrected == pytest.approx(2 * asked[0].less.p)

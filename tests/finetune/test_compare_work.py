@@ -1,5 +1,6 @@
 """Processes of a comparison: on their own device, stopped when asked to, and never two of one comparison."""
 
+import io
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from finetune.compare.folder import run_folder
 from finetune.compare.results import read_results
 from finetune.compare.rewards import Spec
 from finetune.compare.runs import Failure, Step, Work, read_failures, read_outcome
+from finetune.fingerprints import code
 from rl.folder_lock import FolderInUseError, check_free
 from tests.finetune.compare_case import HELD_OUT, Figures, comparison_of, write_agreement
 
@@ -37,9 +39,9 @@ def make_work(tmp_path, pipeline_folder):
         file.close()
 
 
-def snippet(tmp_path, code):
-    """A step that runs `code` once."""
-    return Step("snippet", ["timeit", "-n", "1", "-r", "1", code], tmp_path / "log.txt")
+def snippet(tmp_path, statement):
+    """A step that runs it once."""
+    return Step("snippet", ["timeit", "-n", "1", "-r", "1", statement], tmp_path / "log.txt")
 
 
 def test_a_step_has_its_own_device_and_threads(make_work, tmp_path):
@@ -186,8 +188,36 @@ def test_what_a_training_says_of_itself_is_kept_when_it_is_judged(make_work, mon
     marker = json.loads((folder / "checkpoint-2" / "complete.json").read_text()) | {"processor_seconds": 5.0}
     (folder / "checkpoint-2" / "complete.json").write_text(json.dumps(marker))
     monkeypatch.setattr(work, "_run", lambda step, gpu=None: None)
+    (folder / "code.txt").write_text("abc")  # as it was when the training began
     assert work.train_and_judge(red, 0)[0] is None
-    assert json.loads((folder / "facts.json").read_text()) == {"kl": 2e-4, "monitors": [], "wall_seconds": 6.0}
+    facts = {"kl": 2e-4, "monitors": [], "wall_seconds": 6.0, "code": "abc"}
+    assert json.loads((folder / "facts.json").read_text()) == facts
+
+
+def test_which_code_trains_is_noted(make_work, monkeypatch):
+    work = make_work(seeds=[0], only=["red"])
+    monkeypatch.setattr(work, "_run", lambda step, gpu=None: Failure(step.name, "no", str(step.log)))
+    work.train_and_judge(work.comparison.entrants[0], 0)
+    assert (run_folder(work.comparison, work.comparison.entrants[0], 0) / "code.txt").read_text() == code()
+
+
+def test_a_disk_that_is_full_costs_no_other_training(make_work, monkeypatch):
+    """Where not even the reason can be kept, it is said."""
+    said = io.StringIO()
+    work = make_work(seeds=[0], only=["red", "plain"])
+    work.console = Console(file=said, width=200)
+
+    def run(step, gpu=None):
+        if "red" in str(step.log):
+            raise OSError(28, "No space left on device", str(step.log))
+        return Failure(step.name, "something else", str(step.log))
+
+    monkeypatch.setattr(work, "_run", run)
+    monkeypatch.setattr(Failure, "write", lambda failure, file: (_ for _ in ()).throw(OSError("no space for it")))
+    failures = work.train_all().failures
+    assert {name for name, _ in failures} == {"red", "plain"}
+    assert "No space left on device" in failures["red", 0].said
+    assert said.getvalue().count("why it failed cannot be kept: no space for it") == 2
 
 
 def test_what_a_step_said_last_is_why_it_failed(make_work, tmp_path):
