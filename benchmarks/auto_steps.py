@@ -128,13 +128,15 @@ def main() -> None:
     if options.quick:
         options.seeds, options.rollouts, options.pictures, options.batch = 1, 4, 24, 8
         options.prompts, options.jobs = 16, 2
-    began = time.perf_counter()
+    began, failures = time.perf_counter(), []
     planned = plan(options)
-    done = finish(list(planned.values()), work_folder(options), options.jobs, Budget(options.budget_minutes))
+    done = finish(list(planned.values()), work_folder(options), options.jobs, Budget(options.budget_minutes), failures)
     found = {key: done[one] for key, one in planned.items() if one in done}
     rows = table(found, options.windows)
     rows.append(Row("trainings, of those planned", len(found) / len(planned), n=len(planned)))
     publish(rows, began, options.json, options.quick)
+    if failures:
+        raise SystemExit("\n".join(failures))
 
 
 if __name__ == "__main__":

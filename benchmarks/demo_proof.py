@@ -77,7 +77,9 @@ class Proof:
         folder = self.work / f"seed{seed}-{self.key}"
         if not (folder / "finished.json").exists():
             command = [sys.executable, *self.command, "--config", self.config, "--seed", seed, "--output_dir", folder]
-            subprocess.run([*map(str, command), "--overwrite_output_dir", "true", *self.extra], check=True)
+            begun = any(folder.glob("checkpoint-*"))
+            command += ["--resume_from_checkpoint", "auto"] if begun else ["--overwrite_output_dir", "true"]
+            subprocess.run([*map(str, command), *self.extra], check=True)
         return folder
 
     def pictures(self, name: str, draw: Callable[[], np.ndarray]) -> np.ndarray:

@@ -221,12 +221,14 @@ def main() -> None:
     parser = flags(__doc__.splitlines()[0])
     add_flags(parser, "benchmarks/results/trainings/gamed")
     options = parser.parse_args()
-    began = time.perf_counter()
+    began, failures = time.perf_counter(), []
     planned = plan(1 if options.quick else options.seeds, options.quick)
-    found = finish(planned, work_folder(options), options.jobs, Budget(options.budget_minutes))
+    found = finish(planned, work_folder(options), options.jobs, Budget(options.budget_minutes), failures)
     rows = table(found)
     rows.append(Row("trainings, of those planned", len(found) / len(planned), n=len(planned)))
     publish(rows, began, options.json, options.quick)
+    if failures:
+        raise SystemExit("\n".join(failures))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from long_runs import assets_digest
 from report import Row, flags, publish
 from tqdm import tqdm
 
@@ -60,7 +61,8 @@ def verdict(picture: torch.Tensor, caption: str) -> dict[str, float]:
 def mended(pictures, work: Path, options: list[str]) -> tuple[list[dict], InpaintArguments]:
     """A row for each picture: the command's, and the judge's scores before and after."""
     run, choice = parse_arguments([InpaintArguments, RewardArguments], [*options, "--output_dir", str(work)])
-    results = Results(work, {"options": options, **vars(run), **vars(choice)}, ("pictures",), overwrite=False)
+    settings = {"options": options, **vars(run), **vars(choice), "assets": assets_digest()}
+    results = Results(work, settings, ("pictures",), overwrite=False)
     reward, _ = choice.make(run.device)
     draw = run.inpainter()
     with results.begun():

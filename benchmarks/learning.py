@@ -34,7 +34,10 @@ def reached(axis: np.ndarray, curve: np.ndarray, level: float) -> float:
 
 
 def share_needed(axis: np.ndarray, curve: np.ndarray, other: np.ndarray) -> float:
-    """The share of `axis` (L,) at which `curve` is where `other` ends; `NOT_REACHED` if it never is."""
+    """The share of `axis` (L,) at which `curve` is where `other` ends; `NOT_REACHED` if it never is, or if `other` has
+    learned nothing."""
+    if smooth(other)[-1] <= smooth(other)[0]:
+        return NOT_REACHED
     return min(reached(axis, curve, smooth(other)[-1]) / axis[-1], NOT_REACHED)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
@@ -49,7 +50,8 @@ class Row:
 
 def flags(description: str, seeds: int | None = 3) -> argparse.ArgumentParser:
     """A parser with what every benchmark takes; no `--seeds` (None) where there is nothing to repeat."""
-    parser = argparse.ArgumentParser(description=description)
+    # Some benchmarks hand on what they do not know: `--seed` must not be taken for `--seeds`.
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="at most 3 minutes on 2 cores; its figures prove nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
     if seeds is not None:
@@ -76,12 +78,20 @@ def publish(rows: list[Row], began: float, json_file: Path | None, quick: bool, 
             "command": shlex.join(["python", *sys.argv]),
             "seconds": round(time.perf_counter() - began, 1),
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, {vectors}, {platform.system()}, quick={quick}",
-            "rows": [asdict(row) | {"holds": row.holds} for row in rows],
+            "rows": [_as_json(row) for row in rows],
         }
         json_file.parent.mkdir(parents=True, exist_ok=True)
         beside = json_file.with_name(json_file.name + ".part")
         beside.write_text(json.dumps(content, indent=1) + "\n")
         beside.replace(json_file)
+
+
+def _as_json(row: Row) -> dict[str, object]:
+    """JSON knows no infinity: an end of an interval that is none is null there."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in (asdict(row) | {"holds": row.holds}).items()
+    }
 
 
 def _show(rows: list[Row], quick: bool) -> None:

@@ -152,12 +152,18 @@ def main() -> None:
         report = json.loads((chosen.folder(work) / "selection" / "selection.json").read_text(encoding="utf-8"))
         plans = [plan(chosen, report["kept"], seed, options) for seed in range(options.seeds)]
         parts = with_needs([part for one in plans for part in one.values()])
-        done = finish(parts, work, options.jobs, budget)
+        failures: list[str] = []
+        done = finish(parts, work, options.jobs, budget, failures=failures)
     complete = [one for one in plans if all(part in done for part in one.values())]
     if not complete:
-        raise SystemExit(f"no seed is complete yet, {len(done)} of {len(parts)} parts are; run it again, for longer")
+        said = [f"no seed is complete yet, {len(done)} of {len(parts)} parts are; run it again, for longer", *failures]
+        raise SystemExit("\n".join(said))
     found = {kind: [done[one[kind]] for one in complete] for kind in (BASE, *KINDS)}
-    publish(rows_of(report["pictures"], report["kept"], found), began, options.json, options.quick)
+    rows = rows_of(report["pictures"], report["kept"], found)
+    rows.append(Row("states of the code among the parts", len({result.get("code") for result in done.values()})))
+    publish(rows, began, options.json, options.quick)
+    if failures:
+        raise SystemExit("\n".join(failures))
 
 
 if __name__ == "__main__":

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from long_runs import ROOT, Budget, assets_digest, digest, write_json
 from transformers import TrainerCallback
 
 from finetune.command_line import as_flags
+from finetune.fingerprints import code
 from finetune.run import load_policy
 from reward.arguments import parse_arguments, read_prompt_file
 from rl.ddpo import DDPOConfig, DDPOTrainer
@@ -219,7 +221,7 @@ def train(training: Training, work: Path | None = None) -> dict[str, Any]:
     Args:
         work: the folder where trainings share their look at the base model; None: it is shared with none.
     """
-    began = time.perf_counter()
+    began, made_by = time.perf_counter(), code()
     with tempfile.TemporaryDirectory() as folder:
         run, args = parse_arguments([RunArguments, DDPOConfig], training.argv(folder))
         everything = read_prompt_file(training.judged)
@@ -235,7 +237,9 @@ def train(training: Training, work: Path | None = None) -> dict[str, Any]:
         trainer.train()
         looks.look()
     wall = round(time.perf_counter() - began, 1)
-    return {"training": asdict(training), "wall": wall, "looks": looks.looks, "watched": looks.watched}
+    # Not in the file's name: work of days goes on while the code does.
+    by = {"code": made_by, "machine": torch.backends.cpu.get_cpu_capability()}
+    return {"training": asdict(training), "wall": wall, "looks": looks.looks, "watched": looks.watched, "by": by}
 
 
 def _spread(prompts: Sequence[str], count: int) -> list[str]:
@@ -247,11 +251,19 @@ def _spread(prompts: Sequence[str], count: int) -> list[str]:
 # ---- Many of them ----
 
 
-def finish(trainings: Sequence[Training], work: Path, jobs: int, budget: Budget) -> dict[Training, Result]:
+def finish(
+    trainings: Sequence[Training], work: Path, jobs: int, budget: Budget, failures: list[str] | None = None
+) -> dict[Training, Result]:
     """Do those that are not done yet, in their order, as far as the budget goes.
+
+    Args:
+        failures: is told which failed; None: they are raised.
 
     Returns:
         All that are done, in the order of `trainings`.
+
+    Raises:
+        SystemExit: one failed; all others are done first.
     """
     there = results_of(trainings, work)
     for result in there.values():
@@ -262,7 +274,7 @@ def finish(trainings: Sequence[Training], work: Path, jobs: int, budget: Budget)
 
     def one(training: Training) -> None:
         nonlocal done
-        if failed or not budget.allows_another():
+        if not budget.allows_another():
             return
         began = time.monotonic()
         if not start(training, work):
@@ -280,8 +292,10 @@ def finish(trainings: Sequence[Training], work: Path, jobs: int, budget: Budget)
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, missing))
-    if failed:
-        raise SystemExit(f"a training failed: {failed[0].name}, seed {failed[0].seed}; its error stands above")
+    told = [] if failures is None else failures
+    told += [f"a training failed: {one.name}, seed {one.seed}; its error stands above" for one in failed]
+    if failures is None and told:
+        raise SystemExit("\n".join(told))
     return results_of(trainings, work)
 
 

@@ -124,6 +124,8 @@ def uses_of(seed: int, options: Namespace) -> list[Use]:
     )
     for name, credit in {"image": "image", "scalar": "scalar", options.place: options.place}.items():
         command = ["run_ddpo.py", *flags_of(DDPO, seed, options.ddpo), "--credit", credit]
+        if credit == "paid":  # which has no ratio of a whole picture
+            command += ["--importance_sampling_level", "location"]
         trainings[f"DDPO, credit {name}"] = training(f"DDPO {name}", seed, command, DDPO)
     place = ["--output_dir", "{folder}/selection", "--pictures", "{folder}/pool/pictures"]
     chosen = training(
@@ -300,17 +302,22 @@ def main() -> None:
     began = time.perf_counter()
     plans = {seed: uses_of(seed, options) for seed in range(options.seeds)}
     parts = with_needs([use.draw for plan in plans.values() for use in plan])
+    failures: list[str] = []
     with taken(work_folder(options)):
-        done = finish(parts, work_folder(options), options.jobs, Budget(options.budget_minutes))
+        done = finish(parts, work_folder(options), options.jobs, Budget(options.budget_minutes), failures=failures)
     found = figures_of(plans, done)
     if BASE not in found:
-        raise SystemExit(f"nothing to show yet: {len(done)} of {len(parts)} parts are done; run it again, for longer")
+        said = [f"nothing to show yet: {len(done)} of {len(parts)} parts are done; run it again, for longer", *failures]
+        raise SystemExit("\n".join(said))
     lines = page(found)
     show(lines, options.quick)
     if options.page:
         options.page.write_text(markdown(lines), encoding="utf-8")
     rows = [*rows_of(found), Row("parts done, of those planned", len(done) / len(parts))]
+    rows.append(Row("states of the code among them", len({result.get("code") for result in done.values()})))
     publish(rows, began, options.json, options.quick, shown=False)
+    if failures:
+        raise SystemExit("\n".join(failures))
 
 
 if __name__ == "__main__":

@@ -32,9 +32,11 @@ def replaced_parts(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
     What else `folder` holds stays as it is, and after an error all of it does. The first part is the first to go and
     the last to come: where it is, all are of one writing.
     """
-    folder = folder.resolve()  # moves must not cross from one disk to another
+    folder = folder.resolve()  # moves must not cross from one disk to another, nor those of a folder that is a disk
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    for left in folder.glob(f".{folder.name}.*/new"):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    aside = Path(tempfile.mkdtemp(dir=folder if folder.is_dir() else folder.parent, prefix=f".{folder.name}."))
     new, before = aside / "new", aside / "before"
     new.mkdir()
     before.mkdir()
@@ -53,6 +55,16 @@ def replaced_parts(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
             before.rmdir()
         with suppress(OSError):
             aside.rmdir()
+
+
+def holds_files(folder: Path) -> bool:
+    """Whether a folder holds anything but what `replaced_parts` and `write_whole` leave where they are killed, and what
+    every new disk has."""
+    aside = f".{folder.resolve().name}."
+    return any(
+        not (name == "lost+found" or name.startswith(aside) or (name.startswith(".") and name.endswith(".part")))
+        for name in (path.name for path in folder.iterdir())
+    )
 
 
 def is_within(place: str | Path, folder: str | Path) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from finetune.files import write_whole
+from finetune.files import holds_files, write_whole
 from finetune.fingerprints import weights_of, with_weights
 from reward.draw import to_image
 from rl.adapter import AdapterSettings, check_adapter_files, require
@@ -200,7 +200,7 @@ class Generation:
                     f"pictures {self.folder} holds a pool drawn with other settings ({shown}); give another folder, or "
                     "leave out `policy` to choose from what is there"
                 )
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
+        elif self.folder.is_dir() and holds_files(self.folder):
             raise ValueError(
                 f"pictures {self.folder} holds other files, and `policy` would draw into it; give another folder, or "
                 "leave out `policy` to choose from what is there"

@@ -8,6 +8,7 @@ its interval is Student's at Satterthwaite's degrees of freedom (Satterthwaite 1
 sure where seeds differ, and not sure enough where they do not.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,9 +93,12 @@ def paired_ratio(
         level: of the interval.
 
     Returns:
-        ratio, low, high; an end is infinite where `below` itself is hardly told from 0.
+        ratio, low, high; an end is infinite where `below` itself is hardly told from 0. Where its mean is 0 there is no
+        ratio, which is NaN.
     """
     top, bottom = np.stack(above), np.stack(below)
+    if bottom.mean() == 0:
+        return math.nan, -math.inf, math.inf
     ratio = float(top.mean() / bottom.mean())
 
     def told_apart(at: float) -> float:

@@ -290,6 +290,15 @@ def _refuse_without_prompts(names: Sequence[str], prompts: Sequence[object], whe
         ],
         f"{where} says no prompts (column {column}) of some pictures",
     )
+    _refuse(
+        [name for name, prompt in zip(names, prompts, strict=True) if _is_cut(prompt)],
+        f"{where} has prompts (column {column}) with half a character, as where an emoji was cut",
+    )
+
+
+def _is_cut(prompt: str) -> bool:
+    """Whether it is no text that could be stored: JSON may hold the first half of a pair of surrogates."""
+    return any("\ud800" <= letter <= "\udfff" for letter in prompt)
 
 
 def _refuse(names: Sequence[str], what: str) -> None:

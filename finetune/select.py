@@ -30,7 +30,7 @@ transformers.logging.set_verbosity_error()  # says on import what does not conce
 transformers.logging.disable_progress_bar()
 diffusers.logging.disable_progress_bar()
 
-from finetune.files import is_within, replaced_parts  # noqa: E402
+from finetune.files import holds_files, is_within, replaced_parts  # noqa: E402
 from finetune.generate import TABLE, Generation, GenerationArguments  # noqa: E402
 from finetune.pool import Pool, open_pool, suffix_of  # noqa: E402
 from finetune.predictions import Predictions, Store, feedback_place  # noqa: E402
@@ -188,7 +188,7 @@ def check_output_dir(arguments: SelectArguments) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and holds_files(folder):
         if not (folder / REPORT).is_file():
             raise ValueError(f"output_dir {folder} holds other files; give another --output_dir")
         if not arguments.overwrite_output_dir:

@@ -23,6 +23,7 @@ import binascii
 import http.client
 import io
 import json
+import math
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,17 @@ _TRY_AGAIN = {408, 429, *range(500, 600)}
 _QUOTED = 300  # characters of an answer that are quoted in a message
 
 
+def _is_address(url: object) -> bool:
+    if not isinstance(url, str) or not url.isascii():
+        return False
+    try:
+        parts = urlsplit(url)
+        (parts.hostname or "").encode("idna")
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, a name with an empty part
+        return False
+
+
 class HttpReward:
     """A reward function that asks a server; not differentiable. The format is at the head of this file.
 
@@ -60,16 +72,15 @@ class HttpReward:
     lazy = True
 
     def __init__(self, url: str, timeout: float = 30.0, tries: int = 3, backoff: float = 1.0):
-        parts = urlsplit(url)
-        try:
-            known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:  # a port that is none
-            known = False
-        if not known:
-            raise ValueError(f"the reward's url is {url!r}; write http://host:port/ or https://host/")
-        if timeout <= 0 or tries < 1 or backoff < 0:
+        if not _is_address(url):
             raise ValueError(
-                f"timeout must be above 0, tries at least 1 and backoff at least 0, not {timeout}, {tries}, {backoff}"
+                f"the reward's url is {url!r}; write http://host:port/ or https://host/, in ASCII, other letters as %.."
+            )
+        numbers = all(isinstance(one, (int, float)) and math.isfinite(one) for one in (timeout, backoff))
+        if not numbers or timeout <= 0 or not isinstance(tries, int) or tries < 1 or backoff < 0:
+            raise ValueError(
+                "timeout must be a number above 0, tries a whole number from 1 on and backoff a number from 0 on, not "
+                f"{timeout!r}, {tries!r}, {backoff!r}"
             )
         self.url, self.timeout, self.tries, self.backoff = url, timeout, tries, backoff
 

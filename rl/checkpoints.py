@@ -311,12 +311,15 @@ def check_output_dir(
         again: what a run of the same settings left there is no obstacle.
 
     Raises:
-        ValueError: the folder holds a run of other settings (they are listed), or results of the same ones, and neither
-            `overwrite` nor `resume` is set; or both are; or it is no run's, but holds files of the names of theirs.
+        ValueError: it is a file, or a link to nothing; it holds a run of other settings (they are listed), or results
+            of the same ones, and neither `overwrite` nor `resume` is set; or both are; or it is no run's, but holds
+            files of the names of theirs.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file; name a folder")
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(f"output_dir {folder} is a link to {folder.readlink()}, which is not there; make that folder")
     if overwrite and resume:
         raise ValueError(_BOTH)
     remedy = "give another --output_dir, --resume_from_checkpoint latest to go on, or --overwrite_output_dir"

@@ -108,6 +108,7 @@ class StableDiffusionPolicy:
         if memory.torch_compile_unet:
             compile_blocks(pipeline.unet)
         self._asks_reference, self._stand_in = False, None
+        self.rounded = False  # whether an engine computes in half precision, whatever the weights are
         self._embeddings: OrderedDict[str, tuple[torch.Tensor, torch.Tensor | None]] = OrderedDict()
 
     @classmethod
@@ -308,8 +309,11 @@ class StableDiffusionPolicy:
                 self._asks_reference, self._stand_in = False, None
 
     def folded(self) -> AbstractContextManager[None]:
-        """Within it, and without gradients, `predict` may be faster: the same function, but not to the last bit."""
-        return nullcontext() if self._asks_reference else self.trained.folded()
+        """Within it, and without gradients, `predict` may be faster: the same function, but not to the last bit.
+
+        Not where `rounded` is set: what the LoRA has learned so far may be less than the last bit there.
+        """
+        return nullcontext() if self._asks_reference or self.rounded else self.trained.folded()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) -> pictures (B, 3, H, W) float32 in [0, 1].

@@ -89,6 +89,7 @@ class PolicyTrainer(ResumableTrainer):
                 f"eval_strategy is {args.eval_strategy.value}, but there are no held-out prompts to evaluate on"
             )
         self.policy, self.eval_on = policy, eval_on
+        policy.rounded = args.bf16 or args.fp16  # autocast begins within the network's own call, where none can ask
         self.scheduler, self.schedule = sampler
         self.average: EMAModel | None = None
         self.left: Path | None = None

@@ -30,6 +30,7 @@ def test_the_share_of_the_images():
     assert share_needed(AXIS, image, image) == 1
     assert share_needed(AXIS, 2 * image, image) == pytest.approx(0.5)
     assert share_needed(AXIS, image / 2, image) == NOT_REACHED
+    assert share_needed(AXIS, np.full_like(image, image.mean()), image[::-1]) == NOT_REACHED  # it has learned nothing
 
 
 def test_the_same_score_is_the_lower_end():

@@ -1,5 +1,8 @@
 """Parts are done once, in order, behind what they need; and one that fails takes nothing with it."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -9,6 +12,8 @@ import parts
 import pytest
 from long_runs import Budget, write_json
 from parts import RESULT, Part, PartFailedError, do, finish, with_needs
+
+from finetune.fingerprints import code
 
 
 def chain():
@@ -43,6 +48,8 @@ def test_another_part_is_another_folder(tmp_path):
     others = [replace(one, how={"a": 2}), replace(one, seed=1), replace(one, needs=(replace(need, how={"b": 1}),))]
     assert len({part.key for part in [one, *others]}) == 4
     before = one.key
+    config.write_text("# of what a stays\na:   1\noutput_dir: elsewhere")
+    assert replace(one).key == before
     config.write_text("a: 2")
     assert replace(one).key != before
 
@@ -78,12 +85,19 @@ def test_two_run_beside_each_other_but_for_their_needs(tmp_path):
     assert max(most) == 2
 
 
-def test_a_part_that_fails_ends_it_and_what_is_done_is_kept(tmp_path, started):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_part_that_fails_takes_with_it_what_needs_it_alone(tmp_path, started, jobs):
     first, second, *_ = chain()
     fails = Part("fails", 3, "script.py", {})
-    with pytest.raises(SystemExit, match=r"fails, seed 3, failed; what is done is kept\. because"):
-        finish([first, fails, second], tmp_path, 2, Budget(None), started)
-    assert first.result(tmp_path)
+    behind = Part("behind", 3, "script.py", {}, (fails,))
+    parts = [fails, behind, Part("far behind", 3, "script.py", {}, (behind,)), first, second]
+    with pytest.raises(SystemExit, match=r"^fails, seed 3, failed; what is done is kept\. because$"):
+        finish(parts, tmp_path, jobs, Budget(None), started)
+    assert sorted(started.names) == ["fails", "first", "second"]
+    failures = []
+    done = finish(parts, tmp_path, jobs, Budget(None), started, failures)
+    assert [part.name for part in done] == ["first", "second"]
+    assert failures == ["fails, seed 3, failed; what is done is kept. because"]
 
 
 def test_no_budget_starts_nothing(tmp_path, started):
@@ -114,6 +128,7 @@ def test_a_part_is_a_process_of_its_own(tmp_path, monkeypatch):
     (left / "half.txt").write_text("of a run that was killed")
     do(part, tmp_path)
     result = part.result(tmp_path)
+    assert result["code"] == code()
     assert result["told"] == [7, {"x": 1}, [str(need.folder(tmp_path))]]
     assert result["wall"] >= 0
     assert not (left / "half.txt").exists()
@@ -121,3 +136,27 @@ def test_a_part_is_a_process_of_its_own(tmp_path, monkeypatch):
         finish([Part("fails", 0, "script.py", {"fails": 1})], tmp_path, 1, Budget(None))
     with pytest.raises(SystemExit, match=r"has no part\.json"):
         finish([Part("forgets", 0, "script.py", {"forgets": 1})], tmp_path, 1, Budget(None))
+
+
+def test_a_part_whose_process_outlived_its_parent_is_not_begun_beside_it(tmp_path, monkeypatch):
+    """Two of them would write to one folder."""
+    (tmp_path / "script.py").write_text("import sys, time; from pathlib import Path\n"
+                                        "Path(sys.argv[1], 'begun').touch(); time.sleep(60)")  # fmt: skip
+    part = Part("part", 0, "script.py", {})
+    paths = os.pathsep.join([str(Path(parts.__file__).parent), str(parts.ROOT)])
+    told = f"import parts; from pathlib import Path; parts.SCRIPTS = Path({str(tmp_path)!r}); " \
+           f"parts.do(parts.Part('part', 0, 'script.py', {{}}), Path({str(tmp_path)!r}))"  # fmt: skip
+    parent = subprocess.Popen([sys.executable, "-c", told], env=os.environ | {"PYTHONPATH": paths})
+    begun = part.folder(tmp_path) / "begun"
+    until = time.monotonic() + 60
+    while not begun.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    monkeypatch.setattr("parts.SCRIPTS", tmp_path)
+    try:
+        with pytest.raises(PartFailedError, match="a process of an earlier start still does it"):
+            do(part, tmp_path)
+        assert begun.exists()
+    finally:
+        subprocess.run(["pkill", "-f", f"{tmp_path}/script.py"], check=True)

@@ -8,6 +8,8 @@ import trainings
 from long_runs import Budget, write_json
 from trainings import Result, Training, finish
 
+from finetune.fingerprints import code
+
 TINY = {
     "reward": "tests.rl.toy_rewards:Redness", "reward_kwargs": {}, "num_inference_steps": 3, "train_steps": [1],
     "num_train_epochs": 2, "generation_batch_size": 2, "num_generations": 2, "per_device_train_batch_size": 2,
@@ -77,10 +79,14 @@ def test_the_budget_leaves_out_what_would_end_too_late(tmp_path, started, monkey
     assert not finish(planned[10:], tmp_path, jobs=1, budget=Budget(-1))
 
 
-def test_a_training_that_fails_ends_it(tmp_path, started):
+def test_a_training_that_fails_costs_no_other(tmp_path, started):
+    planned = [Training("fails", 0), Training("later", 0)]
     with pytest.raises(SystemExit, match="fails, seed 0"):
-        finish([Training("fails", 0), Training("later", 0)], tmp_path, jobs=1, budget=Budget(None))
-    assert started == ["fails"]
+        finish(planned, tmp_path, jobs=1, budget=Budget(None))
+    assert started == ["fails", "later"]
+    failures = []
+    assert list(finish(planned, tmp_path, 1, Budget(None), failures)) == planned[1:]
+    assert failures == ["a training failed: fails, seed 0; its error stands above"]
 
 
 def test_a_training_is_looked_at_before_between_and_behind(tmp_path):
@@ -90,6 +96,7 @@ def test_a_training_is_looked_at_before_between_and_behind(tmp_path):
     write_json(tmp_path / training.file, done)
     found = Result.read(tmp_path / training.file)
     assert json.loads((tmp_path / training.file).read_text())["training"] == asdict(training)
+    assert done["by"]["code"] == code()
     assert found.rollouts.tolist() == [0, 1, 2]
     assert found.pictures.tolist() == [0, 2, 4]
     assert found.seconds[0] == 0

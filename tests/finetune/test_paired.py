@@ -73,3 +73,6 @@ def test_a_ratio_to_what_may_be_nothing_has_no_end():
     _, low, high = paired_ratio(table(rng, mean=1.0), table(rng, mean=0.05))
     assert np.isinf([low, high]).any()
     assert paired_ratio(np.full((2, 3), 2.0), np.full((2, 3), 4.0)) == (0.5, 0.5, 0.5)
+    ratio, low, high = paired_ratio(np.ones((2, 3)), np.zeros((2, 3)))
+    assert np.isnan(ratio)
+    assert (low, high) == (-np.inf, np.inf)

@@ -101,6 +101,9 @@ def test_pictures_without_prompts(write_pictures, tmp_path):
     table.write_text("\n".join([*lines[:5], json.dumps({"file_name": "5.png", "text": "  "})]))
     with pytest.raises(ValueError, match=r"says no prompts \(column text\) of some pictures: 1 of them, 5\.png"):
         open_pool(folder)
+    table.write_text("\n".join([*lines[:5], json.dumps({"file_name": "5.png", "text": "a cat \ud83d"})]))
+    with pytest.raises(ValueError, match=r"has prompts \(column text\) with half a character.*: 1 of them, 5\.png"):
+        open_pool(folder)
     table.unlink()
     with pytest.raises(ValueError, match=r'6 pictures of .* have no prompts: write a metadata\.jsonl .*"0\.png"'):
         open_pool(folder)

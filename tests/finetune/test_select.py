@@ -367,6 +367,21 @@ def test_parts_are_replaced_all_or_none_and_what_else_is_there_stays(tmp_path, m
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
+def test_a_folder_that_is_a_disk_of_its_own_is_written_on_that_disk(tmp_path):
+    """And what a killed process left on it is no obstacle, and goes with the next one."""
+    folder = tmp_path / "disk"
+    (folder / "lost+found").mkdir(parents=True)
+    (folder / ".disk.killed" / "new").mkdir(parents=True)
+    (folder / ".pool.json.7.part").touch()
+    assert not files.holds_files(folder)
+    with files.replaced_parts(folder, ("data",)) as new:
+        assert new.is_relative_to(folder)
+        (new / "data").write_text("whole")
+    assert files.holds_files(folder)
+    assert (folder / "data").read_text() == "whole"
+    assert not (folder / ".disk.killed" / "new").exists()
+
+
 def test_pictures_and_selection_in_one_another_are_refused_and_nothing_is_lost(given, drawn, tmp_path, capsys):
     around = tmp_path / "pictures"
     for settings in (

@@ -194,15 +194,30 @@ def test_nobody_there():
         HttpReward(f"http://127.0.0.1:{port}", tries=2, backoff=0)(IMAGES, PROMPTS)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:80", "ftp://host/", "http://", "http://host:port/", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:80",
+        "ftp://host/",
+        "http://",
+        "http://host:port/",
+        "",
+        "http://host..name/",
+        "http://host/für",
+        None,
+    ],
+)
 def test_urls_that_are_none(url):
     with pytest.raises(ValueError, match="write http://host:port/"):
         HttpReward(url)
 
 
-@pytest.mark.parametrize("wrong", [{"timeout": 0}, {"tries": 0}, {"backoff": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"timeout": 0}, {"timeout": "30"}, {"timeout": float("nan")}, {"tries": 0}, {"tries": 2.5}, {"backoff": -1}],
+)
 def test_settings_out_of_range(wrong):
-    with pytest.raises(ValueError, match="timeout must be above 0"):
+    with pytest.raises(ValueError, match="timeout must be a number above 0"):
         HttpReward("http://host/", **wrong)
 
 

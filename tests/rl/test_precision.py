@@ -8,6 +8,7 @@ import torch
 from finetune.run import load_policy
 from rl.ddpo import DDPOTrainer
 from tests.rl.conftest import PROMPTS
+from tests.rl.test_folded import count_adapted, predict
 from tests.rl.toy_rewards import Redness
 
 
@@ -48,6 +49,15 @@ def test_bfloat16_trains_with_float32_log_probs_and_a_ratio_of_one(trained, mode
     assert logged(trainer, "ratio_deviation")[0] == 0, "the update computes as the rollout did"
     assert logged(trainer, "grad_norm")[0] == pytest.approx(logged(exact, "grad_norm")[0], rel=0.1)
     assert logged(trainer, "grad_norm") != logged(exact, "grad_norm")
+
+
+@pytest.mark.parametrize(("lower", "folds"), [(False, True), (True, False)])
+def test_under_the_trainers_autocast_a_lora_is_not_folded_into_what_will_be_rounded(trained, lower, folds):
+    trainer, _ = trained(learning_rate=0.01, bf16=lower)
+    ran = count_adapted(trainer.policy)
+    with torch.no_grad(), trainer.policy.folded():
+        predict(trainer.policy)
+    assert bool(ran) != folds
 
 
 @pytest.mark.filterwarnings("ignore")  # of what torch's own compiler does

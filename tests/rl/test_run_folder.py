@@ -294,6 +294,13 @@ def test_checkpoints_without_a_config_are_somebody_elses(tmp_path):
         claim(tmp_path, {"seed": 1})
 
 
+def test_output_dir_that_is_a_link_to_nothing(tmp_path):
+    """As to a disk that is not there; said before anything is loaded."""
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with pytest.raises(ValueError, match=f"is a link to {tmp_path}/disk, which is not there; make that folder"):
+        claim(tmp_path / "link", {})
+
+
 def test_output_dir_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
