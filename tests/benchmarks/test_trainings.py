@@ -32,7 +32,8 @@ def started(monkeypatch):
 
     def start(training, work):
         names.append(training.name)
-        write_json(work / training.file, result())
+        if training.name != "fails":
+            write_json(work / training.file, result())
         return training.name != "fails"
 
     monkeypatch.setattr(trainings, "start", start)
