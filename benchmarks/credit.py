@@ -77,7 +77,7 @@ def changes(kind: str, setting: Setting, options: Namespace, rollouts: int) -> d
         found |= {"importance_sampling_level": "location", "epsilon_location": LOCATION * clip}
     else:
         found["epsilon"] = clip
-    if options.maps == "judge":
+    if options.maps == "judge" and found["credit"] != "scalar":  # which asks for no map
         found["reward"] = "credit:JudgeMaps"
     batch = min(PICTURES, options.pictures)
     return found | {
@@ -215,18 +215,20 @@ def report_rows(found: Mapping[tuple[str, int], Result], kinds: Sequence[str], b
     """The comparisons that the finished trainings allow.
 
     Args:
-        best: the place-aware kind that the tuning found best; the goals are its.
+        best: the place-aware kind that the tuning found best, or that was named beforehand; the goals are its.
     """
     rows = []
     for kind in kinds:
         mine = [result for (one, _), result in found.items() if one == kind]
         if not mine:
             continue
-        name = f"{kind} (the best by tuning)" if kind == best else kind
+        name = f"{kind} (of which the goals are)" if kind == best else kind
         rows.append(Row(f"{name}: judge at the start", float(np.mean([one.judge[0] for one in mine])), n=len(mine)))
         rows.append(Row(f"{name}: judge at the end", float(np.mean([one.judge[-1] for one in mine])), n=len(mine)))
         rows.append(Row(f"{name}: satisfied at the end", float(np.mean([one.satisfied[-1] for one in mine])),
                         n=len(mine)))  # fmt: skip
+        seconds = float(np.mean([one.seconds[-1] for one in mine]))
+        rows.append(Row(f"{name}: seconds of the processor, a training", seconds, n=len(mine)))
         tripped = sorted({monitor for one in mine for monitor in over_limits(one)})
         count = sum(bool(over_limits(one)) for one in mine)
         said = f" ({', '.join(tripped)})" if tripped else ""
@@ -279,6 +281,10 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--learning_rates", type=float, nargs="+", default=list(LEARNING_RATES))
     parser.add_argument("--clips", type=float, nargs="+", default=list(CLIPS), help="of an image's ratio")
     parser.add_argument("--tuning_seeds", type=int, default=1, help="of the second round")
+    parser.add_argument(
+        "--best", choices=[kind for kind in CREDITS if kind not in WITHOUT_PLACE],
+        help="the place-aware kind of which the goals are (default: the tuning's best, which chance decides as well)",
+    )  # fmt: skip
     parser.add_argument("--maps", choices=("predictor", "judge"), default="predictor", help="whose maps are trained on")
     return parser
 
@@ -292,6 +298,8 @@ def main() -> None:
         options.learning_rates, options.clips = [3e-3, 6e-3], [1e-2]
     if options.rollouts % 6:
         parser.error(f"--rollouts is {options.rollouts}; give a multiple of 6, so that there is a look at 2/3 of them")
+    if options.best is not None and options.best not in options.kinds:
+        parser.error(f"--best is {options.best}, which is not among --kinds: {', '.join(options.kinds)}")
     if options.tuning_seeds < 1:
         parser.error(f"--tuning_seeds is {options.tuning_seeds}; to tune nothing, give one learning rate and one clip")
     began = time.perf_counter()
@@ -307,7 +315,7 @@ def main() -> None:
         for kind, (rate, clip) in tuned.settings.items():
             rows += [Row(f"{kind}: learning rate", rate), Row(f"{kind}: clip range", clip)]
         found = train(plan_report(options, tuned.settings))
-        rows += report_rows(found, options.kinds, tuned.best)
+        rows += report_rows(found, options.kinds, options.best or tuned.best)
         done += len(found)
     rows.append(Row("trainings, of those planned", done / count_planned(options), n=done))
     publish(rows, began, options.json, options.quick)

@@ -59,6 +59,14 @@ def test_settings_are_the_commands_own(tmp_path):
         assert run.reward == "reward.rich:RichReward"
 
 
+def test_whose_maps_they_are_is_nothing_to_a_kind_that_asks_for_none():
+    """So its trainings serve both tables."""
+    settings = dict.fromkeys(CREDITS, (6e-3, 1e-4))
+    plans = [plan_report(make_parser().parse_args(["--maps", whose]), settings) for whose in ("predictor", "judge")]
+    assert plans[0]["scalar", 0] == plans[1]["scalar", 0]
+    assert plans[1]["image", 0].changes["reward"] == "credit:JudgeMaps"
+
+
 def test_tuning_shares_neither_seeds_nor_prompts_with_the_report():
     options = make_parser().parse_args([])
     everything = dict.fromkeys(MAIN, grid(options))
@@ -119,7 +127,7 @@ def test_kinds_are_compared_on_the_seeds_they_share():
     assert seeds == [1, 2]
     assert mask.shape == image.shape == (2, LOOKS, PROMPTS)
     rows = {row.name: row for row in report_rows(found, ["image", "scalar", "mask"], best="mask")}
-    name = "mask (the best by tuning)"
+    name = "mask (of which the goals are)"
     assert rows[f"{name}: at the end, less image's"].value == pytest.approx(0.1)
     less = rows[f"{name}: at the end, less scalar's"]
     assert (less.value, less.n, less.holds) == (pytest.approx(0.15), 2, True)
