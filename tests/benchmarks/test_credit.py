@@ -63,7 +63,7 @@ def test_whose_maps_they_are_is_nothing_to_a_kind_that_asks_for_none():
     """So its trainings serve both tables."""
     settings = dict.fromkeys(CREDITS, (6e-3, 1e-4))
     plans = [plan_report(make_parser().parse_args(["--maps", whose]), settings) for whose in ("predictor", "judge")]
-    assert plans[0]["scalar", 0] == plans[1]["scalar", 0]
+    assert plans[0]["scalar", 0].file == plans[1]["scalar", 0].file
     assert plans[1]["image", 0].changes["reward"] == "credit:JudgeMaps"
 
 
