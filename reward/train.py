@@ -58,6 +58,7 @@ logger = logging.getLogger(__name__)
 _BACKBONE = ("vision.", "encoder.", "word_head.decoder.", "word_head.write.")
 COMPLETE = "complete"  # a file in a checkpoint whose other files are all there
 LOGS = "tensorboard"  # in the output folder
+_LEARNED = 0.05  # CC of a heatmap on dev: an empty map's is about 0, that of the paper's worst one 0.21
 
 
 class RahfTrainer(Trainer):
@@ -332,6 +333,23 @@ def _check_output_dir(args: RahfTrainingArguments, starts: Sequence[str | None])
         )
 
 
+def warn_of_empty_maps(metrics: Mapping[str, float]) -> None:
+    """Say so where a heatmap came to nothing: most maps are empty, and by the loss a model that calls all of them so is
+    hardly wrong.
+
+    Args:
+        metrics: of the dev split, as `trainer.predict` names them.
+    """
+    for name in HEATMAPS:
+        if (cc := metrics.get(f"eval_cc_{name}", 1.0)) < _LEARNED:
+            logger.warning(
+                "the %s heatmap has learned nothing yet (CC %.2f on dev); train longer, or let marked pixels count "
+                "more, --heatmap_positive_weight 3",
+                name,
+                cc,
+            )
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """The command; returns the dev metrics of the model that it saved."""
     arguments, args = parse_arguments([RahfArguments, RahfTrainingArguments], argv)
@@ -376,6 +394,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         model.config.word_threshold = best_word_threshold(final.predictions[2], final.label_ids[2])
     weights = trainer.accelerator.get_state_dict(trainer.deepspeed) if trainer.is_deepspeed_enabled else None
     if trainer.is_world_process_zero():
+        warn_of_empty_maps(final.metrics)
         save_whole(model, tokenizer, Path(args.output_dir), weights)
         (Path(args.output_dir) / "dev_metrics.json").write_text(json.dumps(final.metrics, indent=1))
     return final.metrics

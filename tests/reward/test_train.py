@@ -23,6 +23,21 @@ def weights(folder):
     return RahfModel.from_pretrained(folder).state_dict()
 
 
+def test_a_map_that_came_to_nothing_is_named(command, monkeypatch, caplog):
+    train.warn_of_empty_maps({"eval_cc_implausibility": 0.3, "eval_cc_misalignment": -0.02})
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == [
+        "the misalignment heatmap has learned nothing yet (CC -0.02 on dev)"
+    ]
+    told = []
+    monkeypatch.setattr(train, "warn_of_empty_maps", told.append)
+    metrics = train.main(command("out", max_steps=1, save_strategy="no", eval_strategy="no"))
+    assert told == [metrics]
+    caplog.clear()
+    monkeypatch.undo()
+    train.warn_of_empty_maps({"eval_loss": 1.0})  # no raters marked anything there
+    assert not caplog.records
+
+
 def test_a_short_training_leaves_a_model_that_predicts_and_its_figures(command, raw_data):
     metrics = train.main(command("out", crop_probability=0.5, brightness=0.1, backbone_learning_rate=1e-5))
     assert 0 <= metrics["eval_mse_implausibility"] < 0.2
