@@ -40,7 +40,9 @@ TRAINED_ON_RATES = (1e-5, 1e-4, 1e-3)
 GENERATIONS = 2
 AIMS = {"ddpo_tinyworld_long": ">= 0.5"}
 """By config: the share of the way to the ceiling that its `satisfied` is to gain."""
-SHORT = ("--num_train_epochs", "2", "--save_strategy", "no", "--eval_prompts", "", "--eval_rewards", "{}")
+UNSEEN = ("--eval_prompts", "", "--eval_rewards", "{}")
+"""Flags of a run that does not look at itself before and after."""
+SHORT = ("--num_train_epochs", "2", "--save_strategy", "no", *UNSEEN)
 """Flags of a run that proves nothing."""
 POOL = 50 * BATCH
 """Pictures that the base is trained on with, each drawn about once in as many updates as the presets have."""

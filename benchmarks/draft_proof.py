@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_proof import SHORT, TERMS, Proof, spread, term
+from demo_proof import SHORT, TERMS, UNSEEN, Proof, spread, term
 from report import Row, flags, publish
 from use_training import pictures_of
 
@@ -27,8 +27,6 @@ DDPO = Path("configs/ddpo_tinyworld.yaml")
 FREE = Path("configs/draft_tinyworld.yaml")
 HELD = Path("configs/draft_tinyworld_region.yaml")
 COMMAND = ("-m", "finetune.draft")
-QUIET = ["--eval_prompts", "", "--eval_rewards", "{}"]
-"""Its own look before and after draws more pictures than a fifth of DDPO's, and nobody reads it here."""
 FIFTH = ["--num_train_epochs", "16"]
 """So many updates of 32 pictures see a fifth of those that DDPO's run sees."""
 
@@ -69,7 +67,8 @@ def main() -> None:
 
     def proof(config: Path, command: tuple[str, ...], work: Path | None = None, extra: Sequence[str] = ()) -> Proof:
         work = work or options.work / (config.stem + suffix)
-        quiet = QUIET if command == COMMAND else []
+        # Its own looks would draw more pictures than a fifth of DDPO's, and nobody reads them here.
+        quiet = UNSEEN if command == COMMAND else ()
         return Proof(config, work, prompts, SHORT if options.quick else [*extra, *quiet], command)
 
     ddpo = proof(DDPO, ("run_ddpo.py",), options.ddpo_work)

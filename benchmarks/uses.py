@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from demo_proof import TERMS
+from demo_proof import TERMS, UNSEEN
 from long_runs import Budget, add_flags, work_folder
 from parts import Part, finish, with_needs
 from report import Row, flags, publish
@@ -46,8 +46,7 @@ VARIANTS = {
     "ReFL": ["--variant", "refl"],
 }
 PLACES = ("mask", "focus", "paid", "words")
-QUIET = ["--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true", "--eval_prompts", "",
-         "--eval_rewards", "{}"]  # fmt: skip
+QUIET = ["--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true", *UNSEEN]
 HELD_OUT, TRAINED_ON = "tinyworld/assets/prompts_held_out.txt", "tinyworld/assets/prompts_train.txt"
 BASE = "base"
 WIDE = 240  # characters of a line of the table
