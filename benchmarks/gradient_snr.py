@@ -1,7 +1,7 @@
 """Which sampling steps are worth training, and which kind of credit: signal and noise of each policy gradient.
 
     python benchmarks/gradient_snr.py [--config configs/ddpo_tinyworld.yaml] [--chunks 48] [--steps 1 2 3]
-                                      [--credits image paid] [--quick] [--json FILE]
+                                      [--credits image paid] [--share_noise none] [--work DIR] [--quick] [--json FILE]
 
 The policy is the config's, untrained. Chunks of 64 pictures of disjoint prompts are drawn, and for each sampling step
 and each kind of credit (`rl/credit.py`) the gradient g of the first pass' loss is taken, from the same pictures.
@@ -15,37 +15,47 @@ Gradients of two chunks share their expectation and nothing else, so that withou
   latent's log densities times the reward less its group's mean: not normalised, nor clipped. So gains are in the
   reward's own units, thousandths of them; "less image's" is from the same chunks.
 
-Intervals: 95%, jackknife over chunks. All steps and kinds cost the same. Every picture has noise of its own, whatever
-`share_noise` says.
+Intervals: 95%, jackknife over chunks. All steps and kinds cost the same. Where pictures of a group share noise
+(`--share_noise`; the config's own by default), what they share depends on the step, as if that one alone were trained:
+so each step has pictures of its own then, and a chunk takes about half as long again. A chunk's gradients are kept in
+`--work`, and what is there is not made again, so that a run may be stopped, or chunks be added.
 """
 
 import copy
-import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from long_runs import assets_digest, digest
 from report import Row, flags, publish
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from finetune.run import load_policy
 from reward.arguments import parse_arguments, read_prompt_file
+from reward.feedback import RewardFn
 from rl.advantages import group_advantages
 from rl.attention import WordAttention
 from rl.ddpo import DDPOConfig
 from rl.experience import credit_map, gather_experience, rollout_noise, sample_and_score
-from rl.rollout import draw_prompts
+from rl.policy import StableDiffusionPolicy
+from rl.rollout import draw_prompts, shared_places
 from rl.scoring import score
-from rl.sde import resolve_train_steps
+from rl.sde import Schedule, resolve_train_steps
 from rl.step_gradients import step_gradients
 from rl.timing import PhaseClock
+from rl.trunks import Trunks
 from run_ddpo import RunArguments
 
 PICTURES = 64
 OBJECTIVE = "objective"
+MOVES = "moves"
 CREDITS = {
     "image": {},
     "scalar": {"credit": "scalar"},
@@ -67,47 +77,98 @@ def with_credit(args: DDPOConfig, **changes) -> DDPOConfig:
     return kind
 
 
-def collect(options: Namespace, chunks: int) -> tuple[list[int], dict[str, np.ndarray]]:
-    """The steps, and for each kind of credit and `OBJECTIVE` (chunks, steps, parameters) float32: minus the gradient of
-    the LoRA's weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        run, args = parse_arguments(
-            [RunArguments, DDPOConfig], ["--config", str(options.config), "--output_dir", folder]
-        )
-    policy, reward = load_policy(run.policy, args), run.make_reward()
-    args.per_device_train_batch_size = PICTURES
-    _, schedule = args.make_schedule(policy.scheduler)
-    steps = [
-        step for step in resolve_train_steps("all", schedule) if options.steps in (None, []) or step in options.steps
-    ]
-    prompts, groups = read_prompt_file(run.prompts), PICTURES // args.num_generations
-    kinds = {name: with_credit(args, **CREDITS[name]) for name in options.credits}
-    names = [*kinds, OBJECTIVE]
-    network, moves = policy.network.train(), None
-    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for chunk in range(chunks):
-        drawn = draw_prompts(prompts, groups, chunk, options.seed)
-        drawn = [prompt for prompt in drawn for _ in range(args.num_generations)]
-        noise = rollout_noise(policy, schedule, options.seed, chunk, range(PICTURES))
-        with WordAttention(policy.pipeline.unet, policy.latent_shape[1:], PICTURES) as attention:
-            batch = sample_and_score(policy, network, reward, drawn, noise, schedule, steps, args, PhaseClock(), chunk)
+class Gradients:
+    """Of chunk after chunk, for all steps and kinds of credit, each chunk a file.
+
+    Attributes:
+        steps: that are measured.
+        names: the kinds of credit, and `OBJECTIVE`.
+    """
+
+    def __init__(self, options: Namespace):
+        with TemporaryDirectory() as folder:
+            run, self.args = parse_arguments(
+                [RunArguments, DDPOConfig], ["--config", str(options.config), "--output_dir", folder]
+            )
+        self.args.per_device_train_batch_size = PICTURES
+        self.args.share_noise = options.share_noise or self.args.share_noise
+        self.policy: StableDiffusionPolicy = load_policy(run.policy, self.args)
+        self.reward: RewardFn = run.make_reward()
+        self.schedule: Schedule = self.args.make_schedule(self.policy.scheduler)[1]
+        noisy = resolve_train_steps("all", self.schedule)
+        self.steps = [step for step in noisy if not options.steps or step in options.steps]
+        self.prompts, self.seed = read_prompt_file(run.prompts), options.seed
+        self.kinds = {name: with_credit(self.args, **CREDITS[name]) for name in options.credits}
+        self.names = [*self.kinds, OBJECTIVE]
+        told = (
+            options.config.read_text(encoding="utf-8"), self.args.share_noise, self.steps, self.names, self.seed,
+            PICTURES, assets_digest(),
+        )  # fmt: skip
+        self.folder = options.work / digest(*told)
+
+    def file(self, chunk: int) -> Path:
+        return self.folder / f"{chunk:04d}.safetensors"
+
+    def collect(self, chunks: int) -> None:
+        """Take and keep those of `chunks` that are not there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        moves = load_file(self.file(0))[MOVES].bool() if self.file(0).is_file() else None
+        for chunk in range(chunks):
+            if self.file(chunk).is_file():
+                continue
+            found = self.of_chunk(chunk)
+            if moves is None:
+                moves = (found != 0).flatten(0, 1).any(dim=0)  # of a new LoRA, only B has a gradient
+            kept = {name: of[:, moves].contiguous() for name, of in zip(self.names, found, strict=True)}
+            beside = self.file(chunk).with_suffix(".part")
+            save_file(kept | {MOVES: moves.to(torch.uint8)}, beside)
+            beside.replace(self.file(chunk))
+            print(f"{chunk + 1} of {chunks} chunks", flush=True)
+
+    def at(self, step: int, chunks: int) -> dict[str, np.ndarray]:
+        """Minus the gradient of the LoRA's weights at one of `steps`: name -> (chunks, parameters) float32."""
+        found: dict[str, list[np.ndarray]] = {name: [] for name in self.names}
+        for chunk in range(chunks):
+            with safe_open(self.file(chunk), "np") as kept:
+                for name, of in found.items():
+                    of.append(kept.get_slice(name)[self.steps.index(step)])
+        return {name: np.stack(of) for name, of in found.items()}
+
+    def of_chunk(self, chunk: int) -> torch.Tensor:
+        """(kinds, steps, parameters) float32."""
+        if self.args.share_noise == "none":
+            return self._of_pictures(chunk, self.steps, [])
+        shares = {step: shared_places(self.args.share_noise, [step], len(self.schedule)) for step in self.steps}
+        return torch.cat([self._of_pictures(chunk, [step], shared) for step, shared in shares.items()], dim=1)
+
+    def _of_pictures(self, chunk: int, steps: Sequence[int], shared: Sequence[int]) -> torch.Tensor:
+        """The gradients of the same `steps` from one drawing of a chunk's pictures.
+
+        Args:
+            shared: places of the noise that is the same for all pictures of a group.
+        """
+        policy, args, group = self.policy, self.args, self.args.num_generations
+        drawn = draw_prompts(self.prompts, PICTURES // group, chunk, self.seed)
+        drawn = [prompt for prompt in drawn for _ in range(group)]
+        noise = rollout_noise(policy, self.schedule, self.seed, chunk, range(PICTURES), group, shared)
+        by_words = any(kind.credit == "words" for kind in self.kinds.values())
+        looking = WordAttention(policy.pipeline.unet, policy.latent_shape[1:], PICTURES) if by_words else None
+        trunks = Trunks.of_groups(range(PICTURES), group) if shared and not by_words else None
+        with looking or nullcontext():
+            batch = sample_and_score(
+                policy, policy.network.train(), self.reward, drawn, noise, self.schedule, steps, args, PhaseClock(),
+                chunk, trunks=trunks,
+            )  # fmt: skip
         images = policy.decode(batch.trajectory.final_latents)
-        said = score(reward, images, drawn)
+        said, attention = score(self.reward, images, drawn), looking.maps if looking else None
         credits = []
-        for kind in kinds.values():
-            maps = credit_map(policy, kind, said, images, drawn, attention.maps)
+        for kind in self.kinds.values():
+            maps = credit_map(policy, kind, said, images, drawn, attention)
             compared = gather_experience([replace(batch, maps=maps)], drawn, kind, lambda tensor: tensor, rank=0)
             credits.append(compared.advantages[:, None, None] * compared.weights)
-        credits.append(objective_credit(said.objective, args.num_generations, batch.trajectory.final_latents))
-        gradients = step_gradients(
-            policy, batch.trajectory, drawn, torch.stack(credits), schedule, args, range(PICTURES)
-        )
-        if moves is None:
-            moves = (gradients != 0).flatten(0, 1).any(dim=0)  # of a new LoRA, only B has a gradient
-        for name, of in zip(names, gradients, strict=True):
-            found[name].append(of[:, moves].numpy())
-        print(f"{chunk + 1} of {chunks} chunks", flush=True)
-    return steps, {name: np.stack(gradients) for name, gradients in found.items()}
+        credits.append(objective_credit(said.objective, group, batch.trajectory.final_latents))
+        pictures = range(PICTURES)
+        return step_gradients(policy, batch.trajectory, drawn, torch.stack(credits), self.schedule, args, pictures)
 
 
 def objective_credit(objective: torch.Tensor, group: int, latents: torch.Tensor) -> torch.Tensor:
@@ -151,26 +212,26 @@ def jackknife(of: Callable[[np.ndarray], float], count: int) -> tuple[float, flo
     return value, value - 1.96 * error, value + 1.96 * error
 
 
-def table(steps: list[int], gradients: dict[str, np.ndarray]) -> list[Row]:
-    """The rows, step by step."""
-    kinds = {name: of for name, of in gradients.items() if name != OBJECTIVE}
-    rows, count = [], len(gradients[OBJECTIVE])
-    for k, step in enumerate(steps):
-        objective, gains = gradients[OBJECTIVE][:, k], {}
-        for name, of in kinds.items():
-            own, across = of[:, k] @ of[:, k].T, of[:, k] @ objective.T
-            ratio = jackknife(lambda who, own=own: signal_to_noise(own[np.ix_(who, who)]), count)
-            rows.append(Row(f"step {step}, {name}: signal to noise", *ratio, n=count * PICTURES))
+def rows_of_step(step: int, gradients: dict[str, np.ndarray]) -> list[Row]:
+    """Of all kinds of credit at one step, `gradients` being (chunks, parameters) each."""
+    objective, rows, gains = gradients[OBJECTIVE], [], {}
+    count = len(objective)
+    for name, of in gradients.items():
+        if name == OBJECTIVE:
+            continue
+        own, across = of @ of.T, of @ objective.T
+        ratio = jackknife(lambda who, own=own: signal_to_noise(own[np.ix_(who, who)]), count)
+        rows.append(Row(f"step {step}, {name}: signal to noise", *ratio, n=count * PICTURES))
 
-            def gained(who: np.ndarray, own=own, across=across) -> float:
-                return gain(across[np.ix_(who, who)], own.diagonal()[who])
+        def gained(who: np.ndarray, own=own, across=across) -> float:
+            return gain(across[np.ix_(who, who)], own.diagonal()[who])
 
-            gains[name] = gained
-            rows.append(Row(f"step {step}, {name}: gain", *jackknife(gained, count), n=count * PICTURES))
-            if name != "image":
-                plain = gains["image"]
-                less = jackknife(lambda who, one=gained, plain=plain: one(who) - plain(who), count)
-                rows.append(Row(f"step {step}, {name}: gain less image's", *less, n=count * PICTURES))
+        gains[name] = gained
+        rows.append(Row(f"step {step}, {name}: gain", *jackknife(gained, count), n=count * PICTURES))
+        if name != "image":
+            plain = gains["image"]
+            less = jackknife(lambda who, one=gained, plain=plain: one(who) - plain(who), count)
+            rows.append(Row(f"step {step}, {name}: gain less image's", *less, n=count * PICTURES))
     return rows
 
 
@@ -181,11 +242,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", nargs="*", type=int, help="which sampling steps (default: all with noise)")
     parser.add_argument("--credits", nargs="+", default=list(CREDITS), choices=list(CREDITS), help="besides image")
+    parser.add_argument("--share_noise", choices=["none", "before", "around"], help="default: the config's")
+    parser.add_argument("--work", type=Path, default=Path("outputs/gradient_snr"), help="folder of chunks' gradients")
     options = parser.parse_args()
     options.credits = list(dict.fromkeys(["image", *options.credits]))
-    began = time.perf_counter()
-    steps, gradients = collect(options, 3 if options.quick else options.chunks)
-    publish(table(steps, gradients), began, options.json, options.quick)
+    began, chunks = time.perf_counter(), 3 if options.quick else options.chunks
+    gradients = Gradients(options)
+    gradients.collect(chunks)
+    rows = [row for step in gradients.steps for row in rows_of_step(step, gradients.at(step, chunks))]
+    publish(rows, began, options.json, options.quick)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,16 @@
+from argparse import Namespace
+from pathlib import Path
+
+import gradient_snr
 import numpy as np
 import pytest
 import torch
-from gradient_snr import OBJECTIVE, gain, jackknife, objective_credit, signal_to_noise, table
+import yaml
+from gradient_snr import OBJECTIVE, Gradients, gain, jackknife, objective_credit, rows_of_step, signal_to_noise
 
 from rl.advantages import group_advantages
 from rl.sde import log_prob_map
+from rl.step_gradients import step_gradients
 
 
 def test_the_ratio_is_that_of_the_gradients_drawn():
@@ -37,10 +43,10 @@ def test_gain_is_by_hand():
 
 def test_a_kind_of_credit_without_noise_gains_more():
     rng = np.random.default_rng(2)
-    signal, noise = np.ones((1, 1, 50)), rng.normal(size=(24, 1, 50))
+    signal, noise = np.ones((1, 50)), rng.normal(size=(24, 50))
     objective = signal + noise
     kinds = {"image": signal + 3 * noise, "calm": signal + 0.1 * noise, OBJECTIVE: objective}
-    rows = {row.name: row for row in table([4], kinds)}
+    rows = {row.name: row for row in rows_of_step(4, kinds)}
     assert not any(OBJECTIVE in name for name in rows)
     assert rows["step 4, calm: signal to noise"].value > 5 * rows["step 4, image: signal to noise"].value
     assert rows["step 4, calm: gain less image's"].low > 0
@@ -66,9 +72,65 @@ def test_gains_are_in_the_rewards_own_units():
     # The mean of the objective's gradient is the true one, -k a.
     own = gradients[OBJECTIVE].mean(axis=0) @ (-slope * towards.flatten().numpy())
     assert own == pytest.approx(slope**2, rel=0.05)
-    (row,) = [
-        row for row in table([1], {name: of[:, None] for name, of in gradients.items()}) if row.name.endswith("gain")
-    ]
+    (row,) = [row for row in rows_of_step(1, gradients) if row.name.endswith("gain")]
     length = np.sqrt((gradients["image"] ** 2).sum(axis=1).mean())
     true = -(gradients["image"] @ (slope * towards.flatten().numpy())).mean() / length
     assert row.value == pytest.approx(1e3 * true, rel=0.05)
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch):
+    """Eight pictures a chunk, in pairs, of three steps."""
+    monkeypatch.setattr(gradient_snr, "PICTURES", 8)
+    config = tmp_path / "small.yaml"
+    settings = yaml.safe_load(Path("configs/ddpo_tinyworld.yaml").read_text(encoding="utf-8"))
+    settings |= {"num_inference_steps": 3, "num_generations": 2, "generation_batch_size": 8, "train_steps": [1]}
+    config.write_text(yaml.safe_dump(settings | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}))
+    return Namespace(
+        config=config, seed=0, steps=None, credits=["image", "paid"], share_noise="none", work=tmp_path / "work"
+    )
+
+
+def test_a_run_that_was_stopped_takes_only_the_chunks_that_are_missing(options, monkeypatch):
+    first = Gradients(options)
+    first.collect(2)
+    whole = first.at(1, 2)
+    assert {name: of.shape for name, of in whole.items()} == {name: (2, of.shape[1]) for name, of in whole.items()}
+    kept = first.file(0).stat().st_mtime_ns
+    first.file(1).unlink()
+    again = Gradients(options)
+    asked, of_chunk = [], again.of_chunk
+    monkeypatch.setattr(again, "of_chunk", lambda chunk: asked.append(chunk) or of_chunk(chunk))
+    again.collect(2)
+    assert asked == [1]
+    assert first.file(0).stat().st_mtime_ns == kept
+    for name, of in again.at(1, 2).items():
+        assert np.array_equal(of, whole[name])
+        assert not np.array_equal(of[0], of[1])
+        assert (np.abs(of).max(axis=0) > 0).all()  # what never moves is not kept
+
+    options.share_noise = "around"
+    assert Gradients(options).folder != first.folder
+
+
+def test_where_noise_is_shared_each_step_has_pictures_of_its_own(options, monkeypatch):
+    """Those of a group are one until that step's own noise; and what a group has in common may be computed once."""
+    options.share_noise = "around"
+    gradients, seen = Gradients(options), []
+
+    def look(policy, trajectory, *args):
+        seen.append(trajectory)
+        return step_gradients(policy, trajectory, *args)
+
+    monkeypatch.setattr(gradient_snr, "step_gradients", look)
+    found = gradients.of_chunk(0)
+    assert found.shape[:2] == (3, len(gradients.steps)) == (3, 2)
+    assert [trajectory.steps.tolist() for trajectory in seen] == [[0], [1]]
+    for trajectory in seen:
+        pairs = trajectory.latents[0].unflatten(0, (4, 2))
+        assert torch.equal(pairs[:, 0], pairs[:, 1])
+        behind = trajectory.next_latents[0].unflatten(0, (4, 2))
+        assert not torch.equal(behind[:, 0], behind[:, 1])
+
+    monkeypatch.setattr(gradient_snr.Trunks, "of_groups", lambda *args: None)
+    assert torch.allclose(gradients.of_chunk(0), found, atol=1e-5 * float(found.abs().max()))

@@ -130,7 +130,7 @@ def test_verdicts_of_the_repository_are_what_the_judge_says(split):
     out otherwise on an EPYC with AVX-512 than where they were kept, by 0.008 at most; the others within 1e-6."""
     _, pictures, captions = zip(*rated.read_pictures(ASSETS / "pickapic" / f"{split}.parquet"), strict=True)
     kept = list(read_verdicts(ASSETS / "verdicts" / f"{split}.parquet", pictures, captions))
-    places, differ = range(0, len(kept), len(kept) // 60), []
+    places, differ = range(0, len(kept), len(kept) // 25), []
     for place in places:
         there, told = kept[place], judge(pictures[place], captions[place])
         assert there.scores == pytest.approx(told.scores, abs=0.02)
@@ -138,4 +138,4 @@ def test_verdicts_of_the_repository_are_what_the_judge_says(split):
         masks = (there.implausible, told.implausible), (there.misaligned, told.misaligned)
         if not (same and all(np.array_equal(*pair) for pair in masks)):
             differ.append(place)
-    assert len(differ) <= 2, f"of {len(places)} these differ: {differ}"
+    assert len(differ) <= 1, f"of {len(places)} these differ: {differ}"
