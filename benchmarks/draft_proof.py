@@ -10,7 +10,8 @@ change outside the problem regions at most, at no less than 0.9 of the gain. Run
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,26 @@ HELD = Path("configs/draft_tinyworld_region.yaml")
 COMMAND = ("-m", "finetune.draft")
 FIFTH = ["--num_train_epochs", "16"]
 """So many updates of 32 pictures see a fifth of those that DDPO's run sees."""
+
+
+BY_DDPO, SHORTER, UNHELD, HOLDING = "ddpo", "draft, a fifth of the pictures", "draft", "draft, region"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one way of training did, S seeds.
+
+    Attributes:
+        gains: of each of the judge's terms, for each seed (P,) by prompt, tuned less base.
+        changes: likewise `change_outside`.
+        diversity: after, over before.
+        pictures: that a training saw.
+    """
+
+    gains: Mapping[str, Sequence[np.ndarray]]
+    changes: Sequence[np.ndarray]
+    diversity: float
+    pictures: int
 
 
 def to_images(pictures: np.ndarray) -> torch.Tensor:
@@ -56,6 +77,25 @@ def change_outside(before: np.ndarray, after: np.ndarray, region: torch.Tensor, 
     return (outside / (1 - region).mean().clamp(min=1e-8)).numpy()
 
 
+def rows_of(found: Mapping[str, Found]) -> list[Row]:
+    """Each way by itself, then what is aimed at."""
+    rows, seeds = [], len(found[BY_DDPO].changes)
+    for name, one in found.items():
+        for figure, gains in one.gains.items():
+            rows.append(Row(f"{name}: {figure}, gain", *paired_interval(gains), n=seeds))
+        rows.append(Row(f"{name}: change outside the regions", *paired_interval(one.changes), n=seeds))
+        rows.append(Row(f"{name}: diversity, after / before", one.diversity))
+        rows.append(Row(f"{name}: pictures trained on", one.pictures))
+    gains = {name: one.gains["satisfied"] for name, one in found.items()}
+    rows.append(Row("pictures, a fifth / ddpo", found[SHORTER].pictures / found[BY_DDPO].pictures, goal="<= 0.2"))
+    rows.append(Row("gain, a fifth / ddpo", *paired_ratio(gains[SHORTER], gains[BY_DDPO]), seeds, ">= 1"))
+    outside = paired_ratio(found[HOLDING].changes, found[UNHELD].changes)
+    rows.append(Row("change outside, with / without the constraint", *outside, seeds, "<= 0.3333"))
+    kept = paired_ratio(gains[HOLDING], gains[UNHELD])
+    rows.append(Row("gain, with / without the constraint", *kept, seeds, ">= 0.9"))
+    return rows
+
+
 def main() -> None:
     parser = flags(__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("outputs/proof"), help="folder of the runs")
@@ -72,45 +112,33 @@ def main() -> None:
         return Proof(config, work, prompts, SHORT if options.quick else [*extra, *quiet], command)
 
     ddpo = proof(DDPO, ("run_ddpo.py",), options.ddpo_work)
-    fifth, held, free = "draft, a fifth of the pictures", "draft, region", "draft"
     proofs = {
-        "ddpo": ddpo,
-        fifth: proof(FREE, COMMAND, extra=FIFTH),
-        free: proof(FREE, COMMAND),
-        held: proof(HELD, COMMAND),
+        BY_DDPO: ddpo,
+        SHORTER: proof(FREE, COMMAND, extra=FIFTH),
+        UNHELD: proof(FREE, COMMAND),
+        HOLDING: proof(HELD, COMMAND),
     }
 
     base = ddpo.verdicts("base", lambda: ddpo.draw(ddpo.base))
     pictures = ddpo.pictures("base", lambda: ddpo.draw(ddpo.base))
-    region = regions(pictures, ddpo.captions, proofs[held].settings)
+    region = regions(pictures, ddpo.captions, proofs[HOLDING].settings)
     generations = len(ddpo.captions) // len(ddpo.prompts)
-    gains: dict[str, list[np.ndarray]] = {}
-    changes: dict[str, list[np.ndarray]] = {}
-    drawn: dict[str, int] = {}
-    rows = [Row("satisfied, base", float(term(base, "satisfied").mean()), n=len(base))]
-    rows.append(Row("problem regions, share of a picture", float(region.mean()), n=len(region)))
+    found = {}
     for name, one in proofs.items():
         folders = [one.run(seed) for seed in seeds]
         after = {seed: lambda one=one, folder=folder: one.draw(one.tuned(folder))
                  for seed, folder in zip(seeds, folders, strict=True)}  # fmt: skip
         verdicts = [one.verdicts(f"after{seed}", draw) for seed, draw in after.items()]
         new = [one.pictures(f"after{seed}", draw) for seed, draw in after.items()]
-        for figure in TERMS:
-            differences = [term(found, figure) - term(base, figure) for found in verdicts]
-            rows.append(Row(f"{name}: {figure}, gain", *paired_interval(differences), n=len(seeds)))
-            if figure == "satisfied":
-                gains[name] = differences
-        changes[name] = [change_outside(pictures, picture, region, generations) for picture in new]
-        rows.append(Row(f"{name}: change outside the regions", *paired_interval(changes[name]), n=len(seeds)))
-        rows.append(Row(f"{name}: diversity, after / before", float(np.mean([*map(spread, verdicts)])) / spread(base)))
-        drawn[name] = pictures_of(folders[0])
-        rows.append(Row(f"{name}: pictures trained on", drawn[name]))
-    rows.append(Row("pictures, a fifth / ddpo", drawn[fifth] / drawn["ddpo"], goal="<= 0.2"))
-    rows.append(Row("gain, a fifth / ddpo", *paired_ratio(gains[fifth], gains["ddpo"]), len(seeds), ">= 1"))
-    outside = paired_ratio(changes[held], changes[free])
-    rows.append(Row("change outside, with / without the constraint", *outside, len(seeds), "<= 0.3333"))
-    kept = paired_ratio(gains[held], gains[free])
-    rows.append(Row("gain, with / without the constraint", *kept, len(seeds), ">= 0.9"))
+        found[name] = Found(
+            {figure: [term(told, figure) - term(base, figure) for told in verdicts] for figure in TERMS},
+            [change_outside(pictures, picture, region, generations) for picture in new],
+            float(np.mean([*map(spread, verdicts)])) / spread(base),
+            pictures_of(folders[0]),
+        )
+    rows = [Row("satisfied, base", float(term(base, "satisfied").mean()), n=len(base))]
+    rows.append(Row("problem regions, share of a picture", float(region.mean()), n=len(region)))
+    rows += rows_of(found)
     publish(rows, began, options.json, options.quick)
 
 
