@@ -3,8 +3,8 @@
     python benchmarks/auto_steps.py [--windows 1:3 ...] [--seeds N] [--jobs N] [--budget_minutes M] [--quick]
                                     [--json FILE]
 
-Three ways to choose the sampling steps that are trained - all of them, a window found by hand, and `auto:2`, which
-measures by itself - with the demo's other settings, its learning rate too, as many rollouts, and one update a rollout.
+Three ways to choose the sampling steps that are trained - all of them, some windows, and `auto:2`, which measures by
+itself - with the demo's other settings, its learning rate too, as many rollouts, and one update a rollout.
 A judge that training never sees looks at the policy on held-out prompts every few rollouts. Time is the processor's, on
 one thread, for sampling, decoding, reward, probing and updates.
 
@@ -114,12 +114,13 @@ def table(found: Mapping[tuple[str, int], Result], windows: Sequence[str]) -> li
 def make_parser() -> ArgumentParser:
     parser = flags(__doc__.splitlines()[0])
     add_flags(parser, "benchmarks/results/trainings/auto_steps")
-    parser.add_argument("--windows", nargs="+", default=["1:3"], help="found by hand, such as 1:3: steps 1 and 2")
-    parser.add_argument("--rollouts", type=int, default=18)
+    parser.add_argument("--windows", nargs="+", default=["0:2", "1:3", "2:4"],
+                        help="that a hand might find, such as 1:3: steps 1 and 2")  # fmt: skip
+    parser.add_argument("--rollouts", type=int, default=36)
     parser.add_argument("--pictures", type=int, default=256, help="of a rollout")
     parser.add_argument("--batch", type=int, default=64, help="pictures of a micro-batch, at most a third of them")
     parser.add_argument("--prompts", type=int, default=256, help="that the judge looks at")
-    parser.add_argument("--every", type=int, default=2, help="rollouts from one look to the next")
+    parser.add_argument("--every", type=int, default=3, help="rollouts from one look to the next")
     return parser
 
 

@@ -74,7 +74,11 @@ class DDPOConfig(RewardedPolicyConfig):
         default=3, metadata={"help": "With train_steps auto: the first so many rollouts measure every step."}
     )
     probe_every: int = field(
-        default=10, metadata={"help": "With train_steps auto: after these, every so many rollouts do; 0: none."}
+        default=20,
+        metadata={
+            "help": "With train_steps auto: after these, every so many rollouts do; 0: none. Where two of ten steps "
+            "are trained, such a rollout costs about four others."
+        },
     )
     timestep_fraction: float = field(
         default=1.0,
