@@ -7,7 +7,8 @@ reward judges them as they are, once more in another order, after a JPEG of qual
 planted defects. A table and a JSON say: how the rewards' orders of the pictures agree, within prompts and across; how
 often each prefers what people prefer, where the pictures come with their numbers (or as pairs of which one was chosen,
 `choices`), or what another reward prefers; how much noise there is in each; how often it sees a defect; what a picture
-costs.
+costs. Preferences are those among a prompt's pictures; where most pictures are alone with their prompt, also those
+across prompts. A reward that fails is named, the others are reported, and the exit status is 1.
 
 A reward that disagrees with people on the pictures that the policy draws now will not lead it to where they agree; two
 that agree fully say the same twice; one whose noise is as large as its differences teaches noise.
@@ -15,7 +16,7 @@ that agree fully say the same twice; one whose noise is as large as its differen
 
 import json
 import logging
-from collections import defaultdict
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,31 +35,32 @@ transformers.logging.disable_progress_bar()
 diffusers.logging.disable_progress_bar()
 
 from finetune.agreement_measures import (  # noqa: E402
+    FELLOWS,
     across_prompts,
     groups_of,
     noise_share,
     pair_accuracy,
+    pair_accuracy_across,
     preference,
+    share_with_fellows,
     spread_within,
     within_prompts,
 )
+from finetune.agreement_opinions import OneTerm, Opinions, Panel, ask, ask_about, in_a_line  # noqa: E402
 from finetune.choices import Choices, open_choices  # noqa: E402
 from finetune.compare.rewards import split_terms  # noqa: E402
 from finetune.files import write_whole  # noqa: E402
 from finetune.generate import Generation, GenerationArguments  # noqa: E402
-from finetune.planted_defects import DEFECTS  # noqa: E402
 from finetune.pool import Pool, open_pool  # noqa: E402
-from finetune.predictions import read_pictures  # noqa: E402
 from finetune.select import draw_missing  # noqa: E402
-from finetune.small_changes import ASKED_AGAIN, CHANGES  # noqa: E402
 from reward.arguments import main_guard, parse_arguments, read_prompt_file  # noqa: E402
 from reward.by_name import check_reward_name, make_reward, read_named_rewards  # noqa: E402
-from reward.feedback import Reward, RewardFn  # noqa: E402
 from reward.intervals import Figure  # noqa: E402
-from rl.scoring import score  # noqa: E402
-from rl.timing import now  # noqa: E402
 
 logger = logging.getLogger(__name__)
+
+ACROSS = ", across prompts"
+"""Behind the name of a rater whose preferences among all pictures, whatever their prompts, others are held against."""
 
 
 @dataclass
@@ -124,53 +126,13 @@ class AgreementArguments:
 
 
 @dataclass(frozen=True)
-class OneTerm:
-    """A reward whose objective is one of another's terms; `name` is what messages call it."""
-
-    name: str
-    reward: RewardFn
-    term: str
-    differentiable = False
-
-    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> Reward:
-        """See `reward.feedback.RewardFn`.
-
-        Raises:
-            ValueError: there is no such term.
-        """
-        terms = self.reward(images, prompts).terms
-        if self.term not in terms:
-            raise ValueError(f"rewards: {self.name} has no term {self.term!r}; it has {', '.join(terms) or 'none'}")
-        return Reward(total=terms[self.term])
-
-
-@dataclass(frozen=True)
-class Opinions:
-    """What R raters said of N pictures.
-
-    Attributes:
-        prompts: N.
-        values: rater -> (N,) float64: rewards' objectives, then labels.
-        changed: `ASKED_AGAIN` or name of a change (`CHANGES`) -> reward -> (N,), of the same or the changed pictures.
-        defective: name of a defect (`DEFECTS`) -> reward -> (N,), of the pictures with it.
-        milliseconds: reward -> of one picture, the median over batches.
-        chosen: reward -> (C,), by how much it prefers, of C pairs, the picture that people chose; `captions` of them.
-    """
-
-    prompts: list[str]
-    values: Mapping[str, np.ndarray]
-    changed: Mapping[str, Mapping[str, np.ndarray]]
-    defective: Mapping[str, Mapping[str, np.ndarray]]
-    milliseconds: Mapping[str, float]
-    chosen: Mapping[str, np.ndarray] = field(default_factory=dict)
-    captions: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
 class Agreement:
-    """All figures; `within`, `across` and `accuracy` are rater -> rater -> figure (`accuracy`: against -> reward).
+    """All figures; `within` and `across` are rater -> rater -> figure.
 
     Attributes:
+        accuracy: rater that the others are held against -> reward -> `pair_accuracy`; where a smaller share of its
+            pictures than `FELLOWS` has another of its own prompt, also `name + ACROSS` -> reward ->
+            `pair_accuracy_across`.
         noise: change -> reward -> `noise_share`.
         defects: defect -> reward -> `preference` for the picture without it.
         spread: rater -> `spread_within`.
@@ -215,20 +177,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     for label, numbers in labels.items():
         if lacking := int(np.isnan(numbers).sum()):
             logger.warning("%d of %d pictures have no %s, and do not count for it", lacking, count, label)
-    with tqdm(total=count, dynamic_ncols=True, unit="picture") as bar:
-        opinions = ask(pool, count, rewards, labels, arguments.reward_batch_size, state.device, bar.update)
-    if choices is not None:
-        with tqdm(total=len(choices), dynamic_ncols=True, unit="pair") as bar:
-            opinions = replace(
-                opinions, chosen=ask_about(choices, rewards, state.device, bar.update), captions=list(choices.captions)
-            )
-    found = agreement(opinions, list(rewards), arguments.against)
-    every = {name: [None if np.isnan(one) else one for one in said.tolist()] for name, said in opinions.values.items()}
-    facts = {"settings": asdict(arguments), **asdict(found), "prompts_of_pictures": opinions.prompts, "values": every}
-    write_whole(Path(arguments.report), (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
-    print_tables(console, found, list(rewards))
+    panel = Panel(rewards)
+    opinions = ask_all(pool, count, panel, labels, choices, arguments.reward_batch_size, state.device)
+    found = agreement(opinions, list(panel.rewards), [name for name in arguments.against if name not in panel.failed])
+    write_report(arguments, opinions, found, panel.failed)
+    print_tables(console, found, list(panel.rewards))
     console.print(f"all figures: {arguments.report}", soft_wrap=True, markup=False)
     state.destroy_process_group()
+    if panel.failed:
+        print(
+            f"error: {len(panel.failed)} of {len(rewards)} rewards failed: {in_a_line(panel.failed)}", file=sys.stderr
+        )
+        sys.exit(1)
 
 
 def open_input(
@@ -293,72 +253,38 @@ def read_labels(pool: Pool, arguments: AgreementArguments) -> dict[str, np.ndarr
     return found
 
 
-@torch.no_grad()
-def ask(
+def ask_all(
     pool: Pool,
     count: int,
-    rewards: Mapping[str, RewardFn],
+    panel: Panel,
     labels: Mapping[str, np.ndarray],
+    choices: Choices | None,
     batch_size: int,
     device: torch.device,
-    on_pictures=lambda count: None,
 ) -> Opinions:
-    """Ask every reward about the first `count` pictures of a pool, as they are and changed.
-
-    Pictures of one size are judged together, at most `batch_size` at once. Calls `on_pictures` with how many are done.
-
-    Raises:
-        ValueError: a picture cannot be read.
-        RewardError: a reward says something that is not finite; the prompt is named.
-    """
-    prompts = [entry.prompt for entry in pool.entries[:count]]
-    values = {name: np.full(count, np.nan) for name in rewards}
-    changed = {change: {name: np.full(count, np.nan) for name in rewards} for change in (ASKED_AGAIN, *CHANGES)}
-    defective = {defect: {name: np.full(count, np.nan) for name in rewards} for defect in DEFECTS}
-    seconds = defaultdict(list)
-    for places, images in _batches(pool, count, batch_size):
-        images, asked = images.to(device), [prompts[place] for place in places]
-        for name, reward in rewards.items():
-            began = now(device)
-            values[name][places] = _objective(reward, images, asked)
-            seconds[name].append((now(device) - began) / len(places))
-        for name, reward in rewards.items():
-            again = _objective(reward, images.flip(0), asked[::-1])
-            changed[ASKED_AGAIN][name][places] = again[::-1]
-        for change, apply in CHANGES.items():
-            other = apply(images)
-            for name, reward in rewards.items():
-                changed[change][name][places] = _objective(reward, other, asked)
-        for defect, plant in DEFECTS.items():
-            other, said = plant(images, asked, places, prompts)
-            for name, reward in rewards.items():
-                defective[defect][name][places] = _objective(reward, other, said)
-        on_pictures(len(places))
-    later = {name: taken[1:] or taken for name, taken in seconds.items()}  # the first batch warms up
-    milliseconds = {name: 1000 * float(np.median(taken)) for name, taken in later.items()}
-    return Opinions(prompts, {**values, **labels}, changed, defective, milliseconds)
-
-
-@torch.no_grad()
-def ask_about(
-    choices: Choices, rewards: Mapping[str, RewardFn], device: torch.device, on_pairs=lambda count: None
-) -> dict[str, np.ndarray]:
-    """By how much each reward prefers, of each of C pairs, the picture that people chose: name -> (C,).
-
-    A pair at a time: its pictures may differ in size from each other, and pairs from pairs.
+    """What those of a panel that do not fail say of the first `count` pictures and of `choices`, if there are any; with
+    progress bars.
 
     Raises:
-        ValueError: a picture cannot be read.
-        RewardError: a reward says something that is not finite; the prompt is named.
+        ValueError: a picture cannot be read, or every reward failed.
     """
-    found = {name: np.empty(len(choices)) for name in rewards}
-    for number, (caption, first) in enumerate(zip(choices.captions, choices.first, strict=True)):
-        pictures = [picture[None].to(device).float() / 255 for picture in choices.read(number)]
-        for name, reward in rewards.items():
-            one, other = (float(_objective(reward, picture, [caption])[0]) for picture in pictures)
-            found[name][number] = one - other if first else other - one
-        on_pairs(1)
-    return found
+    with tqdm(total=count, dynamic_ncols=True, unit="picture") as bar:
+        opinions = ask(pool, count, panel, labels, batch_size, device, bar.update)
+    if choices is not None:
+        with tqdm(total=len(choices), dynamic_ncols=True, unit="pair") as bar:
+            chosen = ask_about(choices, panel, device, bar.update)
+        opinions = replace(opinions, chosen=chosen, captions=list(choices.captions))
+    return opinions.without(panel.failed)
+
+
+def write_report(
+    arguments: AgreementArguments, opinions: Opinions, found: Agreement, failed: Mapping[str, str]
+) -> None:
+    """All figures, what every rater said of every picture (null where nothing), and `failed`: reward -> why."""
+    every = {name: [None if np.isnan(one) else one for one in said.tolist()] for name, said in opinions.values.items()}
+    facts = {"settings": asdict(arguments), **asdict(found), "failed": dict(failed)}
+    facts |= {"prompts_of_pictures": opinions.prompts, "values": every}
+    write_whole(Path(arguments.report), (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def agreement(opinions: Opinions, rewards: Sequence[str], against: Sequence[str]) -> Agreement:
@@ -370,14 +296,14 @@ def agreement(opinions: Opinions, rewards: Sequence[str], against: Sequence[str]
     """
     raters, groups = list(opinions.values), groups_of(opinions.prompts)
     values = np.stack([opinions.values[name] for name in raters])
-    accuracy = {
-        truth: {
-            name: pair_accuracy(opinions.values[name], opinions.values[truth], groups)
-            for name in rewards
-            if name != truth
-        }
-        for truth in against
-    }
+    accuracy = {}
+    for truth in against:
+        true, held = opinions.values[truth], [name for name in rewards if name != truth]
+        accuracy[truth] = {name: pair_accuracy(opinions.values[name], true, groups) for name in held}
+        if share_with_fellows(groups[np.isfinite(true)]) < FELLOWS:
+            accuracy[truth + ACROSS] = {
+                name: pair_accuracy_across(opinions.values[name], true, groups) for name in held
+            }
     noise = {
         change: {name: noise_share(opinions.values[name], said[name], groups) for name in rewards}
         for change, said in opinions.changed.items()
@@ -431,22 +357,6 @@ def print_tables(console: Console, found: Agreement, rewards: Sequence[str]) -> 
             cells = [_in_words(figures[one][other], line="\n") for other in found.raters[:place]]
             table.add_row(one, *cells, "1")
         console.print(table)
-
-
-def _batches(pool: Pool, count: int, batch_size: int):
-    """Places and pictures (b, 3, H, W) in [0, 1], b at most `batch_size`, of one size each."""
-    for start in range(0, count, batch_size):
-        by_size = defaultdict(list)
-        places = range(start, min(start + batch_size, count))
-        for place, picture in zip(places, read_pictures(pool, places), strict=True):
-            by_size[picture.shape].append((place, picture))
-        for pairs in by_size.values():
-            mine, pictures = zip(*pairs, strict=True)
-            yield list(mine), torch.stack(pictures).float() / 255
-
-
-def _objective(reward: RewardFn, images: torch.Tensor, prompts: list[str]) -> np.ndarray:
-    return score(reward, images, prompts).objective.double().cpu().numpy()
 
 
 def _by_name(raters: Sequence[str], figures: list[list[Figure]]) -> dict[str, dict[str, Figure]]:

@@ -11,7 +11,11 @@ from scipy.stats import rankdata
 
 from reward.intervals import Figure, draw_counts, figure, mean_draws, wilson
 
+FELLOWS = 0.5
+"""Where a smaller share of the pictures than this has another of its own prompt, pairs within prompts tell of too few
+pictures, and those across prompts are worth a look too."""
 _LEAST = 1e-12  # a spread of ranks or values below it is none
+_BLOCK = 2_000_000  # pairs that are compared at once: 16 MB an array
 _NONE = Figure(None, n=0)
 
 
@@ -91,6 +95,39 @@ def pair_accuracy(said: np.ndarray, true: np.ndarray, groups: np.ndarray, draws:
     return _share(tallies, draws, seed)
 
 
+def pair_accuracy_across(
+    said: np.ndarray, true: np.ndarray, groups: np.ndarray, draws: int = 200, seed: int = 0
+) -> Figure:
+    """`pair_accuracy` among all pictures, whatever their prompts: for where most are alone with theirs.
+
+    A rater may be right here because it knows which prompts are hard, which teaches a policy nothing. The interval is
+    over prompts still, which is over pictures where each has a prompt of its own; a picture that is drawn twice is no
+    pair with itself.
+    """
+    there = np.isfinite(said) & np.isfinite(true)
+    said, true, groups = said[there], true[there], np.unique(groups[there], return_inverse=True)[1]
+    if not len(true):
+        return _NONE
+    counts = draw_counts(groups.max() + 1, draws, seed)[:, groups]  # (D, N)
+    weights = np.concatenate([np.ones((1, len(true))), counts])  # first as they are, then as they are drawn
+    right, every = np.zeros(len(weights)), np.zeros(len(weights))
+    rows = max(_BLOCK // len(true), 1)
+    for start in range(0, len(true), rows):
+        mine = slice(start, start + rows)
+        better = np.sign(true[mine, None] - true)
+        told = (better != 0).astype(np.float64)
+        half = (1 + better * np.sign(said[mine, None] - said)) / 2
+        right += (weights[:, mine] @ (half * told) * weights).sum(axis=1) / 2  # each pair stands there twice
+        every += (weights[:, mine] @ told * weights).sum(axis=1) / 2
+    return _share_drawn(right[0], every[0], right[1:], every[1:], int(groups.max()) + 1)
+
+
+def share_with_fellows(groups: np.ndarray) -> float:
+    """Of the pictures of (N,) `groups`, the share that has another one of its prompt; 1 where there is none."""
+    counts = np.unique(groups, return_counts=True)[1]
+    return float(counts[counts > 1].sum() / counts.sum()) if len(groups) else 1.0
+
+
 def spread_within(values: np.ndarray, groups: np.ndarray) -> float:
     """Standard deviation of (N,) values around their prompts' means, pooled over prompts of at least two pictures; over
     all pictures if there is no such prompt. NaN does not count."""
@@ -129,10 +166,14 @@ def _share(tallies: np.ndarray, draws: int, seed: int) -> Figure:
     of as many answers as there are prompts. No interval of fewer than two prompts.
     """
     right, every = tallies.sum(axis=0)
-    prompts = int((tallies[:, 1] > 0).sum())
-    if prompts < 2:
-        return Figure(float(right / every), n=int(every)) if every else _NONE
     drawn_right, drawn = (draw_counts(len(tallies), draws, seed) @ tallies).T
+    return _share_drawn(right, every, drawn_right, drawn, int((tallies[:, 1] > 0).sum()))
+
+
+def _share_drawn(right: float, every: float, drawn_right: np.ndarray, drawn: np.ndarray, prompts: int) -> Figure:
+    """`right` of `every`, with the interval of `drawn_right` (D,) of `drawn` (D,); see `_share`."""
+    if prompts < 2 or not every:
+        return Figure(float(right / every), n=int(every)) if every else _NONE
     there = drawn > 0
     found = figure(float(right / every), drawn_right[there] / drawn[there], int(every))
     return Figure(found.value, *wilson(found.value, prompts), found.n) if found.low == found.high else found

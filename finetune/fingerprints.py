@@ -3,19 +3,23 @@ old one's place."""
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rl.adapter import LORA_WEIGHTS
 
-_SUFFIXES = (".json", ".safetensors", ".model", "pytorch_model.bin")
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+_SUFFIXES = (".json", ".model", *_WEIGHTS)
+_OF_A_RUN = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args)(_\d+)?\.(pt|pth|bin)")
+"""What a Trainer leaves beside the weights to go on from; another run to the same weights leaves others."""
 _WEIGHTS_OF = "weights of "
 _ROOT, _ROOMS = Path(__file__).parents[1], ("finetune", "reward", "rl", "tinyworld")
 
 
 def fingerprint(model: str | Path) -> str:
-    """Twelve digits that differ where the files of a checkpoint, a pipeline or a LoRA do."""
+    """Twelve digits that differ where the files of a checkpoint, a pipeline or a LoRA do, or one file of weights."""
     model = Path(model)
     digest = hashlib.sha256()
     for file in _files(model):
@@ -58,14 +62,14 @@ def is_weights(name: str) -> bool:
 def _files(model: Path) -> list[Path]:
     """What decides what a model does, in a fixed order; empty where there is none."""
     if model.is_file():
-        return [model] if model.suffix == ".safetensors" else []
+        return [model] if model.suffix in _WEIGHTS else []
     if (model / LORA_WEIGHTS).is_file():  # what else a run has left there may change
         return [model / LORA_WEIGHTS]
     folders = [model]
     if (index := model / "model_index.json").is_file():
         folders += [model / part for part in json.loads(index.read_text(encoding="utf-8"))]
     found = [file for folder in folders if folder.is_dir() for file in folder.iterdir() if file.is_file()]
-    return sorted(file for file in found if file.name.endswith(_SUFFIXES))
+    return sorted(file for file in found if file.suffix in _SUFFIXES and not _OF_A_RUN.fullmatch(file.name))
 
 
 def _texts(settings: Any) -> Iterator[str]:

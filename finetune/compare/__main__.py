@@ -28,7 +28,7 @@ from finetune.compare.folder import check_folder, claim  # noqa: E402
 from finetune.compare.report import write_report  # noqa: E402
 from finetune.compare.results import read_results  # noqa: E402
 from finetune.compare.runs import Work, read_outcome  # noqa: E402
-from finetune.compare.sheet import count_answers, read_answers, write_sheet  # noqa: E402
+from finetune.compare.sheet import KEYS, count_answers, read_answers, write_sheet  # noqa: E402
 from reward.arguments import main_guard, parse_arguments  # noqa: E402
 from rl.checkpoints import check_writable  # noqa: E402
 from rl.folder_lock import check_free, taken  # noqa: E402
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.sheet:
             pages = write_sheet(comparison, results, report.verdict)
             console.print(f"pages for people: {pages}; fill in answers.csv beside them, then --read_sheet it")
+            console.print(f"who is who lies in {comparison.folder / KEYS}: keep that from those who answer")
     for name, path in report.files.items():
         console.print(f"{name}: {path}", markup=False)
     console.print(f"[bold]{report.verdict.headline}[/]")

@@ -84,7 +84,8 @@ class CompareArguments:
     agreement_prompts: int = field(
         default=64,
         metadata={
-            "help": "Agreement before training is measured on pictures of so many training prompts; 0: it is not."
+            "help": "Agreement before training is measured on pictures of so many training prompts; 0: it is not, and "
+            "`agreement` must be empty."
         },
     )
     agreement_generations: int = field(default=4, metadata={"help": "Pictures of each of these prompts."})
@@ -239,6 +240,7 @@ def read_comparison(arguments: CompareArguments) -> Comparison:
         raise ValueError(f"decide_by is {arguments.decide_by!r}; the evaluators are {', '.join(names)}")
     overlay = None
     if arguments.overlay:
+        require("term" not in arguments.overlay, "overlay has a term; it shows maps, and takes {reward:, kwargs:} only")
         (overlay,) = (one.spec for one in read_evaluators({"overlay": arguments.overlay}))
     for spec in [one.spec for one in (*entrants, *evaluators)] + ([overlay] if overlay else []):
         spec.check()

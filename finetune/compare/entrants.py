@@ -120,6 +120,8 @@ def read_entrant(name: Any, entry: Any, arguments: "CompareArguments") -> Entran
     require(isinstance(entry, Mapping), f"{place} is {entry!r}; write a mapping of {', '.join(valid)}")
     if unknown := [key for key in entry if key not in valid]:
         raise ValueError(f"{place} has the unknown key {unknown[0]!r}; it may have {', '.join(valid)}")
+    bound = entry.get("upper_bound", False)
+    require(isinstance(bound, bool), f"{place}: upper_bound is {bound!r}; it is true or false")
     require(
         isinstance(entry.get("config"), str), f"{place} has no config: name a YAML of run_ddpo.py or finetune.draft"
     )
@@ -167,7 +169,7 @@ def read_entrant(name: Any, entry: Any, arguments: "CompareArguments") -> Entran
         said = changes | yaml.safe_load(Path(entry["config"]).read_text(encoding="utf-8"))
         save_steps = _save_steps(place, args.save_steps if "save_steps" in said else updates, updates)
     return Entrant(
-        name, command, entry["config"], changes, spec, bool(entry.get("upper_bound", False)),
+        name, command, entry["config"], changes, spec, bound,
         str(entry.get("note", "")), pictures, updates, rollouts, save_steps, _start_of(run, args), against,
     )  # fmt: skip
 

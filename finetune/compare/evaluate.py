@@ -8,7 +8,7 @@ finds is one file, written when it is whole. Every policy draws from the same no
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,9 +28,11 @@ from finetune.files import write_whole  # noqa: E402
 from finetune.run import load_policy, place_reward  # noqa: E402
 from reward.arguments import main_guard  # noqa: E402
 from reward.draw import to_image  # noqa: E402
+from reward.feedback import Reward, RewardFn  # noqa: E402
 from rl.checkpoints import complete_checkpoints, read_marker  # noqa: E402
 from rl.evaluate import TRAINING_REWARD, Evaluation, evaluate  # noqa: E402
 from rl.policy_config import PolicyConfig  # noqa: E402
+from rl.scoring import score  # noqa: E402
 
 TABLE = "metadata.jsonl"
 _DIGITS = 6
@@ -99,16 +101,21 @@ class Seen:
 
 @dataclass(frozen=True)
 class Findings:
-    """All looks of a job."""
+    """All looks of a job.
+
+    Attributes:
+        failed: key of a spec whose reward failed at some picture, so that `seen` has none of its values -> why.
+    """
 
     prompts: Sequence[str]
     seen: Sequence[Seen] = field(default_factory=list)
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: Path) -> "Findings":
         content = json.loads(file.read_text(encoding="utf-8"))
         seen = [Seen(**one | {"look": Look(**one["look"])}) for one in content["seen"]]
-        return cls(content["prompts"], seen)
+        return cls(content["prompts"], seen, content.get("failed", {}))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -117,15 +124,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_job(job: EvaluationJob) -> None:
-    """Look at all, and write what is seen.
+    """Look at all, and write what is seen; a reward that fails is left out, and noted.
 
     Raises:
-        DivergedError, RewardError: what a policy draws, or what a reward says of it, is not finite.
-        ValueError: a model or a reward cannot be made.
+        DivergedError: what a policy draws is not finite.
+        ValueError: the policy cannot be loaded, or every reward fails.
     """
     run, args = parse_entrant(job.command, job.flags)
     specs = [Spec(tuple(map(tuple, named))) for named in job.specs]
-    rewards = {spec.key: place_reward(spec.make(), args) for spec in specs}
+    rewards = {spec.key: _Excused(lambda spec=spec: place_reward(spec.make(), args)) for spec in specs}
     policy = load_policy(run.policy, args).to(args.device)
     _, schedule = args.make_schedule(policy.scheduler)
     # `evaluate` wants a reward of that name; which one it is does not matter here
@@ -142,10 +149,15 @@ def run_job(job: EvaluationJob) -> None:
                 guidance_scale=args.guidance_scale, batch_size=args.per_device_eval_batch_size,
                 reward_batch_size=args.reward_batch_size, on_images=keep or (lambda numbers, images: None),
             )  # fmt: skip
+        if failed := {key: reward.failed for key, reward in rewards.items() if reward.failed}:
+            print(*failed.values(), sep="\n", flush=True)
+        if len(failed) == len(rewards):
+            raise ValueError(next(iter(failed.values())))
         seen.append(_seen(look, found, specs))
         if keep is not None:
             keep.finish()
-    findings = Findings(list(job.prompts), _added(seen, Path(job.out)))
+    seen = [replace(one, values={key: of for key, of in one.values.items() if key not in failed}) for one in seen]
+    findings = Findings(list(job.prompts), _added(seen, Path(job.out)), failed)
     write_whole(Path(job.out), (json.dumps(asdict(findings)) + "\n").encode())
 
 
@@ -178,6 +190,34 @@ def _rounded(value: torch.Tensor) -> list:
 def _autocast(args: PolicyConfig):
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     return nullcontext() if dtype is None else torch.autocast(args.device.type, dtype)
+
+
+class _Excused:
+    """A reward that may fail at any picture; then `failed` says why, and what it says is nothing.
+
+    Others are asked about the same pictures, which cost far more than it does.
+    """
+
+    differentiable = False
+
+    def __init__(self, make: Callable[[], RewardFn]):
+        self.failed, self._terms = "", ()
+        self._reward = self._try(make)
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> Reward:
+        said = None if self.failed else self._try(lambda: score(self._reward, images, prompts))
+        if said is None:
+            nothing = torch.zeros(len(prompts))
+            return Reward(total=nothing, terms=dict.fromkeys(self._terms, nothing))
+        self._terms = tuple(said.terms)
+        return said
+
+    def _try(self, ask: Callable[[], Any]) -> Any:
+        try:
+            return ask()
+        except Exception as error:  # whatever it raises
+            self.failed = str(error) or type(error).__name__
+            return None
 
 
 class _Keeper:

@@ -5,7 +5,8 @@ base/<key>/findings.json     what the evaluators say of the policy before traini
 agreement/agreement.json     what all rewards say of the same pictures, by `finetune.agreement`; or failure.json
 runs/<entrant>/seed<N>/      a training, as its own command leaves it; beside that, facts.json, findings.json and
                              pictures/, or failure.json
-sheet/<name>/                blinded pages for people, with their key and a CSV to fill in
+sheet/<name>/                blinded pages for people, with a CSV to fill in
+sheet_keys/<name>.json       who is who on them
 report.html, report.md, report.json
 """
 
@@ -98,6 +99,12 @@ def run_folder(comparison: Comparison, entrant: Entrant, seed: int) -> Path:
 
 def run_findings(comparison: Comparison, entrant: Entrant, seed: int) -> Path:
     return run_folder(comparison, entrant, seed) / FINDINGS
+
+
+def is_judged(comparison: Comparison, entrant: Entrant, seed: int) -> bool:
+    """Whether all rewards have judged a training."""
+    file = run_findings(comparison, entrant, seed)
+    return file.is_file() and not Findings.read(file).failed
 
 
 def run_failure(comparison: Comparison, entrant: Entrant, seed: int) -> Path:

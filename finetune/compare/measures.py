@@ -102,6 +102,12 @@ def band(tables: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.array(mean), np.array(low), np.array(high)
 
 
-def rank_of_worst(change: np.ndarray) -> np.ndarray:
-    """Places of prompts, the one first on which an entrant lost most: (E, P) -> (P,)."""
-    return np.argsort(change.min(axis=0), kind="stable")
+def rank_of_worst(change: np.ndarray, gains: np.ndarray) -> np.ndarray:
+    """Places of prompts, the one first on which an entrant lost most: (E, P) -> (P,).
+
+    Args:
+        change: of the pictures that are shown.
+        gains: the same of all pictures and seeds, which decide where `change` does not: of a yes or no there are many
+            alike.
+    """
+    return np.lexsort((gains.min(axis=0), change.min(axis=0)))

@@ -1,5 +1,6 @@
 """Pages and tables from the templates beside this file."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jinja2
 
 TEMPLATES = Path(__file__).with_name("templates")
+_MOST_DECIMALS = 6
 _MINUS, _NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
@@ -25,8 +27,11 @@ def render(template: str, content: Mapping[str, Any]) -> str:
 
 
 def signed(value: float | None) -> str:
-    """A gain or difference."""
-    return _NONE if value is None else f"{value:+.3f}".replace("-", _MINUS)
+    """A gain or difference, to three digits that say something: three decimals, or more where it is small."""
+    if value is None:
+        return _NONE
+    decimals = 3 if value == 0 else min(max(3, 2 - math.floor(math.log10(abs(value)))), _MOST_DECIMALS)
+    return f"{value:+,.{decimals}f}".replace("-", _MINUS)
 
 
 def figure(value: float | None, digits: int = 3) -> str:

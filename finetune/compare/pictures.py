@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from finetune.compare.config import Comparison
-from finetune.compare.entrants import Entrant
 from finetune.compare.evaluate import Findings
 from finetune.compare.folder import base_findings, run_findings
 from finetune.compare.measures import rank_of_worst
@@ -53,6 +52,22 @@ class Row:
     shown: Sequence[Shown]
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """What is shown.
+
+    Attributes:
+        seed: whose trainings are; None if there are none.
+        absent: entrants that have no training of this seed, but of others.
+        bare: why pictures are bare from some place on, if the overlay's reward could not be asked.
+    """
+
+    seed: int | None
+    rows: Sequence[Row]
+    absent: Sequence[str]
+    bare: str
+
+
 def check_overlay(comparison: Comparison) -> None:
     """Ask the overlay's reward about one picture of the policy before training.
 
@@ -69,24 +84,26 @@ def check_overlay(comparison: Comparison) -> None:
 
 
 def picture_rows(
-    comparison: Comparison, evaluator: Evaluator, entrants: Sequence[Entrant], judged: Sequence[str]
-) -> tuple[int | None, list[Row], str]:
-    """Prompts by what the worst of the entrants `judged` lost on them, and the seed whose trainings are shown.
+    comparison: Comparison,
+    evaluator: Evaluator,
+    gains: Mapping[str, Mapping[int, np.ndarray]],
+    judged: Sequence[str],
+) -> Pictures:
+    """Prompts by what the worst of the entrants `judged` lost on them.
 
     Args:
         evaluator: that ranks and numbers them.
-        entrants: that are shown.
+        gains: of those that are shown, in their order: entrant -> seed -> (P,), in the evaluator's eyes.
         judged: names of those whose losses count for the order; all if there are none of them.
-
-    Returns:
-        No seed and no rows if no seed is there of all `entrants`; last, why pictures are bare from some place on, if
-        the overlay's reward could not be asked.
     """
-    seeds = [seed for seed in comparison.arguments.seeds
-             if entrants and all(run_findings(comparison, one, seed).is_file() for one in entrants)]  # fmt: skip
-    if not seeds:
-        return None, [], ""
-    seed = seeds[0]
+    there = {
+        seed: [comparison.entrant(name) for name in gains if seed in gains[name]] for seed in comparison.arguments.seeds
+    }
+    seed = max(there, key=lambda one: len(there[one]))  # the first of those that most have
+    entrants = there[seed]
+    absent = [name for name in gains if seed not in gains[name]]
+    if not entrants:
+        return Pictures(None, [], absent, "")
     starting: dict[Path, list[str]] = {}
     for one in entrants:
         starting.setdefault(base_findings(comparison, one), []).append(one.name)
@@ -95,9 +112,11 @@ def picture_rows(
     values = {name: _first_pictures(Findings.read(file), evaluator) for name, file in files.items()}
     starts = {one.name: _first_pictures(Findings.read(base_findings(comparison, one)), evaluator) for one in entrants}
     changes = {name: values[name] - start for name, start in starts.items()}
-    counted = [changes[name] for name in changes if name in judged] or list(changes.values())
+    counted = [name for name in changes if name in judged] or list(changes)
+    means = {name: np.mean([*of.values()], axis=0) for name, of in gains.items()}
+    order = rank_of_worst(*(np.stack([of[name] for name in counted]) for of in (changes, means)))
     mark, rows = Marker(comparison.overlay), []
-    for place in rank_of_worst(np.stack(counted))[: comparison.arguments.grid_prompts]:
+    for place in order[: comparison.arguments.grid_prompts]:
         prompt = comparison.held_out[place]
         shown = []
         for name, file in files.items():
@@ -107,7 +126,7 @@ def picture_rows(
                 Shown(name, float(values[name][place]), change, data_uri(_sized(picture)), mark(picture, prompt))
             )
         rows.append(Row(prompt, shown))
-    return seed, rows, mark.failed
+    return Pictures(seed, rows, absent, mark.failed)
 
 
 class Marker:
@@ -132,10 +151,10 @@ class Marker:
             self.failed, self._reward = str(error) or type(error).__name__, None
 
 
-def data_uri(image: Image.Image) -> str:
+def data_uri(image: Image.Image, lossless: bool = False) -> str:
     """An image as a page can hold it."""
     buffer = io.BytesIO()
-    image.save(buffer, format="WEBP", quality=82, method=4)
+    image.save(buffer, format="WEBP", method=4, lossless=lossless, quality=82)  # lossless, that is the effort
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

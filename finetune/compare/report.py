@@ -1,7 +1,7 @@
 """A comparison's report: one HTML file that needs no network, the same as Markdown, and all figures as JSON.
 
-`build` makes one mapping of everything that is said; the three files show it, so they cannot differ. The page alone has
-pictures and drawn curves, whose figures the others have.
+`build` makes one mapping of everything that is said, and the three files show it. The page alone has pictures and drawn
+curves, whose figures the others have.
 """
 
 import json
@@ -72,7 +72,9 @@ def write_report(
         counted: what people chose, if they were asked.
     """
     content, verdict = build(comparison, results, disagreement, counted, command)
-    html, figures = render("compare.html.jinja", content), _without_pictures(content)
+    # Only the page ever leaves pictures out: the other two have none.
+    markdown, figures = render("compare.md.jinja", content), _without_pictures(content)
+    html = render("compare.html.jinja", content)
     while len(html.encode()) > LARGEST and content["grid"]["rows"]:
         content["grid"]["rows"].pop()
         content["grid"]["left_out"] += 1
@@ -82,7 +84,7 @@ def write_report(
     files = {"report": f"{NAME}.html", "as Markdown": f"{NAME}.md", "as JSON": f"{NAME}.json"}
     written = {
         f"{NAME}.html": html,
-        f"{NAME}.md": render("compare.md.jinja", content),
+        f"{NAME}.md": markdown,
         f"{NAME}.json": json.dumps(figures, indent=1, ensure_ascii=False) + "\n",
     }
     for name, text in written.items():
@@ -103,11 +105,7 @@ def build(
     ranked = sorted(standings, key=lambda one: _rank(one, by))
     places = {one.name: place for place, one in enumerate(comparison.entrants)}
     done = {one.entrant.name: one for one in results if one.seeds}
-    tables = {
-        one.name: dict(zip(done[one.name].seeds, done[one.name].gain(by), strict=True))
-        for one in ranked
-        if by is not None and one.name in done
-    }
+    tables = {one.name: done[one.name].gains(by) for one in ranked if by is not None and one.name in done}
     chosen = {one.name: tables[one.name] for one in ranked if one.name in tables and not one.upper_bound}
     pairs = compare_pairs(chosen, arguments.smallest_difference)
     asked = [(one.name, one.against) for one in comparison.entrants if one.against is not None]
@@ -116,8 +114,9 @@ def build(
     verdict = replace(verdict, sentences=[*verdict.sentences, *(f"Asked: {in_words(pair)}" for pair in answers)])
     judged = [one.name for one in standings if one.sound]
     evaluator = next((one for one in comparison.evaluators if one.name == by), comparison.evaluators[0])
-    shown = [done[one.name].entrant for one in ranked if one.name in done]
-    seed, rows, bare = picture_rows(comparison, evaluator, shown, judged)
+    shown = {one.name: found for one in ranked
+             if one.name in done and (found := done[one.name].gains(evaluator.name))}  # fmt: skip
+    pictures = picture_rows(comparison, evaluator, shown, judged)
     content = {
         "title": arguments.title,
         "verdict": asdict(verdict),
@@ -150,7 +149,7 @@ def build(
         "pairs": [_pair_row(pair) for pair in pairs],
         "charts": _charts(comparison, results, ranked, places) if by else [],
         "grid": {
-            "seed": seed, "by": evaluator.name, "rows": [asdict(row) for row in rows], "bare": bare, "left_out": 0,
+            "by": evaluator.name, "left_out": 0, **asdict(pictures),
         },
         "agreement": _agreement(comparison),
         "agreement_failure": disagreement and asdict(disagreement),
@@ -173,9 +172,9 @@ def _standings(comparison: Comparison, results: Sequence[Trained]) -> list[Stand
     tests = sum(bool(one.seeds) for one in results)
     gains = [
         {
-            name: difference(one.gain(name), smallest if name == comparison.decide_by else None, tests)
+            name: difference(np.stack([*table.values()]), smallest if name == comparison.decide_by else None, tests)
             for name in names
-            if one.seeds
+            if (table := one.gains(name) if one.seeds else {})
         }
         for one in results
     ]
@@ -188,7 +187,7 @@ def _standings(comparison: Comparison, results: Sequence[Trained]) -> list[Stand
             note=one.entrant.note,
             upper_bound=one.entrant.upper_bound,
             seeds=list(one.seeds),
-            own=difference(one.own[:, -1] - one.base.own) if one.seeds else None,
+            own=difference(table[:, -1]) if len(table := _judged(one.own - one.base.own)) else None,
             gains=gain,
             corrected=corrected,
             trains_on=[each.name for each in comparison.evaluators if comparison.trains_on(one.entrant, each)],
@@ -243,13 +242,14 @@ def _entrant_row(one: Standing, trained: Trained | None, by: str | None, command
         "seeds": list(one.seeds), "own": one.own and asdict(one.own), "trains_on": list(one.trains_on),
         "gains": {name: asdict(gain) | {"corrected": one.corrected[name]} for name, gain in one.gains.items()},
         "drawn": one.drawn, "diversity": one.diversity, "kl": one.kl, "monitors": dict(one.monitors),
-        "flags": [asdict(flag) for flag in one.flags], "unfinished": one.unfinished, "command": command,
+        "flags": [asdict(flag) | {"rules_out": flag.rules_out} for flag in one.flags],
+        "unfinished": one.unfinished, "command": command,
         "images": None, "seconds": None, "gain_a_thousand_images": None, "gain_a_minute": None,
     }  # fmt: skip
     if trained is not None:
         images, seconds = float(trained.images[:, -1].mean()), float(trained.seconds[:, -1].mean())
         row |= {"images": images, "seconds": seconds}
-        if by is not None:
+        if by in one.gains:
             gain = one.gains[by].value
             row |= {"gain_a_thousand_images": 1000 * gain / images, "gain_a_minute": 60 * gain / max(seconds, 1e-9)}
     return row
@@ -284,12 +284,18 @@ def _charts(
         ("images", "pictures drawn in training", lambda one: one.images),
         ("seconds", f"seconds {on_cpu}", lambda one: one.seconds),
     ):
-        curves = [_curve(one, cost(one), one.columns[by] - one.base.columns[by], places) for one in done]
+        curves = [
+            _curve(one, cost(one), gains, places)
+            for one in done
+            if len(gains := _judged(one.columns[by] - one.base.columns[by]))
+        ]
         alt = f"Learning curves: gain in {by} against {x_label}. At the end: {said}."
         caption = f"Gain in {by} against {x_label}."
         found.append(_curves(f"curve by {name}", caption, curves, x_label, f"gain in {by}", alt))
     curves = [
-        _curve(one, one.images, (one.own - one.base.own) / max(one.base.own_spread, 1e-12), places) for one in done
+        _curve(one, one.images, gains / max(one.base.own_spread, 1e-12), places)
+        for one in done
+        if len(gains := _judged(one.own - one.base.own))
     ]
     ends = "; ".join(f"{curve.name} {signed(curve.mean[-1])}" for curve in curves)
     caption = (
@@ -316,6 +322,11 @@ def _curves(name: str, caption: str, curves: Sequence[Curve], x_label: str, y_la
     return {"name": name, "caption": caption, "x_label": x_label, "curves": figures, "svg": svg}
 
 
+def _judged(tables: np.ndarray) -> np.ndarray:
+    """(S, L, P) -> those of the S trainings at which the reward did not fail."""
+    return tables[np.isfinite(tables).all(axis=(1, 2))]
+
+
 def _curve(one: Trained, cost: np.ndarray, gains: np.ndarray, places: Mapping[str, int]) -> Curve:
     """From the base on, where nothing has been gained."""
     mean, low, high = (np.concatenate([[0.0], part]) for part in band(gains))
@@ -334,7 +345,7 @@ def _agreement(comparison: Comparison) -> dict[str, Any] | None:
     if found["chosen"]:
         found["accuracy"]["people's choices"] = found["chosen"]
     return {name: found[name] for name in keep} | {
-        "rewards": rewards, "command": shlex.join(["python", "-m", *command]),
+        "rewards": rewards, "failed": found.get("failed", {}), "command": shlex.join(["python", "-m", *command]),
         "drawn": "pictures" not in comparison.arguments.agreement,
     }  # fmt: skip
 

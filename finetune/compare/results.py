@@ -13,7 +13,7 @@ from finetune.compare.entrants import Entrant
 from finetune.compare.evaluate import Findings, Seen
 from finetune.compare.facts import TrainingFacts
 from finetune.compare.folder import base_findings, run_findings, run_folder, unasked
-from finetune.compare.rewards import Evaluator
+from finetune.compare.rewards import Evaluator, Spec
 from finetune.compare.runs import Failure
 
 
@@ -44,8 +44,8 @@ class Trained:
     Attributes:
         seeds: S of them, in the order asked for.
         images, seconds: (S, L), what each look had cost.
-        columns: evaluator -> (S, L, P).
-        own: (S, L, P).
+        columns: evaluator -> (S, L, P), NaN where it failed.
+        own: (S, L, P), likewise.
         drawn: (S, L, P).
         diversity: (S, L, P), None with one picture a prompt.
         facts: of each training.
@@ -65,9 +65,10 @@ class Trained:
     failures: Mapping[int, Failure]
     missing: Sequence[int]
 
-    def gain(self, evaluator: str) -> np.ndarray:
-        """(S, P), at the end, against the base."""
-        return self.columns[evaluator][:, -1] - self.base.columns[evaluator]
+    def gains(self, evaluator: str) -> dict[int, np.ndarray]:
+        """Seed -> (P,), at the end, against the base; of those trainings that the evaluator judged."""
+        table = self.columns[evaluator][:, -1] - self.base.columns[evaluator]
+        return {seed: row for seed, row in zip(self.seeds, table, strict=True) if np.isfinite(row).all()}
 
 
 def read_results(comparison: Comparison, failures: Mapping[tuple[str, int], Failure]) -> list[Trained]:
@@ -109,7 +110,7 @@ def _read_entrant(comparison: Comparison, entrant: Entrant, failures: Mapping[tu
         np.array([[seen.look.images for seen in one] for one in found], dtype=float).reshape(shape[:2]),
         np.array([[seen.look.seconds for seen in one] for one in found], dtype=float).reshape(shape[:2]),
         {one.name: stacked(lambda seen, one=one: _column(seen, one)) for one in comparison.evaluators},
-        stacked(lambda seen: np.mean(seen.values[entrant.spec.key][""], axis=1)),
+        stacked(lambda seen: _pictures(seen, entrant.spec).mean(axis=1)),
         stacked(lambda seen: np.mean(seen.drawn, axis=1)),
         None if base.diversity is None else stacked(lambda seen: seen.diversity),
         [TrainingFacts.read(run_folder(comparison, entrant, seed)) for seed in seeds],
@@ -120,11 +121,10 @@ def _read_entrant(comparison: Comparison, entrant: Entrant, failures: Mapping[tu
 
 def _read_base(comparison: Comparison, entrant: Entrant) -> Base:
     (seen,) = Findings.read(base_findings(comparison, entrant)).seen
-    unknown = np.full((len(comparison.held_out), comparison.arguments.generations), np.nan)
-    own = np.array(seen.values[entrant.spec.key][""]) if entrant.spec.key in seen.values else unknown
+    own = _pictures(seen, entrant.spec)
     return Base(
         columns={one.name: _column(seen, one) for one in comparison.evaluators},
-        spread={one.name: float(np.std(_pictures(seen, one))) for one in comparison.evaluators},
+        spread={one.name: float(np.std(_pictures(seen, one.spec, one.term))) for one in comparison.evaluators},
         own=own.mean(axis=1),
         own_spread=float(own.std()),
         drawn=np.mean(seen.drawn, axis=1),
@@ -138,9 +138,9 @@ def _evenly(seen: Sequence[Seen]) -> list[Seen]:
 
 def _column(seen: Seen, evaluator: Evaluator) -> np.ndarray:
     """(P,)."""
-    return _pictures(seen, evaluator).mean(axis=1)
+    return _pictures(seen, evaluator.spec, evaluator.term).mean(axis=1)
 
 
-def _pictures(seen: Seen, evaluator: Evaluator) -> np.ndarray:
-    """(P, G)."""
-    return np.array(seen.values[evaluator.spec.key][evaluator.term or ""])
+def _pictures(seen: Seen, spec: Spec, term: str | None = None) -> np.ndarray:
+    """(P, G); NaN where the reward failed."""
+    return np.array(seen.values[spec.key][term or ""]) if spec.key in seen.values else np.full_like(seen.drawn, np.nan)

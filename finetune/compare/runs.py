@@ -32,8 +32,8 @@ from finetune.compare.folder import (
     FINDINGS,
     agreement_failure,
     base_findings,
+    is_judged,
     run_failure,
-    run_findings,
     run_folder,
     training_command,
     unasked,
@@ -142,7 +142,7 @@ class Work:
                     self._keep(broken[entrant.name], run_failure(self.comparison, entrant, seed))
                 else:
                     asked.append((entrant, seed))
-        missing = [one for one in asked if not run_findings(self.comparison, *one).is_file()]
+        missing = [one for one in asked if not is_judged(self.comparison, *one)]
         done = len(asked) - len(missing)
         if done:
             self.console.print(f"{done} of {len(asked)} trainings are there already")
@@ -197,6 +197,10 @@ class Work:
         for base in dict.fromkeys(one.base for one in self.comparison.entrants):
             entrants = [one for one in self.comparison.entrants if one.base == base]
             failures = self._judge_base(entrants[0])
+            for one in self.comparison.evaluators:
+                if one.spec in failures:
+                    why = failures[one.spec]
+                    raise ValueError(f"the policy before training cannot be judged: {why.said} (its log: {why.log})")
             self._check_terms(Findings.read(base_findings(self.comparison, entrants[0])))
             broken |= {one.name: failures[one.spec] for one in entrants if one.spec in failures}
         for name, failure in broken.items():
@@ -204,37 +208,19 @@ class Work:
         return broken
 
     def _judge_base(self, entrant: Entrant) -> dict[Spec, Failure]:
-        """All rewards at once, as the pictures are drawn each time; only if that fails, evaluators and each of the
-        others by itself."""
+        """Those rewards that have not looked at an entrant's policy before training do; which fail, and why."""
         missing = unasked(self.comparison, entrant)
         if not missing:
             return {}
-        self.console.print("judging the policy before training")
-        failure = self._ask(entrant, missing)
-        if failure is None:
-            return {}
-        judges = {one.spec for one in self.comparison.evaluators}
-        groups = [[spec for spec in missing if spec in judges], *([spec] for spec in missing if spec not in judges)]
-        groups = [group for group in groups if group]
-        if len(groups) > 1:
-            self.console.print(f"a reward failed ({failure.said}); asking each by itself", markup=False)
-        failures = {}
-        for group in groups:
-            why = failure if len(groups) == 1 else self._ask(entrant, group, f"_{group[0].key}")
-            if why is not None and group[0] in judges:
-                raise ValueError(f"the policy before training cannot be judged: {why.said} (its log: {why.log})")
-            if why is not None:
-                failures[group[0]] = why
-        return failures
-
-    def _ask(self, entrant: Entrant, specs: Sequence[Spec], mark: str = "") -> Failure | None:
-        """Some rewards, about an entrant's policy before training."""
-        file = base_findings(self.comparison, entrant)
+        name, file = "judging the policy before training", base_findings(self.comparison, entrant)
+        self.console.print(name)
         flags = run_flags(self.comparison, entrant, 0, file.parent / "unused")
-        job = self._job(entrant, flags, [Look(None)], specs, file)
-        failure = self._evaluate("judging the policy before training", job, file, mark=mark)
+        failure = self._evaluate(name, self._job(entrant, flags, [Look(None)], missing, file), file)
         self._raise_if_stopping()
-        return failure
+        if failure is not None:
+            return dict.fromkeys(missing, failure)
+        failed = Findings.read(file).failed
+        return {spec: Failure(name, failed[spec.key], str(_log_of(file))) for spec in missing if spec.key in failed}
 
     def _check_terms(self, found: Findings) -> None:
         for one in self.comparison.evaluators:
@@ -300,7 +286,18 @@ class Work:
             return Failure("evaluation", said, str(folder / "log.txt"))
         TrainingFacts.read(folder).keep(folder)
         specs = list(dict.fromkeys([one.spec for one in self.comparison.evaluators] + [entrant.spec]))
-        return self._evaluate("evaluation", self._job(entrant, flags, looks, specs, file), file, gpu)
+        failure = self._evaluate("evaluation", self._job(entrant, flags, looks, specs, file), file, gpu)
+        if failure is not None or not file.is_file():
+            return failure
+        failed = Findings.read(file).failed
+        names = [name for spec in specs if spec.key in failed for name in self._names(spec, entrant)]
+        said = "; ".join(dict.fromkeys(failed.values()))
+        return Failure(f"evaluation by {', '.join(names)}", said, str(_log_of(file))) if failed else None
+
+    def _names(self, spec: Spec, entrant: Entrant) -> list[str]:
+        """Of the evaluators whose reward it is, or that of what is trained on."""
+        found = [one.name for one in self.comparison.evaluators if one.spec == spec]
+        return found or [f"what {entrant.name} trains on"]
 
     def _job(
         self, entrant: Entrant, flags: Sequence[str], looks: Sequence[Look], specs: Sequence[Spec], file: Path
@@ -311,14 +308,10 @@ class Work:
             arguments.generations, arguments.eval_seed, str(file),
         )  # fmt: skip
 
-    def _evaluate(
-        self, name: str, job: EvaluationJob, file: Path, gpu: str | None = None, mark: str = ""
-    ) -> Failure | None:
-        """`mark` tells jobs on one file apart."""
-        description, log = file.with_name(f"evaluation_job{mark}.json"), file.with_name(f"evaluation_log{mark}.txt")
+    def _evaluate(self, name: str, job: EvaluationJob, file: Path, gpu: str | None = None) -> Failure | None:
+        description = file.with_name("evaluation_job.json")
         job.write(description)
-        step = Step(name, ["finetune.compare.evaluate", str(description)], log)
-        return self._run(step, gpu)
+        return self._run(Step(name, ["finetune.compare.evaluate", str(description)], _log_of(file)), gpu)
 
     def _run(self, step: Step, gpu: str | None = None) -> Failure | None:
         """One process, on its own threads and device."""
@@ -388,9 +381,13 @@ def read_failures(comparison: Comparison) -> dict[tuple[str, int], Failure]:
     for entrant in comparison.entrants:
         for seed in comparison.arguments.seeds:
             file = run_failure(comparison, entrant, seed)
-            if file.is_file() and not run_findings(comparison, entrant, seed).is_file():
+            if file.is_file() and not is_judged(comparison, entrant, seed):
                 found[entrant.name, seed] = Failure(**json.loads(file.read_text(encoding="utf-8")))
     return found
+
+
+def _log_of(findings: Path) -> Path:
+    return findings.with_name("evaluation_log.txt")
 
 
 def last_words(log: Path, code: int) -> str:

@@ -2,7 +2,7 @@
 
 A page shows, for a prompt, two policies' pictures from the same noise, left and right by chance; nothing on it says
 whose they are. Every held-out prompt is on it once, so all answers are independent. `answers.csv` is to be filled in
-with left, right or tie; `key.json`, to be kept from those who answer, says who was where.
+with left, right or tie. Who was where lies in another folder, `sheet_keys`: those who answer should not have it.
 
 Each sheet has a folder of its own, named by what is shown in it, and its CSV names that folder. Another sheet goes to
 another folder, so no answer is ever lost, or counted for what it was not given to, whatever its file is called.
@@ -31,7 +31,7 @@ from finetune.compare.verdict import Verdict
 from finetune.files import write_whole
 from reward.intervals import wilson
 
-SHEET, KEY, ANSWERS = "sheet", "key.json", "answers.csv"
+SHEET, KEYS, ANSWERS = "sheet", "sheet_keys", "answers.csv"
 COLUMNS = ("sheet", "pair", "prompt", "answer")
 CHOICES = ("left", "right", "tie")
 SEPARATORS = (",", ";", "\t")
@@ -39,6 +39,7 @@ SEPARATORS = (",", ";", "\t")
 MOST_BYTES = 8_000_000
 """Of a page, but for a single pair that has more: so many open at once on a phone."""
 _NAMED = 5
+_FEW = 128  # pixels of a side
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def write_sheet(comparison: Comparison, results: Sequence[Trained], verdict: Ver
     drawn = draw(comparison, pairs, {one.entrant.name: list(one.seeds) for one in results})
     shown = [
         {"pair": row["pair"], "prompt": row["prompt"],
-         **{side: data_uri(Image.open(_picture(comparison, row, side))) for side in ("left", "right")}}
+         **{side: _shown(_picture(comparison, row, side)) for side in ("left", "right")}}
         for row in drawn
     ]  # fmt: skip
     digest = hashlib.blake2b(json.dumps([drawn, shown]).encode(), digest_size=4).hexdigest()
@@ -83,7 +84,10 @@ def write_sheet(comparison: Comparison, results: Sequence[Trained], verdict: Ver
     writer.writerows(
         {"sheet": folder.name, "pair": row["pair"], "prompt": row["prompt"], "answer": ""} for row in drawn
     )
-    write_whole(folder / KEY, (json.dumps(drawn, indent=1, ensure_ascii=False) + "\n").encode())
+    write_whole(
+        comparison.folder / KEYS / f"{folder.name}.json",
+        (json.dumps(drawn, indent=1, ensure_ascii=False) + "\n").encode(),
+    )
     if not (folder / ANSWERS).exists():
         write_whole(folder / ANSWERS, text.getvalue().encode())
     parts = in_parts(shown, MOST_BYTES)
@@ -128,9 +132,9 @@ def read_pairs(comparison: Comparison, results: Sequence[Trained], verdict: Verd
             pairs.append((one, other))
         return pairs
     by = comparison.decide_by or comparison.evaluators[0].name
-    best = sorted((one for one in results if one.seeds and not one.entrant.upper_bound),
-                  key=lambda one: one.gain(by).mean(), reverse=True)  # fmt: skip
-    names = [*verdict.winners, *(one.entrant.name for one in best)]
+    gains = {one.entrant.name: np.mean([*found.values()]) for one in results
+             if not one.entrant.upper_bound and (found := one.gains(by) if one.seeds else {})}  # fmt: skip
+    names = [*verdict.winners, *sorted(gains, key=gains.get, reverse=True)]
     names = list(dict.fromkeys(names))
     if not names:
         raise ValueError("there is no finished training to show to people yet")
@@ -169,7 +173,7 @@ def read_answers(comparison: Comparison, file: str | Path) -> list[dict[str, Any
     Raises:
         ValueError: no such file, or not of one of this comparison's sheets; an answer that is none; no answer at all.
     """
-    keys = {key.parent.name: key for key in sorted((comparison.folder / SHEET).glob(f"*/{KEY}"))}
+    keys = {key.stem: key for key in sorted((comparison.folder / KEYS).glob("*.json"))}
     if not keys:
         raise ValueError(f"{comparison.folder / SHEET} holds no sheet: --sheet writes one, with the CSV to fill in")
     rows, answered, wrong = _rows(Path(file)), {}, []
@@ -185,7 +189,7 @@ def read_answers(comparison: Comparison, file: str | Path) -> list[dict[str, Any
     for row in rows:
         pair, answer = str(row.get("pair", "")).strip(), str(row.get("answer") or "").strip().lower()
         if pair not in asked or (row["prompt"] != asked[pair]["prompt"] and row["prompt"] in prompts):
-            raise ValueError(f"{file}: pair {pair!r}, {row['prompt']!r}, is not of the sheet in {key.parent}")
+            raise ValueError(f"{file}: pair {pair!r}, {row['prompt']!r}, is not of the sheet {key.stem}")
         if pair in answered:
             raise ValueError(f"{file}: pair {pair} is answered twice; each prompt counts once")
         if answer and answer not in CHOICES:
@@ -230,6 +234,12 @@ def _rows(file: Path) -> list[dict[str, str]]:
     if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
         raise ValueError(f"{file} lacks the columns {', '.join(missing)}; fill in the answers.csv that --sheet wrote")
     return rows
+
+
+def _shown(file: Path) -> str:
+    """A picture as a page can hold it; of few pixels each counts, and they take little room."""
+    picture = Image.open(file)
+    return data_uri(picture, lossless=max(picture.size) <= _FEW)
 
 
 def _picture(comparison: Comparison, row: Mapping[str, Any], side: str) -> Path:

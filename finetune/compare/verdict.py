@@ -11,13 +11,15 @@ from finetune.paired import paired_ratio
 from rl.watch_limits import MONITORS
 
 ALPHA = 1 - LEVEL
+PRICE = "at a price"
 _SMALL = 0.2
 """Of the standard deviation of the base's pictures: what is commonly called a small effect; see `rl.watch_limits`."""
 
 RULES = (
     f"A gain is the mean over held-out prompts and seeds of what an evaluator says of the tuned policy's pictures, "
     f"less what it says of the base's, from the same noise. Its {LEVEL:.0%} interval is Student's, over seeds and "
-    f"prompts as crossed random effects. With fewer than {FEWEST_SEEDS} seeds there is none.",
+    f"prompts as crossed random effects; it is of this one figure by itself, so of many one may leave out 0 by chance. "
+    f"With fewer than {FEWEST_SEEDS} seeds there is none.",
     f"A difference is shown if its p-value, corrected by Holm's method for all entrants, or all pairs of them, in the "
     f"eyes of one evaluator, is below {ALPHA:.2g}. Differences that the settings asked for by name (`against`) are "
     f"corrected for each other only.",
@@ -26,25 +28,32 @@ RULES = (
     "whatever its weights.",
     f"An entrant is gamed if its own reward's gain is above 0 with a p-value, not corrected, below {ALPHA:.2g}, and "
     f"the gain in an evaluator that nobody trains on (where there is none: that it does not train on) is shown to be "
-    f"below 0, corrected for the number of these evaluators too; with fewer than {FEWEST_SEEDS} seeds, if the means "
-    f"say so by more than {_SMALL:g} standard deviations of the base's pictures.",
+    f"below 0, corrected for the number of these evaluators too, and is below it by more than {_SMALL:g} standard "
+    f"deviations of the base's pictures; with fewer than {FEWEST_SEEDS} seeds the means alone say so. A fall that is "
+    f"shown and smaller is a price: it is named, and does not keep an entrant from winning.",
     f"An entrant collapses if its pictures hold less than {MONITORS['drawn'].limit:g} of the edges of the base's, or "
     f"differ within a prompt by less than {MONITORS['diversity'].limit:g} of what the base's do.",
     "Entrants that are gamed, collapse, failed or are not finished cannot win, nor can an upper bound.",
     "Of the others, the one of the largest gain leads among those whose gain is shown to be above 0. It wins alone if "
     "it is shown to be ahead of each of the others; those of which that is not shown stand beside it.",
     f"Seeds that are still needed are counted by the variances of seeds, prompts and the rest, for a chance of "
-    f"{POWER:.0%} to show the smallest difference that matters, or the one that was seen if none was named. None are "
-    f"where the interval leaves out the smallest difference that matters.",
+    f"{POWER:.0%} to show the smallest difference that matters, or the one that was seen if none was named; these "
+    f"variances are estimates of few seeds, so the number may well be half or twice as large. None are needed where "
+    f"the interval leaves out the smallest difference that matters.",
 )
 
 
 @dataclass(frozen=True)
 class Flag:
-    """What is wrong with an entrant: `kind` is gamed, collapsing or failed; `text` says what was seen."""
+    """What is wrong with an entrant: `kind` is gamed, collapsing, failed, or a price; `text` says what was seen."""
 
     kind: str
     text: str
+
+    @property
+    def rules_out(self) -> bool:
+        """Whether the entrant cannot win; a price is only to be known."""
+        return self.kind != PRICE
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ class Standing:
     @property
     def sound(self) -> bool:
         """Whether it may win."""
-        return not (self.upper_bound or self.flags or self.unfinished)
+        return not (self.upper_bound or self.unfinished or any(flag.rules_out for flag in self.flags))
 
 
 @dataclass(frozen=True)
@@ -143,13 +152,18 @@ def flags_of(standing: Standing, others: Mapping[str, float], own_spread: float)
         return flags
     asked = [name for name in others if name not in standing.trains_on]
     fell = [name for name in asked if _fell(standing, name, others[name], len(asked))]
+    deeply = [name for name in fell if standing.gains[name].value < -_SMALL * others[name]]
     if standing.own.p is None:
         rose = standing.own.value > _SMALL * own_spread
     else:
         rose = standing.own.value > 0 and standing.own.p < ALPHA
     if rose and fell:
-        by = "; ".join(f"{name} {standing.gains[name].value:+.3g}" for name in fell)
-        flags.append(Flag("gamed", f"its own reward rose ({standing.own.value:+.3g}) while others fell: {by}"))
+        by = "; ".join(f"{name} {standing.gains[name].value:+.3g}" for name in deeply or fell)
+        flags.append(
+            Flag("gamed", f"its own reward rose ({standing.own.value:+.3g}) while others fell: {by}")
+            if deeply
+            else Flag(PRICE, f"its own reward rose ({standing.own.value:+.3g}), others fell a little: {by}")
+        )
     seen = []
     if standing.drawn is not None and standing.drawn < MONITORS["drawn"].limit:
         seen.append(f"its pictures hold {standing.drawn:.0%} of the base's edges")
@@ -199,10 +213,15 @@ def in_words(pair: Pair) -> str:
     figure = f"{pair.one} less {pair.other}: {less.value:+.3g}"
     if pair.corrected is None:
         return f"{figure}, {less.seeds} seed{'s' * (less.seeds != 1)}, so no interval."
-    figure += f" ({less.low:+.3g} .. {less.high:+.3g})"
+    figure += f" ({less.low:+.3g} .. {less.high:+.3g}; p {_chances(less.p, pair.corrected)})"
     if pair.shown:
-        return f"{figure}: the difference is shown (p {pair.corrected:.2g})."
+        return f"{figure}: the difference is shown."
     return f"{figure}: no difference can be shown; {needed_in_words(less)}."
+
+
+def _chances(p: float, corrected: float) -> str:
+    """An interval may leave out 0 where many were compared and nothing is shown: then both are said."""
+    return f"{corrected:.2g}" if (p < ALPHA) == (corrected < ALPHA) else f"{p:.2g} by itself, {corrected:.2g} corrected"
 
 
 def needed_in_words(less: Difference) -> str:
@@ -214,9 +233,10 @@ def needed_in_words(less: Difference) -> str:
             f"{MOST_SEEDS} seeds would not do with these {less.prompts} prompts: more prompts would, or there is none "
             "that matters"
         )
+    size = "one of this size" if less.smallest is None else f"one of {less.smallest:g}"
     if less.more_seeds == 0:
-        return "these seeds would mostly show one of this size; a few more would settle it"
-    return f"{less.more_seeds} more seed{'s' * (less.more_seeds != 1)} would be needed"
+        return f"these seeds would mostly show {size}; a few more would settle it"
+    return f"about {less.more_seeds} more seed{'s' * (less.more_seeds != 1)} would be needed to show {size}"
 
 
 def decide(
@@ -233,13 +253,13 @@ def decide(
         tables: entrant -> seed -> (P,), gains by the deciding evaluator, upper bounds' too; for the share of what an
             upper bound gains.
     """
-    about = [f"{one.name} is out: {flag.kind}; {flag.text}." for one in standings for flag in one.flags]
+    about = [_remark(one, flag, by) for one in standings for flag in one.flags]
     about += [f"{one.name} is not finished: {one.unfinished}." for one in standings
               if one.unfinished and not one.failed]  # fmt: skip
     if by is None:
         return Verdict("No verdict: every evaluator is trained on, so none of them is impartial.", about, [])
     sound = sorted(
-        (one for one in standings if one.sound and one.seeds), key=lambda one: one.gains[by].value, reverse=True
+        (one for one in standings if one.sound and by in one.gains), key=lambda one: one.gains[by].value, reverse=True
     )
     if not sound and not any(one.seeds or one.failed for one in standings):
         return Verdict("No verdict yet: no training is finished.", about, [])
@@ -279,7 +299,8 @@ def decide(
 
 def _gains(one: Standing, by: str) -> bool:
     """Whether its gain is shown to be above 0."""
-    return by in one.gains and one.gains[by].value > 0 and (one.corrected[by] or 0.0) < ALPHA
+    p = one.corrected.get(by)
+    return p is not None and one.gains[by].value > 0 and p < ALPHA
 
 
 def _share_in_words(best: str, bound: str, tables: Mapping[str, Mapping[int, np.ndarray]]) -> list[str]:
@@ -296,6 +317,15 @@ def _gain(one: Standing, by: str) -> str:
         f"{one.name} gains {gain.value:+.3g} ({gain.low:+.3g} .. {gain.high:+.3g}) in {by} "
         f"(p {one.corrected[by]:.2g}, {gain.seeds} seeds, {gain.prompts} prompts)."
     )
+
+
+def _remark(one: Standing, flag: Flag, by: str | None) -> str:
+    """What is wrong with it, and, as it may lead the table, what it gains."""
+    if not flag.rules_out:
+        return f"{one.name}, {flag.kind}: {flag.text}."
+    gain = one.gains.get(by)
+    at_end = "" if gain is None else f" (in {by} {gain.value:+.3g})"
+    return f"{one.name} is out: {flag.kind}; {flag.text}{at_end}."
 
 
 def _turned(pair: Pair) -> Pair:

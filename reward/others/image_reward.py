@@ -25,7 +25,7 @@ class ImageReward(SeeingReward):
 
     A BLIP (ViT-L/16, 224 x 224, and BERT-base with cross-attention) reads the prompt, 35 tokens of it, while looking at
     the picture; a linear head on the first token gives the score. Its authors' four example pictures get 0.58, 0.27,
-    -1.41 and -2.03; most pictures lie between -2.5 and 2.
+    -1.41 and -2.03. That most pictures get -2.5 to 2 is our estimate from these and from mean and deviation.
 
     Args:
         model: `ImageReward.pt`, its authors' file (on the hub `THUDM/ImageReward/ImageReward.pt`), or its tensors as

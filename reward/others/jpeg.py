@@ -12,7 +12,8 @@ from reward.feedback import Reward, check_question
 class JpegIncompressibility:
     """The size of a picture as a JPEG of quality 95, in kB of 1000 bytes (DDPO, arXiv 2305.13301, section 5.1).
 
-    A picture of 512 x 512 is about 50 to 250 kB. Not differentiable, and blind to the prompt.
+    One colour takes 5 kB of 512 x 512 pixels, noise of every pixel 308. Between them, generated pictures mostly take 50
+    to 250 kB at 512 px, by our estimate; no source was found. Not differentiable, and blind to the prompt.
 
     Args:
         quality: of the JPEG, 1 to 100.
@@ -48,7 +49,7 @@ class JpegIncompressibility:
 
 
 class JpegCompressibility(JpegIncompressibility):
-    """Minus `JpegIncompressibility`: the emptier, the better."""
+    """Minus `JpegIncompressibility`, so mostly minus 50 to 250 kB at 512 px: the emptier, the better."""
 
     name = "jpeg_compressibility"
     sign = -1.0

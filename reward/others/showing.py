@@ -43,6 +43,14 @@ class Showing:
         mean, std = (fitted.new_tensor(list(values))[:, None, None] for values in (self.mean, self.std))
         return (fitted - mean) / std
 
+    @property
+    def in_words(self) -> str:
+        """All of it, numbers to three digits: two that read alike show a picture alike."""
+        height, width = self.size
+        edge = f" of {self.edge or min(self.size)}" if self.fit == "crop" else ""
+        mean, std = (" ".join(f"{value:.3f}" for value in values) for values in (self.mean, self.std))
+        return f"{height} x {width} by {self.fit}{edge}, {self.filter}, mean {mean}, std {std}"
+
     def _crop(self, images: torch.Tensor) -> torch.Tensor:
         """Where the margin is odd, the pixel more is cut from the bottom and right, as transformers does it;
         torchvision, with which some models were trained, cuts it from the top and left in every other case."""

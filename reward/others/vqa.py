@@ -21,8 +21,8 @@ QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'
 class VQAScore(FrozenReward):
     """VQAScore (Lin et al. 2024, arXiv 2404.01291): the probability that the answer's first word is "Yes".
 
-    In [0, 1]; values of different models cannot be compared. Not differentiable: the picture goes through the model's
-    own processor, in 8 bits.
+    From 0 to 1, as a probability; values of different models cannot be compared. Not differentiable: the picture goes
+    through the model's own processor, in 8 bits.
 
     Args:
         model: folder or the hub's name of any model that transformers loads by `AutoModelForImageTextToText`, with its

@@ -67,6 +67,18 @@ def write_config(folder: Path, pipeline: str) -> str:
     return str(file)
 
 
+def write_draft_config(folder: Path, pipeline: str) -> str:
+    """A training of a second, by back-propagation."""
+    settings = {
+        "policy": pipeline, "reward": REDNESS, "output_dir": "unused", "use_cpu": True, "num_inference_steps": 2,
+        "per_device_train_batch_size": 4, "num_generations": 2, "variant": "draft_k", "backprop_steps": 1,
+        "lora_rank": 2, "report_to": "none", "prompts": "unused", "learning_rate": 1e-2,
+    }  # fmt: skip
+    file = folder / "draft.yaml"
+    file.write_text(json.dumps(settings))
+    return str(file)
+
+
 def write_prompts(folder: Path) -> dict[str, str]:
     for name, prompts in (("train", TRAIN), ("held_out", HELD_OUT)):
         (folder / f"{name}.txt").write_text("\n".join(prompts))

@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +14,9 @@ from finetune.agreement import AgreementArguments, main
 from finetune.choices import open_choices
 from finetune.pool import open_pool
 from finetune.predictions import read_pictures
-from reward.feedback import Reward
+from reward import richhf
+from reward.feedback import SCORES, Reward
+from tests.reward.conftest import raw_data  # noqa: F401
 from tests.test_house import ROOT
 
 
@@ -43,7 +47,26 @@ class Broken:
         return Reward(total=torch.full((len(prompts),), float("nan")))
 
 
+class Fails(Brightness):
+    """Fine for so many calls; each batch of pictures is asked about eight times."""
+
+    def __init__(self, after, interrupted=False):
+        super().__init__()
+        self.left, self.error = (
+            after,
+            KeyboardInterrupt() if interrupted else RuntimeError("the licence\n[red] expired"),
+        )
+
+    def __call__(self, images, prompts):
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return super().__call__(images, prompts)
+
+
 BRIGHT = "tests.finetune.test_agreement:Brightness"
+FAILS = "tests.finetune.test_agreement:Fails"
+SAID = "RuntimeError: the licence [red] expired"
 
 
 @pytest.fixture
@@ -134,8 +157,85 @@ def test_a_term_in_place_of_the_objective(flags, tmp_path):
     assert found["values"]["dark"] == pytest.approx([-2 * float(p.float().mean()) / 255 for p in pictures])
     assert found["settings"]["rewards"] == rewards
     rewards["red"]["term"] = "blue"
-    with pytest.raises(ValueError, match="rewards: red has no term 'blue'; it has red, bright"):
+    with pytest.raises(SystemExit, match="1"):
         main(flags(rewards=json.dumps(rewards)))
+    failed = json.loads((tmp_path / "agreement.json").read_text())["failed"]
+    assert failed == {"red": "ValueError: rewards: red has no term 'blue'; it has red, bright"}
+
+
+def measured(found):
+    """All that does not depend on the clock or on who was asked."""
+    return {name: value for name, value in found.items() if name not in ("milliseconds", "settings", "failed")}
+
+
+@pytest.mark.parametrize("after", [0, 1, 7, 8, 40, 43], ids=["at once", "asked again", "a defect", "second batch",
+                                                             "a choice", "half a choice"])  # fmt: skip
+def test_a_reward_that_fails_is_left_out_and_the_others_reported(flags, choices, tmp_path, capsys, after):
+    """Nine pictures of two sizes, at most four at once: five batches, so that the 41st call is about choices."""
+    sound = {"bright": BRIGHT, "dark": {"reward": BRIGHT, "kwargs": {"weight": -2.0}}}
+    main(flags(rewards=json.dumps(sound), choices=choices, against="dark"))
+    whole = json.loads((tmp_path / "agreement.json").read_text())
+    assert whole["failed"] == {}
+    capsys.readouterr()
+    rewards = {"broken": {"reward": FAILS, "kwargs": {"after": after}}, **sound}
+    with pytest.raises(SystemExit) as ended:
+        main([*flags(rewards=json.dumps(rewards), choices=choices), "--against", "dark", "broken"])
+    assert ended.value.code == 1
+    found = json.loads((tmp_path / "agreement.json").read_text())
+    assert found["failed"] == {"broken": SAID}
+    assert measured(found) == measured(whole)
+    assert found["milliseconds"].keys() == {"bright", "dark"}
+    assert found["settings"]["rewards"].keys() == {"broken", "bright", "dark"}
+    said = capsys.readouterr()
+    assert "rank correlation within prompts" in said.out
+    assert said.err.splitlines()[-1] == f"error: 1 of 3 rewards failed: broken: {SAID}"
+
+
+def test_where_every_reward_fails_nothing_is_reported(flags, tmp_path):
+    rewards = {name: {"reward": FAILS, "kwargs": {"after": after}} for name, after in (("one", 3), ("two", 9))}
+    with pytest.raises(
+        ValueError, match=r"every reward failed, so nothing is measured: one: .*expired; two: .*expired"
+    ):
+        main(flags(rewards=json.dumps(rewards)))
+    assert not (tmp_path / "agreement.json").exists()
+
+
+def test_an_interruption_is_no_failure_of_a_reward(flags, tmp_path):
+    rewards = {"broken": {"reward": FAILS, "kwargs": {"after": 3, "interrupted": True}}, "bright": BRIGHT}
+    with pytest.raises(KeyboardInterrupt):
+        main(flags(rewards=json.dumps(rewards)))
+    assert not (tmp_path / "agreement.json").exists()
+
+
+@pytest.fixture
+def rated(raw_data):  # noqa: F811
+    """RichHF-18K as `reward.richhf` joins it, of pictures that all have prompts of their own."""
+    for file in (raw_data / "images").iterdir():
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+        for row in rows:
+            uid = row["image_0_uid"].removeprefix("other-").replace("-", "")
+            row["caption"] = " ".join([uid, *row["caption"].split()[1:]])  # as many words as were labelled
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    out = raw_data / "data"
+    richhf.main(["--tfrecords", str(raw_data / "tfrecords"), "--images", str(raw_data / "images"), "--out", str(out)])
+    return str(out)
+
+
+def test_where_no_prompt_has_several_pictures_pairs_across_prompts_are_counted(flags, rated, tmp_path, capsys):
+    main(flags(pictures=rated, split="test", labels="overall"))
+    found = json.loads((tmp_path / "agreement.json").read_text())
+    assert (found["pictures"], found["prompts"]) == (6, 6)
+    assert found["accuracy"].keys() == {"overall", "overall, across prompts"}
+    assert found["accuracy"]["overall"]["bright"] == {"value": None, "low": None, "high": None, "n": 0}
+    said, true = found["values"]["bright"], found["values"]["overall"]
+    right = [(said[one] > said[other]) == (true[one] > true[other]) for one in range(6) for other in range(one)]
+    across = found["accuracy"]["overall, across prompts"]
+    assert (across["bright"]["value"], across["bright"]["n"]) == (pytest.approx(sum(right) / 15), 15)
+    assert across["bright"]["low"] < across["bright"]["value"] < across["bright"]["high"]
+    assert across["bright"]["value"] + across["dark"]["value"] == pytest.approx(1)
+    assert "across" in capsys.readouterr().out.partition("rank correlation")[0]
+    main([*flags(pictures=rated, split="test"), "--labels", *SCORES, "--against", "jpeg"])
+    assert json.loads((tmp_path / "agreement.json").read_text())["accuracy"].keys() == {"jpeg", "jpeg, across prompts"}
 
 
 def test_drawn_pictures_by_the_command_itself(pipeline_folder, prompt_file, tmp_path):

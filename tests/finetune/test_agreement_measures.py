@@ -5,13 +5,16 @@ import pytest
 import torch
 from scipy.stats import binomtest, spearmanr
 
+from finetune import agreement_measures
 from finetune.agreement_measures import (
     across_prompts,
     groups_of,
     noise_share,
     pair_accuracy,
+    pair_accuracy_across,
     preference,
     rank_correlation,
+    share_with_fellows,
     spread_within,
     within_prompts,
 )
@@ -75,6 +78,44 @@ def test_pair_accuracy_counts_pairs():
     assert figure.n == 3
     assert pair_accuracy(-true, true, groups).value == 0
     assert pair_accuracy(true, true, groups).value == 1
+
+
+def test_pair_accuracy_across_counts_pairs_of_all_pictures():
+    true = np.array([1.0, 2.0, 3.0, 3.0, np.nan])
+    said = np.array([0.1, 0.3, 0.3, 0.2, 0.0])
+    figure = pair_accuracy_across(said, true, np.arange(5))  # 1 < 2, 1 < 3, 1 < 3 right; 2 < 3 half, and wrong
+    assert figure.value == pytest.approx(3.5 / 5)
+    assert figure.n == 5
+    assert pair_accuracy_across(said, np.full(5, np.nan), np.arange(5)).value is None
+    assert pair_accuracy_across(said, np.ones(5), np.arange(5)).n == 0
+    groups = np.zeros(4, dtype=int)
+    within, across = (one(said[:4], true[:4], groups) for one in (pair_accuracy, pair_accuracy_across))
+    assert within == across, "of one prompt the pairs are the same, and there is no interval"
+
+
+def test_the_interval_across_prompts_is_over_pictures_of_their_own_prompts(rng, monkeypatch):
+    """Against the same by the definition: draw pictures again, and count the pairs of those drawn."""
+    true, said = rng.normal(size=(2, 40))
+    said += true
+    figure = pair_accuracy_across(said, true, np.arange(40), draws=2000)
+    drawn = []
+    for _ in range(1000):
+        places = rng.integers(40, size=40)
+        better, preferred = (np.sign(one[places][:, None] - one[places]) for one in (true, said))
+        drawn.append(((1 + better * preferred) / 2)[better != 0].mean())
+    assert (figure.low, figure.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.02)
+    monkeypatch.setattr(agreement_measures, "_BLOCK", 7 * 40)
+    assert pair_accuracy_across(said, true, np.arange(40), draws=2000).low == pytest.approx(figure.low)
+    copies = pair_accuracy_across(*np.repeat([said, true], 5, axis=1), np.repeat(np.arange(40), 5), draws=2000)
+    assert copies.high - copies.low == pytest.approx(figure.high - figure.low, rel=0.05)
+    right = pair_accuracy_across(true, true, np.arange(40))
+    assert (right.value, right.low) == (1, pytest.approx(proportion_interval(40)))
+
+
+def test_share_of_pictures_with_another_of_their_prompt():
+    assert share_with_fellows(np.array([0, 1, 1, 2, 7, 7, 7, 3])) == 5 / 8
+    assert share_with_fellows(np.arange(4)) == 0
+    assert share_with_fellows(np.arange(0)) == 1
 
 
 def test_of_one_prompt_there_are_no_intervals(rng):

@@ -19,11 +19,12 @@ from finetune.compare.evaluate import EvaluationJob, Findings, Look, looks_of, r
 from finetune.compare.facts import TrainingFacts
 from finetune.compare.folder import run_findings, run_folder
 from finetune.compare.rewards import Spec
-from finetune.compare.runs import Failure, last_words
+from finetune.compare.runs import last_words
 from finetune.generate import GenerationArguments
 from reward.arguments import parse_arguments
 from rl.folder_lock import FolderInUseError, check_free, taken
 from tests.finetune.compare_case import (
+    HELD_OUT,
     JUDGE,
     PLAIN,
     REDNESS,
@@ -32,6 +33,7 @@ from tests.finetune.compare_case import (
     comparison_of,
     settings_of,
     write_config,
+    write_draft_config,
 )
 from tests.test_house import ROOT
 
@@ -54,6 +56,7 @@ def test_killed_gone_on_with_and_a_reward_that_fails_half_way(tmp_path, pipeline
         entrants={
             "red": {"config": config},
             "breaks": {"config": config, "changes": {"reward": FAILS, "reward_kwargs": {"prompt": TRAIN[3]}}},
+            "back-propagation": {"command": "finetune.draft", "config": write_draft_config(tmp_path, pipeline_folder)},
         },
     )  # fmt: skip
     file = tmp_path / "comparison.yaml"
@@ -65,13 +68,15 @@ def test_killed_gone_on_with_and_a_reward_that_fails_half_way(tmp_path, pipeline
         command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     end = time.monotonic() + 240
-    while not list(folder.glob("runs/*/*/checkpoint-*")) and killed.poll() is None and time.monotonic() < end:
+    while not list(folder.glob("runs/*/*/checkpoint-*/complete.json")) and time.monotonic() < end:
+        assert killed.poll() is None
         time.sleep(0.02)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     wait_until_free(folder, end)
     base = next(folder.glob("base/*/findings.json"))
-    began = base.stat().st_mtime_ns
+    began = {path: path.stat().st_mtime_ns for path in [base, *folder.glob("runs/*/*/checkpoint-*/complete.json")]}
+    assert len(began) > 1
     assert not (folder / "report.html").exists()
 
     with pytest.raises(SystemExit) as ended:
@@ -81,14 +86,19 @@ def test_killed_gone_on_with_and_a_reward_that_fails_half_way(tmp_path, pipeline
     assert "failed: breaks, seed 0: training: RuntimeError: the scorer's licence has expired" in said.err
     assert "No verdict yet: of 1 seed" in said.out
     report = json.loads((folder / "report.json").read_text())
-    red, breaks = report["entrants"]
-    assert (red["name"], red["seeds"], red["images"], breaks["seeds"]) == ("red", [0], 16, [])
+    rows = {row["name"]: row for row in report["entrants"]}
+    red, breaks, drafted = (rows[name] for name in ("red", "breaks", "back-propagation"))
+    assert (red["seeds"], red["images"], breaks["seeds"]) == ([0], 16, [])
     assert breaks["unfinished"].startswith("seed 0: training failed, RuntimeError: the scorer's licence has expired")
     assert [flag["kind"] for flag in breaks["flags"]] == ["failed"]
     assert report["failures"][0]["entrant"] == "breaks"
     assert report["agreement"]["pictures"] == 4
     assert red["gains"]["redness"]["value"] != 0  # four updates teach little, but they were made
-    assert base.stat().st_mtime_ns == began
+    assert {path: path.stat().st_mtime_ns for path in began} == began  # nothing is done again
+    assert (drafted["seeds"], drafted["images"]) == ([0], 16)
+    assert drafted["gains"]["redness"]["value"] != 0
+    assert drafted["kl"] is None  # which is measured only where it holds something back
+    assert drafted["command"].startswith("python -m finetune.draft --config ")
     found = folder / "runs" / "red" / "seed0" / "findings.json"
     assert [(seen.look.updates, seen.look.images) for seen in Findings.read(found).seen] == [(2, 8), (4, 16)]
 
@@ -133,6 +143,30 @@ def test_every_policy_draws_from_the_same_noise(tmp_path, pipeline_folder):
     table = [json.loads(line) for line in (tmp_path / "0" / "pictures" / "metadata.jsonl").read_text().splitlines()]
     assert [line["text"] for line in table] == list(comparison.held_out)
     assert all((tmp_path / "0" / "pictures" / line["file_name"]).is_file() for line in table)
+
+
+def test_an_evaluator_that_fails_at_a_picture_costs_no_other_one(tmp_path, pipeline_folder):
+    """Nor what it had said: it is left out whole."""
+    comparison = comparison_of(tmp_path, pipeline_folder)
+    red, out = comparison.entrants[0], tmp_path / "findings.json"
+    flags = [*run_flags(comparison, red, 0, tmp_path / "unused"), "--per_device_eval_batch_size", "2"]
+    fails = Spec.of(FAILS, {"prompt": HELD_OUT[3]})
+
+    def judge(*specs):
+        looks = [Look(None), Look(None, 1)]
+        named = [spec.named for spec in specs]
+        run_job(EvaluationJob(red.command, flags, looks, named, comparison.held_out, 2, 0, str(out)))
+        return Findings.read(out)
+
+    alone = judge(red.spec)
+    found = judge(fails, red.spec)
+    assert found.failed == {fails.key: "the scorer's licence has expired"}
+    assert [list(seen.values) for seen in found.seen] == [[red.spec.key]] * 2
+    assert [seen.values for seen in found.seen] == [seen.values for seen in alone.seen]
+    out.unlink()
+    with pytest.raises(ValueError, match="licence has expired"):
+        judge(fails)
+    assert not out.exists()
 
 
 def checkpoints(folder, updates):
@@ -229,4 +263,3 @@ def test_the_last_words_of_a_log(tmp_path):
     assert last_words(tmp_path / "log.txt", 2) == "it is broken; mend it (exit status 2)"
     (tmp_path / "log.txt").write_text("")
     assert last_words(tmp_path / "log.txt", -9) == "it said nothing (exit status -9)"
-    assert Failure("training", "x", "y").said == "x"

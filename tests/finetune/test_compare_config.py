@@ -125,6 +125,7 @@ def test_back_propagation_is_an_entrant_too(tmp_path, pipeline_folder):
         ({"decide_by": "redness"}, "is trained on by red, so.*; decide by one of satisfied, blue$"),
         ({"evaluators": {"x": "tests.rl.toy_rewards:Rednes"}}, "has no attribute Rednes"),
         ({"evaluators": {"x": {"reward": REDNESS, "weight": 1}}}, "unknown key 'weight'"),
+        ({"overlay": {"reward": REDNESS, "term": "red"}}, "overlay has a term; it shows maps"),
         ({"evaluators": {"base": REDNESS}}, "'base' is the policy before training"),
         ({"overlay": {"reward": "nowhere:Nothing"}}, "there is no module nowhere"),
         ({"common": {"seed": 3}}, "changes seed, which is the same for all.*comparison's seeds says it"),
@@ -167,6 +168,12 @@ def test_names_that_cannot_be_told_apart(tmp_path, pipeline_folder):
     config.write_text("entrants:\n  a: {config: x}\n  a: {config: y}\n")
     with pytest.raises(ValueError, match="the key `a` is given twice"):
         parse_arguments([CompareArguments], ["--config", str(config)])
+
+
+def test_an_upper_bound_is_one_or_is_none(tmp_path, pipeline_folder):
+    wrong = entrant(tmp_path, pipeline_folder) | {"upper_bound": "false"}
+    with pytest.raises(ValueError, match="upper_bound is 'false'; it is true or false"):
+        comparison_of(tmp_path, pipeline_folder, entrants={"a": wrong})
 
 
 def test_time_needs_a_learning_rate_that_does_not_know_the_end(tmp_path, pipeline_folder):

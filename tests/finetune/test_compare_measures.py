@@ -101,4 +101,12 @@ def test_a_band_holds_each_looks_interval():
 
 
 def test_the_worst_prompt_is_the_one_on_which_anybody_lost_most():
-    assert rank_of_worst(np.array([[0.1, -0.3, 0.0], [0.2, 0.5, -0.9]])).tolist() == [2, 1, 0]
+    change = np.array([[0.1, -0.3, 0.0], [0.2, 0.5, -0.9]])
+    assert rank_of_worst(change, np.zeros((2, 3))).tolist() == [2, 1, 0]
+
+
+def test_prompts_alike_in_the_picture_shown_are_ordered_by_all_pictures():
+    """Yes or no of one picture says the same of many prompts."""
+    change = np.array([[0.0, -1.0, -1.0, 0.0], [1.0, -1.0, 0.0, 0.0]])
+    gains = np.array([[-0.9, 0.1, -0.4, 0.2], [0.0, 0.0, 0.0, -0.1]])
+    assert rank_of_worst(change, gains).tolist() == [2, 1, 0, 3]

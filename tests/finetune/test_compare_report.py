@@ -101,6 +101,18 @@ def test_three_files_say_the_same(reported, capsys):
     assert len(figures) == 3 * 3 * 3  # charts of curves, entrants, looks and their start
     assert all(figure in markdown for figure in figures)
     assert content["charts"][0]["bars"][0]["value"] == rows["red"]["gains"]["satisfied"]["value"]
+    grid = content["grid"]["rows"]
+    shown = sum(len(row["shown"]) for row in grid)
+    assert len(re.findall(r'alt="The same with its \w+ marked"', page)) == shown >= 4  # of one map each
+    assert all(f'alt="{row["prompt"]}, trained on red: satisfied ' in page for row in grid)
+    assert page.count("which it trains on") == 3  # red on redness; the judge on the whole and a term of itself
+    assert len(re.findall(r"[^*]\* \|", markdown)) == page.count("which it trains on")
+    assert page.count(content["command"]) == page.count("The command of these figures") - 1  # agreement has its own
+    for row in content["entrants"]:
+        assert unescape(page).count(row["command"]) == markdown.count(row["command"]) == 1
+        assert f'<td data-value="{row["kl"]}">' in page
+        assert f'<td data-value="{row["diversity"]}">' in page
+    assert "red (more red)" in markdown
     for said in ("within prompts", "across prompts", rows["red"]["command"], *HELD_OUT[:2]):
         assert said in markdown
     tables = [table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", markdown, flags=re.MULTILINE)]
@@ -165,6 +177,20 @@ def test_worst_cases_come_first(reported):
     worst = [next(shown["change"] for shown in row["shown"] if shown["policy"] == "red") for row in rows]
     assert worst == sorted(worst)  # red alone may win, so its losses count
     assert [shown["policy"] for shown in rows[0]["shown"]] == ["base", "red", "plain", "the judge"]
+
+
+def test_pictures_are_of_the_seed_that_most_have(reported):
+    folder = reported(leave_out={("plain", 0), ("plain", 1), ("red", 0)})
+    grid = json.loads((folder / "report.json").read_text())["grid"]
+    assert grid["seed"] == 2
+    assert grid["absent"] == []
+    shutil.rmtree(folder)
+    folder = reported(leave_out={("plain", 0), ("plain", 2), ("red", 1)})
+    grid = json.loads((folder / "report.json").read_text())["grid"]
+    assert (grid["seed"], grid["absent"]) == (0, ["plain"])
+    assert [shown["policy"] for shown in grid["rows"][0]["shown"]] == ["base", "red", "the judge"]
+    for name in ("report.html", "report.md"):
+        assert "Of plain there is no training of this seed yet" in (folder / name).read_text()
 
 
 def test_collapse_is_flagged_and_monitors_are_named(reported):
@@ -269,6 +295,8 @@ def test_an_entrant_is_shown_beside_what_it_starts_from(reported, tmp_path, pipe
 def test_figures_as_text():
     assert signed(0.1234) == "+0.123"
     assert signed(-0.5) == "\N{MINUS SIGN}0.500"
+    assert (signed(0.00641), signed(-0.00041), signed(0.0)) == ("+0.00641", "\N{MINUS SIGN}0.000410", "+0.000")
+    assert (signed(1e-9), signed(-1234.5)) == ("+0.000000", "\N{MINUS SIGN}1,234.500")
     assert figure(5120, 0) == "5,120"
     assert figure(None) == signed(None) == chance(None) == "\N{EN DASH}"
     assert (chance(0.0004), chance(0.04)) == ("p < 0.001", "p 0.040")
@@ -290,8 +318,19 @@ head.querySelector("button").click(); const down = order(), saidDown = head.getA
 head.querySelector("button").click(); const up = order(), saidUp = head.getAttribute("aria-sort");
 const first = document.querySelectorAll("#cross-table thead th")[0];
 first.querySelector("button").click();
+const other = head.getAttribute("aria-sort");
+const sorted = [...document.querySelectorAll("table.sortable")].map((table) =>
+  [...table.tHead.rows[0].cells].map((head, column) => {
+    const cells = () => [...table.tBodies[0].rows].map((row) => row.cells[column]);
+    const read = () => cells().map((cell) => cell.dataset.value ?? cell.textContent.trim());
+    const turn = (way) => {
+      do head.querySelector("button").click(); while (head.getAttribute("aria-sort") !== way);
+      return read();
+    };
+    return [turn("descending"), turn("ascending")];
+  }));
 const answer = {
-  told, before, down, up, saidDown, saidUp, other: head.getAttribute("aria-sort"),
+  told, sorted, before, down, up, saidDown, saidUp, other,
   width: document.documentElement.scrollWidth, screen: window.innerWidth,
   broken: [...document.images].filter((image) => !image.complete || image.naturalWidth === 0).length,
   drawn: [...document.querySelectorAll("svg")].map((svg) => svg.getBoundingClientRect().height),
@@ -351,12 +390,32 @@ def test_in_a_real_browser(reported, tmp_path):
     assert phone["down"] == sorted(phone["before"], reverse=True) != phone["up"]
     assert phone["up"] == sorted(phone["before"])
     assert (phone["saidDown"], phone["saidUp"], phone["other"]) == ("descending", "ascending", "none")
+    assert_every_column_sorts(phone["sorted"])
     dark = in_browser(page, tmp_path, 1200, "--blink-settings=preferredColorScheme=0")
     assert dark["told"] == []
     assert dark["width"] <= 1200
     assert (phone["paper"], phone["ink"]) == ("rgb(250, 250, 248)", "rgb(29, 33, 41)")
     assert (dark["paper"], dark["ink"]) == ("rgb(20, 23, 28)", "rgb(230, 233, 239)")
     assert_every_part_is_painted(page, tmp_path, dark, (20, 23, 28), "--blink-settings=preferredColorScheme=0")
+
+
+def assert_every_column_sorts(tables):
+    """Both ways, numbers and texts; what is not there comes last each time."""
+    assert len(tables) >= 7
+    columns = [column for table in tables for column in table]
+    assert any("" in down for down, _ in columns)
+    assert any(not is_number(value) for down, _ in columns for value in down if value)
+    for down, up in columns:
+        there = [value for value in down if value]
+        key = float if all(map(is_number, there)) else str.casefold
+        blanks = [""] * (len(down) - len(there))
+        assert up == sorted(there, key=key) + blanks
+        assert [*map(key, there)] == sorted(map(key, there), reverse=True)
+        assert down == there + blanks
+
+
+def is_number(text):
+    return re.fullmatch(r"[-+0-9.e]+", text) is not None
 
 
 def assert_every_part_is_painted(page, folder, found, paper, *flags):

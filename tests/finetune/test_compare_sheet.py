@@ -40,11 +40,16 @@ def only_sheet(comparison):
     return sheet
 
 
+def key_of(comparison, sheet):
+    return comparison.folder / "sheet_keys" / f"{sheet.name}.json"
+
+
 def test_a_sheet_is_blind_and_comes_back_as_win_rates(compared):
     comparison, command = compared
     command("--sheet", "true")
     sheet = only_sheet(comparison)
-    key = json.loads((sheet / "key.json").read_text())
+    key = json.loads(key_of(comparison, sheet).read_text())
+    assert {file.name for file in sheet.iterdir()} == {"answers.csv", "sheet.html"}  # the key is apart
     page = (sheet / "sheet.html").read_text()
     assert sorted(row["prompt"] for row in key) == sorted(HELD_OUT)
     assert Counter(frozenset((row["one"], row["other"])) for row in key) == {
@@ -75,8 +80,8 @@ def test_another_sheet_leaves_answers_and_what_they_were_given_to(compared, tmp_
     comparison, command = compared
     command("--sheet", "true")
     first = only_sheet(comparison)
-    kept = {name: (first / name).read_bytes() for name in ("key.json", "sheet.html")}
-    answers = ["left" if row["left"] == "red" else "right" for row in json.loads(kept["key.json"])]
+    kept = {file: file.read_bytes() for file in (key_of(comparison, first), first / "sheet.html")}
+    answers = ["left" if row["left"] == "red" else "right" for row in json.loads(kept[key_of(comparison, first)])]
     copy = tmp_path / "answers of a rater.csv"
     copy.write_bytes((first / "answers.csv").read_bytes())  # nothing is filled in beside the key
     fill_in(copy, answers)
@@ -84,7 +89,7 @@ def test_another_sheet_leaves_answers_and_what_they_were_given_to(compared, tmp_
 
     command("--sheet", "true", "--sheet_pairs", "plain/base")
     (second,) = set((comparison.folder / "sheet").iterdir()) - {first}
-    assert {name: (first / name).read_bytes() for name in kept} == kept
+    assert {file: file.read_bytes() for file in kept} == kept
     assert read_answers(comparison, copy) == said
     assert {row["one"] for row in read_answers(comparison, copy)} == {"red"}
     both = tmp_path / "both.csv"
@@ -190,7 +195,7 @@ def test_there_must_be_a_sheet_and_pairs_must_be_pairs(compared):
         with pytest.raises(ValueError, match=f"'{pair}' is no pair"):
             command("--sheet", "true", "--sheet_pairs", pair)
     command("--sheet", "true", "--sheet_pairs", "plain/the judge")
-    key = json.loads((only_sheet(comparison) / "key.json").read_text())
+    key = json.loads(key_of(comparison, only_sheet(comparison)).read_text())
     assert {frozenset((row["left"], row["right"])) for row in key} == {frozenset(("plain", "the judge"))}
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from finetune.compare.measures import difference
-from finetune.compare.verdict import Flag, Standing, compare_pairs, correct, decide, flags_of, in_words
+from finetune.compare.measures import Difference, difference
+from finetune.compare.verdict import Flag, Pair, Standing, compare_pairs, correct, decide, flags_of, in_words
 
 
 def gains(mean, seeds=3, prompts=40, number=0, noise=0.05):
@@ -93,6 +93,37 @@ def test_gamed_and_collapsing_cannot_win():
     assert any(line.startswith("empty is out: collapsing") for line in verdict.sentences)
 
 
+def test_a_small_fall_is_a_price_and_a_deep_one_is_gaming():
+    """-0.2 is half a standard deviation of 0.4, and a tenth of one of 2."""
+    fell = standing("fell", -0.2, own=0.5)
+    (flag,) = flags_of(fell, {"judge": 2.0}, own_spread=1.0)
+    assert (flag.kind, flag.rules_out) == ("at a price", False)
+    assert "others fell a little: judge -0." in flag.text
+    assert standing("fell", -0.2, flags=[flag]).sound
+    two = replace(fell, gains={"judge": fell.gains["judge"], "taste": fell.gains["judge"]},
+                  corrected=dict.fromkeys(("judge", "taste"), 0.001))  # fmt: skip
+    (flag,) = flags_of(two, {"judge": 2.0, "taste": 0.4}, own_spread=1.0)
+    assert flag.kind == "gamed"
+    assert "taste" in flag.text
+    assert "judge" not in flag.text
+
+    dear = standing("dear", 0.2, flags=[replace(flag, kind="at a price")])
+    verdict = decide([dear, standing("out", 0.5, flags=[flag])], pairs({"dear": 0.2}), "judge")
+    assert verdict.winners == ["dear"]
+    assert any(line.startswith("dear, at a price: ") for line in verdict.sentences)
+    (out,) = [line for line in verdict.sentences if line.startswith("out is out: gamed; ")]
+    assert "(in judge +0." in out  # it may lead the table
+
+
+def test_where_only_the_correction_hides_a_difference_both_chances_are_said():
+    less = Difference(0.03, 0.01, 0.05, 0.009, 5, 256, more_seeds=16, smallest=0.02)
+    assert in_words(Pair("a", "b", less, 0.19)) == (
+        "a less b: +0.03 (+0.01 .. +0.05; p 0.009 by itself, 0.19 corrected): no difference can be shown; about 16 "
+        "more seeds would be needed to show one of 0.02."
+    )
+    assert in_words(Pair("a", "b", less, 0.02)) == "a less b: +0.03 (+0.01 .. +0.05; p 0.02): the difference is shown."
+
+
 def test_a_fall_is_corrected_for_the_number_of_evaluators():
     fell = standing("fell", -0.2, own=0.5, corrected={"judge": 0.02})
     assert flags_of(fell, {"judge": 0.4}, own_spread=1.0)
@@ -136,7 +167,8 @@ def test_no_gain_shown_and_nobody_left():
     verdict = decide([small], [], "judge")
     assert verdict.headline == "None of these: no gain in judge is shown."
     assert (
-        verdict.sentences[1] == f"Luck may give as much; {small.gains['judge'].more_seeds} more seeds would be needed."
+        verdict.sentences[1] == f"Luck may give as much; about {small.gains['judge'].more_seeds} more seeds would be "
+        "needed to show one of this size."
     )
     below = decide([standing("nil", -0.1)], [], "judge")
     assert len(below.sentences) == 1  # no number of seeds makes a loss a gain
@@ -144,7 +176,7 @@ def test_no_gain_shown_and_nobody_left():
                       flags=[Flag("failed", "seed 1: training failed")])  # fmt: skip
     verdict = decide([failed], [], "judge")
     assert verdict.headline.startswith("None of these")
-    assert "it is out: failed; seed 1: training failed." in verdict.sentences
+    assert "it is out: failed; seed 1: training failed (in judge +0.201)." in verdict.sentences
     nothing = replace(failed, flags=[], failed=False, seeds=[])
     assert decide([nothing], [], "judge").headline == "No verdict yet: no training is finished."
     waiting = standing("it", 0.2, unfinished="no training yet of seed 2")

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from finetune.compare.evaluate import EvaluationJob, Findings, Look, Seen
 from finetune.compare.folder import run_folder
+from finetune.compare.report import build
 from finetune.compare.results import read_results
 from finetune.compare.rewards import Spec
 from finetune.compare.runs import Failure, Step, Work, read_failures, read_outcome
@@ -99,7 +100,7 @@ def test_entrants_that_are_added_have_base_and_agreement_asked_anew(make_work, m
 
 
 def test_an_entrant_whose_reward_cannot_judge_the_base_fails_alone(make_work, monkeypatch):
-    """All rewards at once, then by themselves; its trainings are failures, the others are trained."""
+    """Its trainings are failures, the others are trained."""
     work, asked = make_work(seeds=[0, 1], overlay={}), []
     specs = {one.name: one.spec for one in work.comparison.entrants}
     names = {spec.key: name for name, spec in specs.items()}
@@ -110,17 +111,18 @@ def test_an_entrant_whose_reward_cannot_judge_the_base_fails_alone(make_work, mo
         job = EvaluationJob.read(Path(step.command[1]))
         keys = [Spec(tuple(map(tuple, named))).key for named in job.specs]
         asked.append([names[key] for key in keys])
-        if specs["plain"].key in keys:
+        failed = {specs["plain"].key: "no such model"}
+        if set(keys) == set(failed):
             return Failure(step.name, "no such model", str(step.log))
-        values = {key: {"": [[0.5, 0.5]] * 6, "satisfied": [[1.0, 0.0]] * 6} for key in keys}
+        values = {key: {"": [[0.5, 0.5]] * 6, "satisfied": [[1.0, 0.0]] * 6} for key in keys if key not in failed}
         known = Findings.read(Path(job.out)).seen[0].values if Path(job.out).is_file() else {}
         seen = Seen(Look(None), {**known, **values}, [0.1] * 6, [[0.1, 0.1]] * 6)
-        Path(job.out).write_text(json.dumps(asdict(Findings(list(job.prompts), [seen]))))
+        Path(job.out).write_text(json.dumps(asdict(Findings(list(job.prompts), [seen], failed))))
         return None
 
     monkeypatch.setattr(work, "_run", run)
     outcome = work.do()
-    assert asked == [["the judge", "red", "plain"], ["the judge", "red"], ["plain"]]
+    assert asked == [["the judge", "red", "plain"]]
     said = {key: failure.said for key, failure in outcome.failures.items()}
     assert said == {(name, seed): "no such model" if name == "plain" else "not now"
                     for name in specs for seed in (0, 1)}  # fmt: skip
@@ -192,6 +194,47 @@ def test_what_a_training_says_of_itself_is_kept_when_it_is_judged(make_work, mon
     assert work.train_and_judge(red, 0)[0] is None
     facts = {"kl": 2e-4, "monitors": [], "wall_seconds": 6.0, "code": "abc"}
     assert json.loads((folder / "facts.json").read_text()) == facts
+
+
+def test_a_reward_that_fails_on_a_tuned_policy_is_named_and_asked_again(make_work, monkeypatch, tmp_path):
+    """Others keep their columns; the entrant cannot win, and the next start judges it again."""
+    work = make_work(seeds=[0, 1, 2])
+    comparison = work.comparison
+    Figures(comparison, {"red": {"satisfied": 0.1, "blue": 0.1, "redness": 0.2}}, noise=0.01).write()
+    red = comparison.entrants[0]
+    folder, marker = run_folder(comparison, red, 1), {"processor_seconds": 5.0}
+    for checkpoint in run_folder(comparison, red, 0).parent.glob("*/checkpoint-2/complete.json"):
+        checkpoint.write_text(json.dumps(json.loads(checkpoint.read_text()) | marker))
+    whole = (folder / "findings.json").read_text()
+    (folder / "findings.json").unlink()
+    (folder / "finished.json").write_text("{}")
+
+    def run(step, gpu=None):
+        job = EvaluationJob.read(Path(step.command[1]))
+        found = json.loads(whole)
+        for seen in found["seen"]:
+            del seen["values"][red.spec.key]
+        Path(job.out).write_text(json.dumps(found | {"failed": {red.spec.key: "no licence"}}))
+
+    monkeypatch.setattr(work, "_run", run)
+    outcome = work.train_all()
+    (failure,) = outcome.failures.values()
+    assert (failure.step, failure.said) == ("evaluation by redness", "no licence")
+    assert read_failures(comparison) == outcome.failures
+    results = read_results(comparison, outcome.failures)
+    assert list(results[0].gains("satisfied")) == [0, 1, 2]
+    assert list(results[0].gains("redness")) == [0, 2]
+    content, verdict = build(comparison, results, None, None, ["python"])
+    row = next(row for row in content["entrants"] if row["name"] == "red")
+    assert row["gains"]["satisfied"]["seeds"] == 3
+    assert row["gains"]["redness"]["seeds"] == row["own"]["seeds"] == 2
+    assert row["unfinished"] == "seed 1: evaluation by redness failed, no licence"
+    assert verdict.winners == []
+    assert "NaN" not in json.dumps({name: content[name] for name in ("entrants", "pairs", "verdict")})
+
+    monkeypatch.setattr(work, "_run", lambda step, gpu=None: (folder / "findings.json").write_text(whole) and None)
+    assert not work.train_all().failures
+    assert read_failures(comparison) == {}
 
 
 def test_which_code_trains_is_noted(make_work, monkeypatch):

@@ -1,5 +1,6 @@
 import shutil
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -36,6 +37,37 @@ def test_every_part_of_a_pipeline_counts(pipeline_folder, tmp_path):
     (copy / "samples").mkdir()
     (copy / "samples" / "notes.json").write_text("{}")
     assert fingerprint(copy) in seen
+
+
+@pytest.mark.parametrize("name", ["ImageReward.pt", "sac+logos+ava1-l14-linearMSE.pth", "HPS_v2.bin"])
+def test_a_single_file_of_weights_counts_and_so_does_its_folder(tmp_path, name):
+    file = tmp_path / name
+    file.write_bytes(b"these")
+    settings = [{"kwargs": {"model": str(file)}}, str(tmp_path)]
+    before = weights_of(settings)
+    assert list(before) == [f"weights of {file}", f"weights of {tmp_path}"]
+    assert weights_of(settings) == before
+    file.write_bytes(b"other")
+    after = weights_of(settings)
+    assert after.keys() == before.keys()
+    assert all(after[place] != before[place] for place in before)
+
+
+def test_what_a_trainer_goes_on_from_does_not_count(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    before = fingerprint(tmp_path)
+    for name in ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_1.pth", "training_args.bin"):
+        (tmp_path / name).write_bytes(b"of this run")
+    assert fingerprint(tmp_path) == before
+
+
+def test_a_folder_without_pickles_keeps_the_digits_that_results_hold(tmp_path):
+    (tmp_path / "config.json").write_bytes(b"{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "spiece.model").write_bytes(b"words")
+    (tmp_path / "README.md").write_bytes(b"not counted")
+    assert fingerprint(tmp_path) == "f275c853289d"
 
 
 def test_settings_that_say_nothing_of_weights_are_taken_for_those_of_now():

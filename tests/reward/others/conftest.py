@@ -29,11 +29,11 @@ def make_clip_tokenizer(folder):
     return CLIPTokenizer(str(files / "vocab.json"), str(files / "merges.txt"), model_max_length=16)
 
 
-def make_clip(tokenizer, **vision):
-    """A CLIP whose cosines spread: larger weights than those it is initialised with."""
+def make_clip(tokenizer, length=16, **vision):
+    """A CLIP whose cosines spread: larger weights than those it is initialised with. It reads `length` tokens."""
     text = {
         "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "max_position_embeddings": 16, "eos_token_id": 1, "bos_token_id": 0,
+        "num_attention_heads": 2, "max_position_embeddings": length, "eos_token_id": 1, "bos_token_id": 0,
         "pad_token_id": 1, "projection_dim": 8, "hidden_act": "gelu",
     }  # fmt: skip
     vision = {

@@ -6,6 +6,7 @@ from transformers import BertTokenizer
 from reward.draw import to_image
 from reward.feedback import check_reward
 from reward.others import ImageReward
+from reward.others.self_check import KNOWN, self_check
 from tests.reward.others.blip_by_hand import ImageRewardByHand
 from tests.reward.others.conftest import PROMPTS, WORDS, make_image_processor, spread
 
@@ -61,6 +62,13 @@ def test_gradients_reach_the_images(bert_folder, file, images):
     images.requires_grad_()
     ImageReward(file, bert_folder)(images, PROMPTS).total.sum().backward()
     assert (images.grad.abs().sum((1, 2, 3)) > 0).all()
+
+
+def test_the_self_check_finds_untrained_weights_and_their_other_size(bert_folder, file):
+    *order, size = self_check(ImageReward(file, bert_folder), KNOWN["imagereward"]).wrong
+    assert any("the weights are not whole" in said for said in order)
+    assert "its preprocessing is 32 x 32 by crop of 32" in size
+    assert "that of the published model is 224 x 224 by crop of 224" in size
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,12 @@ def test_noise_is_worth_more_than_nothing(images):
     assert noise > 3 * nothing
 
 
+def test_it_lies_between_one_colour_and_noise_as_its_docstring_says():
+    noise = torch.rand(3, 512, 512, generator=torch.Generator().manual_seed(0))
+    sizes = JpegIncompressibility()(torch.stack([torch.full((3, 512, 512), 0.5), noise]), ["", ""]).total
+    assert sizes.tolist() == pytest.approx([5, 308], rel=0.1)
+
+
 def test_what_makes_no_sense_is_refused(images):
     with pytest.raises(ValueError, match=r"lies in 1\.\.100"):
         JpegIncompressibility(quality=0)

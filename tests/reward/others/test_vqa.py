@@ -15,6 +15,7 @@ from transformers import (
 from reward.draw import to_image
 from reward.feedback import check_reward
 from reward.others import VQAScore
+from reward.others.self_check import KNOWN, self_check
 from tests.reward.others.conftest import PROMPTS, WORDS, make_image_processor, spread
 
 QUESTION = "Does this show {prompt} ? yes or no"
@@ -97,6 +98,12 @@ def test_it_may_be_yes_against_no_and_the_template_given(folder, square, expecte
     score = VQAScore(folder, question=QUESTION, among="answers", answers=("No", "Yes"), template=template)
     no = expected[:, 4] / (expected[:, 3] + expected[:, 4])
     torch.testing.assert_close(score(square, PROMPTS).total, no, atol=1e-5, rtol=0)
+
+
+def test_the_self_check_finds_untrained_weights(folder):
+    scale, *order = self_check(VQAScore(folder, question=QUESTION), KNOWN["vqascore"]).wrong
+    assert "are not all between 0.5 and 1" in scale
+    assert order
 
 
 def test_a_nan_is_not_hidden(folder, square):
