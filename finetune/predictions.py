@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,8 @@ from reward.predict import RichFeedbackPredictor, check_finite
 logger = logging.getLogger(__name__)
 
 PART = 256
+AT_ONCE = 32
+"""Pictures of a part that are in memory together, or a batch if that is more: 256 of a camera's would not fit."""
 MAP_SIDE = 32
 _FACTS = b"rich_feedback"
 
@@ -94,15 +96,15 @@ class Store:
             on_picture: called with the number of pictures that are done.
 
         Raises:
-            ValueError: pictures that cannot be read, five of a part are named, or feedback of one that is NaN; parts
-                written before are kept.
+            ValueError: pictures that cannot be read, five of those read together are named, or feedback of one that is
+                NaN; parts written before are kept.
         """
         facts = {"word_threshold": predictor.word_threshold}
         for part in parts:
-            places = self.places(part)
-            entries = [self.pool.entries[place] for place in places]
-            images = read_pictures(self.pool, places)
-            rows = _predict(predictor, images, entries, batch_size, on_picture)
+            places, rows = self.places(part), []
+            for some in _in_runs(places, max(AT_ONCE, batch_size)):
+                entries = [self.pool.entries[place] for place in some]
+                rows += _predict(predictor, read_pictures(self.pool, some), entries, batch_size, on_picture)
             table = pa.Table.from_pylist(rows, schema=_schema(len(rows[0]["features"])))
             table = table.replace_schema_metadata({_FACTS: json.dumps(facts).encode()})
             sink = pa.BufferOutputStream()
@@ -159,6 +161,10 @@ def feedback_place(pictures: str | Path, folder: str | Path | None = None) -> Pa
         return Path(folder)
     place = Path(os.path.abspath(pictures))  # `.` has no name of its own
     return place.with_name(place.name + "_feedback")
+
+
+def _in_runs(places: range, most: int) -> Iterator[range]:
+    return (places[first : first + most] for first in range(0, len(places), most))
 
 
 def _predict(

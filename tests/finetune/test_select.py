@@ -102,6 +102,24 @@ def test_predictions_are_the_predictors_own(given, predictor):
         assert stored.maps["implausibility"][place].mean() / 255 == pytest.approx(mean, abs=4e-3)
 
 
+def test_few_pictures_are_in_memory_at_once(given, predictor, monkeypatch):
+    """Six pictures of a part, two at a time; the feedback is the same in its order."""
+    pool, read = select.open_pool(given["pictures"]), []
+    monkeypatch.setattr(
+        predictions, "read_pictures", lambda pool, some: read.append(list(some)) or read_pictures(pool, some)
+    )
+    predictions.Store(pool, given["model"]).predict([0], predictor, batch_size=2)
+    whole = predictions.Store(pool, given["model"]).load()
+    assert read.pop() == [0, 1, 2, 3, 4, 5]
+    monkeypatch.setattr(predictions, "AT_ONCE", 2)
+    predictions.Store(pool, given["model"]).predict([0], predictor, batch_size=2)
+    assert read == [[0, 1], [2, 3], [4, 5]]
+    apart = predictions.Store(pool, given["model"]).load()
+    assert apart.names == whole.names
+    for name, values in whole.values.items():
+        assert apart.values[name] == pytest.approx(values, abs=1e-5)
+
+
 def test_only_what_changed_is_predicted_anew(given, monkeypatch):
     monkeypatch.setattr(predictions, "PART", 2)
     assert command(*flags(**given)) == 0
