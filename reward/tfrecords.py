@@ -20,6 +20,7 @@ CUT_OFF = "cut off by the end of the file"
 _POLYNOMIAL = 0x82F63B78  # CRC-32C (Castagnoli), bits reversed
 _BLOCK = 4096
 _HEAD, _TAIL = 12, 4
+_LFS = b"version http"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def read_frames(path: str | Path) -> Iterator[Frame]:
     A frame whose data are damaged, and a last one that is cut off, come with their `problem`.
 
     Raises:
-        ValueError: there is no such file, or a frame's length is damaged: where the next frame begins is then unknown.
+        ValueError: there is no such file, or Git LFS's pointer in its place; or a frame's length is damaged: where the
+            next frame begins is then unknown.
     """
     path = Path(path)
     if not path.is_file():
@@ -59,6 +61,11 @@ def read_frames(path: str | Path) -> Iterator[Frame]:
                 return
             length, checksum = struct.unpack("<QI", head)
             if checksum != masked_crc32c(head[:8]):
+                if index == 0 and head == _LFS:
+                    raise ValueError(
+                        f"{path} is a pointer of Git LFS, not the file itself; get that by `git lfs install` and then "
+                        "`git lfs pull` in its folder"
+                    )
                 what = f"is damaged at byte {offset} (record {index})"
                 if index == 0:  # one flipped bit, and a file of another kind, look the same here
                     what = f"is no TFRecord file, or {what}"

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from reward.augmentation import SIDED_WORDS, Augmentation
 from reward.feedback import HEATMAPS, SCORES
 from reward.rahf_config import LOSS_SETTINGS, check_options
-from reward.training_arguments import check_deepspeed_settings, check_training_arguments
+from reward.training_arguments import check_deepspeed_settings, check_one_gpu, check_training_arguments
 
 _MODEL_SETTINGS = (
     "variant", "heatmap_head", "score_head", "words", "head_width", "image_pooling", "max_text_length", "image_mean",
@@ -166,6 +166,7 @@ class RahfTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} must be {str(value).lower()}: {why}")
         check_deepspeed_settings(self.deepspeed)
         super().__post_init__()
+        check_one_gpu(self, "-m reward.train")
         if self.label_names is not None:
             raise ValueError(
                 f"label_names is {self.label_names}; leave it out: what RAHF learns from has its own names"

@@ -18,6 +18,23 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from transformers.utils.generic import strtobool
 
 
+def check_one_gpu(args: TrainingArguments, command: str) -> None:
+    """Complain if this process sees several GPUs: Trainer would give each a batch, and say nothing.
+
+    Args:
+        command: what `accelerate launch` is to start, for the message.
+
+    Raises:
+        ValueError: it does.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"this process sees {args.n_gpu} GPUs, and would spread its batches over them by torch's DataParallel, so "
+            "that batch sizes would not be what they are set to; start one process a GPU: accelerate launch "
+            f"--config_file configs/accelerate/multi_gpu.yaml {command} ..., or show it one: CUDA_VISIBLE_DEVICES=0"
+        )
+
+
 def check_deepspeed_settings(setting: object) -> None:
     """Complain about DeepSpeed's settings, before anything of DeepSpeed is started.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import SchedulerType, TrainingArguments
 
+from reward.training_arguments import check_one_gpu
 from rl.adapter import require
 
 if TYPE_CHECKING:
@@ -55,12 +56,7 @@ def check_names(args: "PolicyConfig") -> None:
 
 
 def check_engine(args: "PolicyConfig") -> None:
-    require(
-        args.n_gpu <= 1,
-        f"this process sees {args.n_gpu} GPUs, and would spread its batches over them by torch's DataParallel, "
-        "which does not fit rollouts; start one process a GPU: accelerate launch --config_file "
-        f"configs/accelerate/multi_gpu.yaml {args.command} ..., or show it one: CUDA_VISIBLE_DEVICES=0",
-    )
+    check_one_gpu(args, args.command)
     require(
         not args.torch_compile,
         "torch_compile would compile the whole network as one, and for the training only; use torch_compile_unet, "

@@ -4,7 +4,7 @@
     reward_kwargs: {model: yuvalkirstain/PickScore_v1, processor: laion/CLIP-ViT-H-14-laion2B-s32B-b79K}
 
 Models are loaded from a local folder or the hub, when they are first used; a weighted sum of several rewards is
-`rewards:` in a YAML (`reward.by_name`). What each gives to two pictures whose prompts are known:
+`rewards:` in a YAML (`reward.by_name`). What each gives to four drawings whose prompts are known, and to noise:
 
     python -m reward.others --self_check --reward pickscore --model DIR
 

@@ -76,6 +76,10 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "x").write_text("This is a text, not a TFRecord file.")
     with pytest.raises(ValueError, match="is no TFRecord file"):
         list(read_frames(tmp_path / "x"))
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / "pointer").write_text(pointer)
+    with pytest.raises(ValueError, match=r"is a pointer of Git LFS.*`git lfs pull` in its folder"):
+        list(read_frames(tmp_path / "pointer"))
     with pytest.raises(ValueError, match="there is no TFRecord file"):
         list(read_frames(tmp_path / "nowhere"))
 

@@ -205,6 +205,12 @@ def test_wrong_settings_are_named(command, settings, message):
         train.main(command("out", **settings))
 
 
+def test_several_gpus_are_not_shared_among_by_dataparallel(command, monkeypatch):
+    monkeypatch.setattr(train.RahfTrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"sees 2 GPUs.*accelerate launch .* -m reward\.train"):
+        train.main(command("out"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -536,7 +536,7 @@ def readmes_runs():
 def test_readmes_commands_for_several_gpus_divide(monkeypatch):
     """Two updates a rollout, as on one GPU, and as in the run of ddpo-pytorch that one of them stands for."""
     commands = list(readmes_runs())
-    assert len(commands) == 2
+    assert len(commands) == 3
     for launcher, flags in commands:
         file = yaml.safe_load((ROOT / launcher[launcher.index("--config_file") + 1]).read_text())
         named = "--num_processes" in launcher
