@@ -14,8 +14,7 @@ import torch
 
 from finetune.choices import Choices
 from finetune.planted_defects import DEFECTS
-from finetune.pool import Pool
-from finetune.predictions import read_pictures
+from finetune.pool import Pool, read_pictures
 from finetune.small_changes import ASKED_AGAIN, CHANGES
 from reward.feedback import Reward, RewardFn
 from rl.scoring import score

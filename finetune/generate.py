@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
+from rich.console import Console
+from tqdm.auto import tqdm
 
 from finetune.files import holds_files, write_whole
 from finetune.fingerprints import weights_of, with_weights
@@ -205,6 +208,28 @@ class Generation:
                 f"pictures {self.folder} holds other files, and `policy` would draw into it; give another folder, or "
                 "leave out `policy` to choose from what is there"
             )
+
+
+def draw_missing(drawing: Generation, state: PartialState, console: Console) -> None:
+    """Draw what is not there yet, shared among the processes."""
+    batches = drawing.missing(state.process_index, state.num_processes)
+    policy = drawing.settings.load().to(state.device) if batches else None  # one that does not load claims no folder
+    with state.main_process_first():  # whose the folder is stands there before anyone draws
+        if state.is_main_process:
+            drawing.claim()
+    if batches:
+        console.print(f"[bold]drawing[/] {len(drawing)} pictures")
+        with shared_bar(sum(map(len, batches)), state) as bar:
+            drawing.draw(batches, policy, bar.update)
+    state.wait_for_everyone()
+    if state.is_main_process and not (drawing.folder / TABLE).is_file():
+        drawing.finish()
+    state.wait_for_everyone()
+
+
+def shared_bar(total: int, state: PartialState) -> tqdm:
+    """Of this process's share; the main process's is shown."""
+    return tqdm(total=total, disable=not state.is_main_process, dynamic_ncols=True, unit="picture")
 
 
 def _as_json(facts: Mapping[str, Any]) -> str:

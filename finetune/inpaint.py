@@ -49,8 +49,8 @@ from reward.draw import caption, grid, heatmap_image, overlay, to_image  # noqa:
 from reward.feedback import Reward, RewardFn  # noqa: E402
 from reward.predict import read_prompts  # noqa: E402
 from reward.sources import Columns, Picture, Source, open_source  # noqa: E402
-from rl.ddpo_checks import warn_of_ignored  # noqa: E402
 from rl.pipelines import check_pipeline_folder  # noqa: E402
+from rl.policy_checks import warn_of_ignored  # noqa: E402
 from rl.rollout import keyed_generator  # noqa: E402
 from rl.scoring import score  # noqa: E402
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from finetune import run_arguments
 from reward.by_name import NamedReward, check_reward_name, find_attribute, make_reward, read_named_rewards
@@ -84,3 +85,15 @@ def _refuse(name: str) -> None:
         f"the reward {name} is not differentiable, so its gradient cannot guide; give one whose `differentiable` is "
         "true, such as reward.rich:RichReward"
     )
+
+
+def split_terms(entries: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Rewards as a YAML names them, without the `term` that is asked for in place of the objective; and these terms, by
+    the rewards' names."""
+    bare, terms = {}, {}
+    for name, entry in entries.items():
+        if isinstance(entry, Mapping) and "term" in entry:
+            terms[name] = str(entry["term"])
+            entry = {key: value for key, value in entry.items() if key != "term"}
+        bare[name] = entry
+    return bare, terms

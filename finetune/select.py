@@ -24,14 +24,13 @@ import diffusers
 import transformers
 from accelerate import PartialState
 from rich.console import Console
-from tqdm.auto import tqdm
 
 transformers.logging.set_verbosity_error()  # says on import what does not concern us
 transformers.logging.disable_progress_bar()
 diffusers.logging.disable_progress_bar()
 
 from finetune.files import holds_files, is_within, replaced_parts  # noqa: E402
-from finetune.generate import TABLE, Generation, GenerationArguments  # noqa: E402
+from finetune.generate import TABLE, Generation, GenerationArguments, draw_missing, shared_bar  # noqa: E402
 from finetune.pool import Pool, open_pool, suffix_of  # noqa: E402
 from finetune.predictions import Predictions, Store, feedback_place  # noqa: E402
 from finetune.rule_reading import read_rules  # noqa: E402
@@ -129,23 +128,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     state.destroy_process_group()
 
 
-def draw_missing(drawing: Generation, state: PartialState, console: Console) -> None:
-    """Draw what is not there yet, shared among the processes."""
-    batches = drawing.missing(state.process_index, state.num_processes)
-    policy = drawing.settings.load().to(state.device) if batches else None  # one that does not load claims no folder
-    with state.main_process_first():  # whose the folder is stands there before anyone draws
-        if state.is_main_process:
-            drawing.claim()
-    if batches:
-        console.print(f"[bold]drawing[/] {len(drawing)} pictures")
-        with _bar(sum(map(len, batches)), state) as bar:
-            drawing.draw(batches, policy, bar.update)
-    state.wait_for_everyone()
-    if state.is_main_process and not (drawing.folder / TABLE).is_file():
-        drawing.finish()
-    state.wait_for_everyone()
-
-
 def predict_missing(store: Store, arguments: SelectArguments, state: PartialState, console: Console) -> None:
     """Predict what is not there yet, shared among the processes."""
     parts = store.missing(state.process_index, state.num_processes)
@@ -153,7 +135,7 @@ def predict_missing(store: Store, arguments: SelectArguments, state: PartialStat
         count = sum(map(len, map(store.places, parts)))
         console.print(f"[bold]predicting[/] the rich feedback of {len(store.pool.entries)} pictures")
         predictor = RichFeedbackPredictor.from_pretrained(arguments.model, state.device)
-        with _bar(count, state) as bar:
+        with shared_bar(count, state) as bar:
             store.predict(parts, predictor, arguments.prediction_batch_size, bar.update)
     state.wait_for_everyone()
 
@@ -223,11 +205,6 @@ def _free_name(wanted: Path, taken: set[str]) -> str:
         name = str(wanted.with_stem(f"{wanted.stem}-{number}"))
     taken.add(name)
     return name
-
-
-def _bar(total: int, state: PartialState) -> tqdm:
-    """Of this process's share; the main process's is shown."""
-    return tqdm(total=total, disable=not state.is_main_process, dynamic_ncols=True, unit="picture")
 
 
 if __name__ == "__main__":

@@ -95,5 +95,10 @@ class SftConfig(PolicyConfig):
             not self.auto_find_batch_size,
             "auto_find_batch_size would start the run anew; set a smaller per_device_train_batch_size instead",
         )
+        require(
+            not (self.deepspeed and self.hf_deepspeed_config.is_zero3()),
+            "ZeRO-3 is not supported: it has not been tried here; ZeRO-2 shards gradients and optimizer: use "
+            "configs/deepspeed/zero2.json",
+        )
         if not self.weight_by:
             warn_of_ignored(self, ("weight_temperature",), "there is no weight_by")

@@ -141,5 +141,5 @@ def print_costs(console: Console, costs: Mapping[str, float]) -> None:
             name.removesuffix("_mib").removesuffix("seconds").replace("_", " ").strip() or "all", shown + unit
         )
     console.print(table)
-    hours, seconds = divmod(costs["seconds"], 3600)
-    console.print(f"the whole run: about {hours:.0f} h {seconds / 60:.0f} min on each process")
+    hours, minutes = divmod(round(costs["seconds"] / 60), 60)
+    console.print(f"the whole run: about {hours} h {minutes} min on each process")

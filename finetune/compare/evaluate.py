@@ -6,7 +6,9 @@
 finds is one file, written when it is whole. Every policy draws from the same noise.
 """
 
+import io
 import json
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -33,6 +35,8 @@ from rl.checkpoints import complete_checkpoints, read_marker  # noqa: E402
 from rl.evaluate import TRAINING_REWARD, Evaluation, evaluate  # noqa: E402
 from rl.policy_config import PolicyConfig  # noqa: E402
 from rl.scoring import score  # noqa: E402
+
+logger = logging.getLogger(__name__)
 
 TABLE = "metadata.jsonl"
 _DIGITS = 6
@@ -149,8 +153,7 @@ def run_job(job: EvaluationJob) -> None:
                 guidance_scale=args.guidance_scale, batch_size=args.per_device_eval_batch_size,
                 reward_batch_size=args.reward_batch_size, on_images=keep or (lambda numbers, images: None),
             )  # fmt: skip
-        if failed := {key: reward.failed for key, reward in rewards.items() if reward.failed}:
-            print(*failed.values(), sep="\n", flush=True)
+        failed = {key: reward.failed for key, reward in rewards.items() if reward.failed}
         if len(failed) == len(rewards):
             raise ValueError(next(iter(failed.values())))
         seen.append(_seen(look, found, specs))
@@ -215,8 +218,9 @@ class _Excused:
     def _try(self, ask: Callable[[], Any]) -> Any:
         try:
             return ask()
-        except Exception as error:  # whatever it raises
+        except Exception as error:  # whatever it raises; its message may say little without the place
             self.failed = str(error) or type(error).__name__
+            logger.warning("a reward failed: %s", self.failed, exc_info=not isinstance(error, ValueError))
             return None
 
 
@@ -231,7 +235,9 @@ class _Keeper:
         for number, image in zip(numbers, images, strict=True):
             prompt, generation = divmod(number, self.job.generations)
             if generation == 0:
-                to_image(image).save(self.folder / f"{prompt:05}.png")
+                file = io.BytesIO()
+                to_image(image).save(file, format="PNG")
+                write_whole(self.folder / f"{prompt:05}.png", file.getvalue())
 
     def finish(self) -> None:
         lines = [json.dumps({"file_name": f"{place:05}.png", "text": prompt}, ensure_ascii=False)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from reward.draw import overlay, to_image
 from reward.feedback import RewardFn
 from rl.pictures import shown_maps
 from rl.scoring import score
+
+logger = logging.getLogger(__name__)
 
 _SMALLEST, _LARGEST = 128, 192  # pixels of a picture's height in the report
 
@@ -147,8 +150,10 @@ class Marker:
     def _try(self, ask: Callable[[], Any]) -> Any:
         try:
             return ask()
-        except Exception as error:  # whatever it raises
+        except Exception as error:  # whatever it raises; its message may say little without the place
             self.failed, self._reward = str(error) or type(error).__name__, None
+            logger.warning("the overlay failed: %s", self.failed, exc_info=not isinstance(error, ValueError))
+            return None
 
 
 def data_uri(image: Image.Image, lossless: bool = False) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.reward_choice import split_terms
 from reward.by_name import (
     NamedReward,
     check_reward_name,
@@ -111,18 +112,6 @@ def read_evaluators(entries: Mapping[str, Any]) -> list[Evaluator]:
     bare, terms = split_terms(entries)
     named = read_named_rewards("evaluators", bare, weights=False)
     return [Evaluator(name, Spec.of(one.reward, one.kwargs), terms.get(name)) for name, one in named.items()]
-
-
-def split_terms(entries: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Rewards as a YAML names them, without the `term` that is asked for in place of the objective; and these terms, by
-    the rewards' names."""
-    bare, terms = {}, {}
-    for name, entry in entries.items():
-        if isinstance(entry, Mapping) and "term" in entry:
-            terms[name] = str(entry["term"])
-            entry = {key: value for key, value in entry.items() if key != "term"}
-        bare[name] = entry
-    return bare, terms
 
 
 def as_text(value: Any) -> str:

@@ -321,7 +321,8 @@ class Work:
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         step.log.parent.mkdir(parents=True, exist_ok=True)
-        with step.log.open("w", encoding="utf-8") as log:
+        with step.log.open("ab") as log:  # behind what an earlier try said
+            began = log.tell()
             with self._lock:
                 if self._stopping:
                     return None
@@ -337,7 +338,7 @@ class Work:
                 with self._lock:
                     del self._running[process.pid]
                     self._sign()
-        return None if code == 0 else Failure(step.name, last_words(step.log, code), str(step.log))
+        return None if code == 0 else Failure(step.name, last_words(step.log, code, began), str(step.log))
 
     def _sign(self) -> None:
         """Who holds the folder, for the message that refuses it to others."""
@@ -390,8 +391,9 @@ def _log_of(findings: Path) -> Path:
     return findings.with_name("evaluation_log.txt")
 
 
-def last_words(log: Path, code: int) -> str:
-    """Why a process ended, as the last line of its log says."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+def last_words(log: Path, code: int, began: int = 0) -> str:
+    """Why a process ended, as the last line of its log says, from its byte `began` on."""
+    said = log.read_bytes()[began:].decode(errors="replace")
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     said = lines[-1].removeprefix("error: ") if lines else "it said nothing"
     return f"{said} (exit status {code})"

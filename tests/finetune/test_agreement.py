@@ -12,8 +12,7 @@ from PIL import Image
 
 from finetune.agreement import AgreementArguments, main
 from finetune.choices import open_choices
-from finetune.pool import open_pool
-from finetune.predictions import read_pictures
+from finetune.pool import open_pool, read_pictures
 from reward import richhf
 from reward.feedback import SCORES, Reward
 from tests.reward.conftest import raw_data  # noqa: F401

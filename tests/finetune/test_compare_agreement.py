@@ -12,8 +12,7 @@ from finetune.compare.agreement import agreement_command, agreement_rewards, che
 from finetune.compare.entrants import parse_entrant, run_flags
 from finetune.compare.folder import AGREEMENT
 from finetune.generate import Generation, GenerationArguments
-from finetune.pool import open_pool
-from finetune.predictions import read_pictures
+from finetune.pool import open_pool, read_pictures
 from finetune.run import load_policy
 from reward.arguments import parse_arguments
 from rl.experience import rollout_noise

@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from diffusers import DiffusionPipeline
 
 from finetune import draft
-from finetune.draft_config import DraftConfig, check_ranges
+from finetune.draft_config import DraftConfig
+from finetune.sft_config import SftConfig
 from reward.arguments import main_guard, parse_arguments
 from reward.feedback import HEATMAPS, SCORES
 from reward.predict import RichFeedbackPredictor
@@ -174,8 +174,7 @@ def test_presets_are_valid_and_their_rewards_can_be_built(path, monkeypatch):
 
 
 def test_zero3_is_refused(tmp_path):
-    """After the Trainer's own checks, which would start DeepSpeed."""
-    args = DraftConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], num_log_images=0)
-    args.deepspeed, args.hf_deepspeed_config = "zero3.json", SimpleNamespace(is_zero3=lambda: True)
-    with pytest.raises(ValueError, match=r"ZeRO-3 is not supported.*zero2\.json"):
-        check_ranges(args)
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "deepspeed": str(ROOT / "configs/deepspeed/zero3.json")}
+    for config in (DraftConfig, SftConfig):
+        with pytest.raises(ValueError, match=r"ZeRO-3 is not supported.*zero2\.json"):
+            config(**settings)
