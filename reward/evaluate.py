@@ -12,9 +12,8 @@ evaluated, only those are given that learn nothing.
 
 import json
 import logging
-import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
@@ -49,6 +48,7 @@ from reward.tables import (
     share_row,
 )
 from reward.train import load_data
+from reward.whole_files import whole_file, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -254,17 +254,6 @@ def _normal(prompt: str) -> str:
     return keywords.join(keywords.tokenize(prompt))
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then put it in its place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        write(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def main(argv: Sequence[str] | None = None) -> dict:
     """The command; prints the tables, writes the report's three files and returns what is in `report.json`."""
     (arguments,) = parse_arguments([EvaluateArguments], argv)
@@ -312,9 +301,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     sheet = report_figure(said["predictor"].scores, truth.scores, map_examples(split, predictor, said["predictor"]))
     print(text)
     for path in (arguments.folder / "report.json", *([Path(arguments.json)] if arguments.json is not None else [])):
-        _replace(path, lambda file: file.write_text(figures, encoding="utf-8"))
-    _replace(arguments.folder / "tables.md", lambda file: file.write_text(text, encoding="utf-8"))
-    _replace(arguments.folder / "report.png", lambda file: save_png(sheet, file))
+        write_whole(path, figures.encode())
+    write_whole(arguments.folder / "tables.md", text.encode())
+    with whole_file(arguments.folder / "report.png") as file:
+        save_png(sheet, file)
     print(f"{arguments.folder}: tables.md, report.json, report.png")
     return report
 

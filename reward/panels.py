@@ -11,6 +11,10 @@ from reward import draw
 from reward.data import FeedbackCollator, FeedbackDataset, resize_maps
 from reward.feedback import HEATMAPS, SCORES, RichFeedback
 from reward.losses import IGNORE
+from reward.pictures import encode_png
+from reward.whole_files import write_whole
+
+EXAMPLES = "examples.png"  # in the output folder
 
 
 class ExamplePanels(TrainerCallback):
@@ -46,7 +50,7 @@ class ExamplePanels(TrainerCallback):
                 for feedback in (rated, predicted)
             ]
         )
-        sheet.save(Path(args.output_dir) / "examples.png")
+        write_whole(Path(args.output_dir) / EXAMPLES, encode_png(sheet))
         if self.board is not None and self.board.tb_writer is not None:
             self.board.tb_writer.add_image(
                 "examples/raters_above_model", draw.to_array(sheet), state.global_step, dataformats="HWC"

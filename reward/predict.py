@@ -204,6 +204,15 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+SAVED = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer_config.json", "tokenizer.*", "special_tokens_map.json", "added_tokens.json", "spiece.model"),
+    "chat_template.jinja",
+)
+"""Patterns of the names of all files that `save_whole` may write, with any tokenizer of the T5 family; `config.json`,
+without which a folder is no model, first."""
+
+
 def save_whole(
     model: RahfModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -63,11 +64,11 @@ def report_figure(
     return sheet
 
 
-def save_png(sheet: Figure, path: str | Path) -> None:
+def save_png(sheet: Figure, file: str | Path | BinaryIO) -> None:
     """Write the figure; characters that the font lacks, in prompts, are drawn as boxes without a warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
-        sheet.savefig(path, format="png", dpi=90)
+        sheet.savefig(file, format="png", dpi=90)
 
 
 def _scatter(part: SubFigure, predicted: np.ndarray, true: np.ndarray) -> None:

@@ -5,7 +5,6 @@ CRC32C of the data (4); see tensorflow/core/lib/io/record_writer.h. TensorBoard 
 minutes for RichHF-18K, and it cannot go on behind a damaged record.
 """
 
-import os
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+
+from reward.whole_files import whole_file
 
 CHECKSUM_WRONG = "checksum wrong"
 CUT_OFF = "cut off by the end of the file"
@@ -81,19 +82,13 @@ def read_frames(path: str | Path) -> Iterator[Frame]:
 
 def write_frames(path: str | Path, contents: Iterable[bytes]) -> int:
     """Write a file of records; it appears when it is whole. Returns the number of records."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    count, unfinished = 0, path.with_name(f".{path.name}.unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            for data in contents:
-                length = struct.pack("<Q", len(data))
-                checksums = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
-                file.write(length + next(checksums) + data + next(checksums))
-                count += 1
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    count = 0
+    with whole_file(path) as file:
+        for data in contents:
+            length = struct.pack("<Q", len(data))
+            checksums = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
+            file.write(length + next(checksums) + data + next(checksums))
+            count += 1
     return count
 
 

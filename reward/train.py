@@ -10,7 +10,6 @@ a pretrained vision encoder and T5 (`--vision_model`, `--text_model`). The outpu
 
 import json
 import logging
-import shutil
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,20 +43,23 @@ from reward.feedback import HEATMAPS, SCORES
 from reward.losses import IGNORE
 from reward.metrics import heatmap_metrics, score_metrics, word_metrics
 from reward.model import RahfModel, RahfOutput
-from reward.panels import ExamplePanels
-from reward.predict import check_model_folder, load_tokenizer, save_whole
+from reward.panels import EXAMPLES, ExamplePanels
+from reward.predict import SAVED, check_model_folder, load_tokenizer, save_whole
 from reward.rahf_config import LOSS_SETTINGS, RahfConfig
 from reward.t5_family import check_text_config
 from reward.train_config import RahfArguments, RahfTrainingArguments
 from reward.training_arguments import whole_models
 from reward.vision import is_staged
 from reward.vocabulary import adopt_tokenizer
+from reward.whole_files import bring_back, forget, set_aside, write_whole
 
 logger = logging.getLogger(__name__)
 
 _BACKBONE = ("vision.", "encoder.", "word_head.decoder.", "word_head.write.")
 COMPLETE = "complete"  # a file in a checkpoint whose other files are all there
 LOGS = "tensorboard"  # in the output folder
+METRICS = "dev_metrics.json"  # there too
+_NEWEST = ("latest", "last", "true")
 _LEARNED = 0.05  # CC of a heatmap on dev: an empty map's is about 0, that of the paper's worst one 0.21
 
 
@@ -148,20 +150,35 @@ class _Epochs(TrainerCallback):
 
 
 class _StartAnew(TrainerCallback):
-    """Deletes an earlier run's checkpoints and logs as the training begins, when its input has been looked at.
+    """Sets aside what an earlier run left as the training begins, when its input has been looked at; deletes it when
+    an update has been made.
 
-    Left there, they would pass for this run's.
+    Left there, it would pass for this run's.
     """
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         ranks = PartialState()
         ranks.wait_for_everyone()  # none has found its input wrong
         if args.should_save:
-            for checkpoint in _checkpoints(args.output_dir):
-                (checkpoint / COMPLETE).unlink(missing_ok=True)  # first: half of one must not look whole
-                shutil.rmtree(checkpoint)
-            shutil.rmtree(Path(args.output_dir) / LOGS, ignore_errors=True)
+            set_aside(args.output_dir, _left_by_training(args.output_dir))
         ranks.wait_for_everyone()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if args.should_save:
+            forget(args.output_dir)
+
+
+@contextmanager
+def _nothing_lost(args: RahfTrainingArguments) -> Iterator[None]:
+    """What `_StartAnew` set aside comes back if the training fails before its first update."""
+    try:
+        yield
+    except BaseException:
+        if args.should_save:
+            bring_back(args.output_dir)
+        raise
+    if args.should_save:
+        forget(args.output_dir)
 
 
 def dev_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -288,18 +305,24 @@ def load_data(folder: str | Path) -> DatasetDict:
 
 
 def _checkpoint_to_resume(args: RahfTrainingArguments) -> str | None:
-    """The checkpoint named by `--resume_from_checkpoint`: a folder, or `last` for the last whole one."""
+    """The checkpoint named by `--resume_from_checkpoint`: a folder; `latest` or `last`, the last whole one; or `auto`,
+    that one if there is any."""
     wanted = args.resume_from_checkpoint
-    if wanted is None:
+    if wanted in (None, False):  # False is what YAML makes of `no`
         return None
-    if wanted.lower() not in ("last", "true"):
+    if str(wanted).lower() not in _NEWEST and not args.resumes_if_it_can:
         if not (Path(wanted) / COMPLETE).is_file():
-            raise ValueError(f"{wanted} is not a whole checkpoint; `--resume_from_checkpoint last` finds the last one")
+            raise ValueError(
+                f"{wanted} is not a whole checkpoint; `--resume_from_checkpoint latest` finds the last one"
+            )
         return wanted
     whole = [path for path in _checkpoints(args.output_dir) if (path / COMPLETE).is_file()]
     if not whole:
+        if args.resumes_if_it_can:
+            return None
         raise ValueError(
-            f"{args.output_dir} has no whole checkpoint to resume from; leave --resume_from_checkpoint out"
+            f"{args.output_dir} has no whole checkpoint to resume from; leave --resume_from_checkpoint out, or let it "
+            "be auto"
         )
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
 
@@ -309,28 +332,39 @@ def _checkpoints(folder: str | Path) -> list[Path]:
     return [path for path in Path(folder).glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
 
 
-def _check_output_dir(args: RahfTrainingArguments, starts: Sequence[str | None]) -> None:
+def _left_by_training(folder: str | Path) -> list[Path]:
+    """What a training leaves in its output folder, as far as it is there."""
+    folder = Path(folder)
+    files = [path for name in (*SAVED, METRICS, EXAMPLES) for path in sorted(folder.glob(name))]
+    return [*files, *_checkpoints(folder), *folder.glob(LOGS)]
+
+
+def _check_output_dir(args: RahfTrainingArguments, checkpoint: str | None, model: str | None) -> None:
     """Refuse an output folder that is a file, one that is in use, or one that would be cleared of what it starts from.
 
     Args:
-        starts: the checkpoint to resume and the model to start from, where there are such.
+        checkpoint: what to resume, if anything.
+        model: what to start from, if that is a RAHF.
     """
     folder = Path(args.output_dir)
     check_place(folder, "output_dir")
-    cleared = {path.resolve() for path in _checkpoints(folder)} if args.overwrite_output_dir else set()
-    for start in starts:
+    cleared = {path.resolve() for path in (folder, *_checkpoints(folder))} if args.overwrite_output_dir else set()
+    for start in (checkpoint, model):
         if start is not None and Path(start).resolve() in cleared:
             raise ValueError(
                 f"--overwrite_output_dir would delete {start}, which the training is to start from; leave it out, or "
                 "give another --output_dir"
             )
-    if args.resume_from_checkpoint or args.overwrite_output_dir or not folder.is_dir():
+    if checkpoint is not None or args.overwrite_output_dir or not folder.is_dir():
         return
-    if any(folder.iterdir()):
-        raise ValueError(
-            f"the output folder {folder} is not empty; go on with --resume_from_checkpoint last, start anew with "
-            "--overwrite_output_dir true, or give another --output_dir"
-        )
+    anew = "start anew with --overwrite_output_dir true, or give another --output_dir"
+    if args.resumes_if_it_can:  # where it was stopped before the first checkpoint, there are logs
+        if model_files := [path.name for path in _left_by_training(folder) if path.name in ("config.json", METRICS)]:
+            raise ValueError(
+                f"the output folder {folder} holds {model_files[0]}, but no checkpoint to go on from; {anew}"
+            )
+    elif any(folder.iterdir()):
+        raise ValueError(f"the output folder {folder} is not empty; go on with --resume_from_checkpoint latest, {anew}")
 
 
 def warn_of_empty_maps(metrics: Mapping[str, float]) -> None:
@@ -353,8 +387,12 @@ def warn_of_empty_maps(metrics: Mapping[str, float]) -> None:
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """The command; returns the dev metrics of the model that it saved."""
     arguments, args = parse_arguments([RahfArguments, RahfTrainingArguments], argv)
+    if args.overwrite_output_dir or args.resume_from_checkpoint:
+        if args.should_save:
+            bring_back(args.output_dir)  # what a training replaced that was killed before its first update
+        PartialState().wait_for_everyone()
     checkpoint = _checkpoint_to_resume(args)
-    _check_output_dir(args, (checkpoint, arguments.model))
+    _check_output_dir(args, checkpoint, arguments.model)
     data = load_data(arguments.data)
     if missing := {"train", "dev"} - set(data):
         raise ValueError(f"{arguments.data} lacks the splits {sorted(missing)}; it has {sorted(data)}")
@@ -383,12 +421,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     for board in boards:
         board.logging_dir = str(Path(args.output_dir) / LOGS)
     trainer.add_callback(_Epochs(trainer.train_dataset))
-    if args.overwrite_output_dir:
+    if args.overwrite_output_dir or (args.resumes_if_it_can and checkpoint is None):
         trainer.callback_handler.callbacks.insert(0, _StartAnew())  # before TensorBoard's, which writes new logs
     if arguments.panels:
         panels = ExamplePanels(dev, trainer.data_collator, arguments.panels, next(iter(boards), None))
         trainer.add_callback(panels)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with _nothing_lost(args):
+        trainer.train(resume_from_checkpoint=checkpoint)
     final = trainer.predict(dev, metric_key_prefix="eval")
     if len(final.predictions) > 2:
         model.config.word_threshold = best_word_threshold(final.predictions[2], final.label_ids[2])
@@ -396,7 +435,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if trainer.is_world_process_zero():
         warn_of_empty_maps(final.metrics)
         save_whole(model, tokenizer, Path(args.output_dir), weights)
-        (Path(args.output_dir) / "dev_metrics.json").write_text(json.dumps(final.metrics, indent=1))
+        write_whole(Path(args.output_dir) / METRICS, json.dumps(final.metrics, indent=1).encode())
     return final.metrics
 
 

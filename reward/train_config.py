@@ -141,7 +141,16 @@ class RahfTrainingArguments(TrainingArguments):
     heatmap_positive_weight: float = field(
         default=1.0, metadata={"help": "how often marked pixels count in the heatmaps' MSE; 1: the paper's loss"}
     )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "train into a folder that is not empty"})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "what to go on from: a checkpoint's folder; `latest` or `last`, the newest whole one in "
+            "output_dir; or `auto`, that one if there is any, else begin anew"
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "begin anew in a folder that is not empty, deleting the training in it"}
+    )
     learning_rate: float = field(default=1e-3, metadata={"help": "rate of the heads and the projection"})
     lr_scheduler_type: str = field(default="inverse_sqrt", metadata={"help": "decay after the warm-up"})
     eval_strategy: str = field(default="epoch", metadata={"help": "when dev is evaluated"})
@@ -164,6 +173,11 @@ class RahfTrainingArguments(TrainingArguments):
         for name, (value, why) in _FIXED.items():  # Trainer would change do_eval
             if getattr(self, name) != value:
                 raise ValueError(f"{name} must be {str(value).lower()}: {why}")
+        if self.resumes_if_it_can and self.overwrite_output_dir:
+            raise ValueError(
+                "overwrite_output_dir would delete the training that resume_from_checkpoint auto goes on with; give "
+                "one of them"
+            )
         check_deepspeed_settings(self.deepspeed)
         super().__post_init__()
         check_one_gpu(self, "-m reward.train")
@@ -189,6 +203,11 @@ class RahfTrainingArguments(TrainingArguments):
         _check_least(self, sizes, 1)
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise ValueError(f"num_train_epochs must be above 0, not {self.num_train_epochs}; or give max_steps")
+
+    @property
+    def resumes_if_it_can(self) -> bool:
+        """Whether one command both begins a training and goes on with it."""
+        return str(self.resume_from_checkpoint).lower() == "auto"
 
     def _check_best_metric(self) -> None:
         """Refuse what is no metric of dev; and say, where nobody did, which end of it is the better one."""

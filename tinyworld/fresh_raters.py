@@ -9,11 +9,8 @@ is for the share of raters above which a word counts as misaligned. Takes about 
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +25,11 @@ from reward.fresh_raters import SHARES
 from reward.records import encode_map
 from tinyworld.grammar import ASSETS
 from tinyworld.judge import judge
-from tinyworld.rated import read_pictures, split_names
+from tinyworld.rated import mapping, read_pictures, split_names
 from tinyworld.raters import FEWEST, ceiling
 from tinyworld.scenes import SIZE
 
-CHUNK = 16
-ALONE = CHUNK
-"""So few pictures are rated sooner than other processes would start."""
+CHUNK = 16  # pictures that a process rates at a time
 FEATURES = Features(
     {
         "uid": Value("string"),
@@ -76,15 +71,10 @@ def rated_row(uid: str, picture: np.ndarray, caption: str, raters: int) -> dict:
 def rate_splits(splits: Mapping[str, Sequence[tuple[str, np.ndarray, str]]], raters: int) -> DatasetDict:
     """Split -> rows of `FEATURES` for its pictures (uid, picture, caption), in order; the same whenever it is run."""
     rated, rate = {}, partial(rated_row, raters=raters)
-    with ExitStack() as stack:
-        bar = stack.enter_context(Progress(console=Console(stderr=True), transient=True))
-        if sum(map(len, splits.values())) > ALONE:
-            spawn = get_context("spawn")  # torch's threads do not survive a fork
-            rate_all = partial(stack.enter_context(ProcessPoolExecutor(mp_context=spawn)).map, chunksize=CHUNK)
-        else:
-            rate_all = map
+    bar = Progress(console=Console(stderr=True), transient=True)
+    with bar, mapping(sum(map(len, splits.values())), CHUNK) as each:
         for name, pictures in splits.items():
-            rows = rate_all(rate, *zip(*pictures, strict=True))
+            rows = each(rate, *zip(*pictures, strict=True))
             rows = bar.track(rows, total=len(pictures), description=name)
             rated[name] = Dataset.from_list(list(rows), features=FEATURES)
     return DatasetDict(rated)

@@ -54,8 +54,11 @@ def make_lessons(folder: Path, seed: int, count: int = COUNT) -> Lessons:
     if not (folder / "captions.txt").exists():
         folder.mkdir(parents=True, exist_ok=True)
         chunks = [(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
-        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-            drawn = list(pool.map(partial(_draw_chunk, seed), chunks))
+        if len(chunks) == 1:  # drawn sooner than another process would have started
+            drawn = [_draw_chunk(seed, chunks[0])]
+        else:
+            with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+                drawn = list(pool.map(partial(_draw_chunk, seed), chunks))
         for name in names:
             np.save(folder / f"{name}.npy", np.concatenate([chunk[name] for chunk in drawn]))
         (folder / "captions.part").write_text("\n".join(caption for chunk in drawn for caption in chunk["captions"]))

@@ -9,26 +9,32 @@ import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from reward.records import Record, encode_map, write_tfrecords
-from tinyworld.generator import sample
 from tinyworld.grammar import draw_request, is_held_out, parse
 from tinyworld.judge import Verdict, judge
 from tinyworld.raters import consolidate, rate
 from tinyworld.scenes import SIZE
 from tinyworld.verdicts import read_verdicts, write_verdicts
 
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
 RATERS = 3
+ALONE = 64
+"""So few pictures are judged and rated sooner than other processes would start."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +106,12 @@ def draw_captions(split: Split, seed: int) -> list[str]:
 def draw_pictures(
     captions: list[str],
     variants: Sequence[Variant],
-    load: Callable[[Variant], StableDiffusionPipeline],
+    load: Callable[[Variant], "StableDiffusionPipeline"],
     seed: int,
 ) -> np.ndarray:
     """Two pictures of each caption: (2 * N, 64, 64, 3) uint8, those of one caption side by side."""
+    from tinyworld.generator import sample  # takes seconds, and each process that judges or rates would wait for it
+
     pictures = np.empty((2 * len(captions), SIZE, SIZE, 3), np.uint8)
     shares = np.array([variant.share for variant in variants])
     chosen = np.random.default_rng((seed, 1)).choice(len(variants), len(captions), p=shares / shares.sum())
@@ -144,11 +152,10 @@ def read_pictures(file: Path) -> Iterator[tuple[str, np.ndarray, str]]:
 
 def judge_all(pickapic: Path, folder: Path) -> None:
     """Keep the judge's verdicts on the pictures of every split: `folder`/<split>.parquet, for `rate_all`."""
-    for name in split_names():
-        _, pictures, captions = zip(*read_pictures(pickapic / f"{name}.parquet"), strict=True)
-        with _workers() as pool:
-            verdicts = list(pool.map(judge, pictures, captions, chunksize=64))
-        write_verdicts(folder / f"{name}.parquet", pictures, captions, verdicts)
+    with mapping(_count(pickapic), chunk=64) as each:
+        for name in split_names():
+            _, pictures, captions = zip(*read_pictures(pickapic / f"{name}.parquet"), strict=True)
+            write_verdicts(folder / f"{name}.parquet", pictures, captions, list(each(judge, pictures, captions)))
 
 
 def rate_all(pickapic: Path, folder: Path, verdicts: Path | None = None) -> None:
@@ -162,14 +169,14 @@ def rate_all(pickapic: Path, folder: Path, verdicts: Path | None = None) -> None
     """
     folder.mkdir(parents=True, exist_ok=True)
     held_out: dict[str, None] = {}
-    for name in split_names():
-        uids, pictures, captions = zip(*read_pictures(pickapic / f"{name}.parquet"), strict=True)
-        known = [] if verdicts is None else list(read_verdicts(verdicts / f"{name}.parquet", pictures, captions))
-        with _workers() as pool:
-            judged = pool.map(judge, pictures[len(known) :], captions[len(known) :], chunksize=64)
+    with mapping(_count(pickapic), chunk=64) as each:
+        for name in split_names():
+            uids, pictures, captions = zip(*read_pictures(pickapic / f"{name}.parquet"), strict=True)
+            known = [] if verdicts is None else list(read_verdicts(verdicts / f"{name}.parquet", pictures, captions))
+            judged = each(judge, pictures[len(known) :], captions[len(known) :])
             columns = [name] * len(uids), uids, captions, chain(known, judged)
-            write_tfrecords(folder / f"{name}.tfrecord", pool.map(rated_record, *columns, chunksize=64))
-        held_out |= dict.fromkeys(caption for caption in captions if is_held_out(parse(caption)))
+            write_tfrecords(folder / f"{name}.tfrecord", each(rated_record, *columns))
+            held_out |= dict.fromkeys(caption for caption in captions if is_held_out(parse(caption)))
     (folder / "held_out.txt").write_text("\n".join(held_out) + "\n")
 
 
@@ -178,8 +185,19 @@ def split_names() -> list[str]:
     return list(dict.fromkeys(split.name for split in SPLITS))
 
 
-def _workers() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(mp_context=get_context("spawn"))  # torch's threads do not survive a fork
+@contextmanager
+def mapping(count: int, chunk: int) -> Iterator[Callable[..., Iterator]]:
+    """A `map` for `count` pictures in all: in this process, or, of more than `ALONE`, in others, `chunk` at a time."""
+    if count <= ALONE:
+        yield map
+        return
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # torch's threads do not survive a fork
+        yield partial(pool.map, chunksize=chunk)
+
+
+def _count(pickapic: Path) -> int:
+    """Pictures in all splits, two a row."""
+    return 2 * sum(pyarrow.parquet.read_metadata(pickapic / f"{name}.parquet").num_rows for name in split_names())
 
 
 def rated_record(split: str, uid: str, caption: str, verdict: Verdict) -> Record:

@@ -1,5 +1,6 @@
 """What the panels show: the first pictures of dev, each as the raters saw it, and below as the model sees it."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -119,6 +120,24 @@ def test_each_evaluation_shows_the_same_pictures_with_what_is_said_by_then(dev, 
     for model, (_, _, image) in zip(models, shown, strict=True):
         assert np.array_equal(image, sheet(dev, model.said, 8))
     assert np.array_equal(drawn(tmp_path), shown[1][2])  # the newest only
+
+
+def test_the_picture_before_is_there_until_the_new_one_is_whole(dev, say, collator, tmp_path, monkeypatch):
+    panels = ExamplePanels(dev, collator, 8, None)
+    evaluate(panels, Said(say(8, seed=1)), tmp_path)
+    before = drawn(tmp_path)
+
+    def torn(image, file, *args, **kwargs):
+        with nullcontext(file) if hasattr(file, "write") else open(file, "wb") as opened:
+            opened.write(b"\x89PNG")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", torn)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(panels, Said(say(8, seed=2)), tmp_path)
+    assert np.array_equal(drawn(tmp_path), before)
+    assert [path.name for path in tmp_path.iterdir()] == ["examples.png"]
 
 
 def test_a_model_that_judges_no_words_strikes_none(dev, say, collator, tmp_path):

@@ -37,6 +37,19 @@ def test_frames_come_back_and_are_framed_by_the_book(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["x.tfrecord"]
 
 
+def test_a_file_whose_records_fail_is_as_it_was(tmp_path):
+    def fails():
+        yield b"first"
+        raise ValueError("no second")
+
+    path = tmp_path / "x.tfrecord"
+    path.write_bytes(b"before")
+    with pytest.raises(ValueError, match="no second"):
+        write_frames(path, fails())
+    assert path.read_bytes() == b"before"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.tfrecord"]
+
+
 def damaged(path, place):
     data = bytearray(b"".join(map(by_hand.frame, CONTENTS)))
     data[place] ^= 1

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ from transformers.models.t5.modeling_t5 import T5LayerFF
 from transformers.models.vit.modeling_vit import ViTAttention
 
 from reward import train
-from reward.feedback import HEATMAPS
+from reward.data import FeedbackDataset
+from reward.evaluate import predict_examples
+from reward.feedback import HEATMAPS, SCORES
+from reward.metrics import score_metrics, word_metrics
 from reward.model import RahfModel
 from reward.predict import RichFeedbackPredictor
 from reward.train_config import DEV_METRICS, RahfTrainingArguments
@@ -21,6 +25,27 @@ from reward.train_config import DEV_METRICS, RahfTrainingArguments
 
 def weights(folder):
     return RahfModel.from_pretrained(folder).state_dict()
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextmanager
+def stopping(monkeypatch, at, killed=False):
+    """Trainings stop in the update of that number; where they are killed, they no longer tidy up."""
+    step = train.RahfTrainer.training_step
+
+    def stops(self, *args, **kwargs):
+        if self.state.global_step == at - 1:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.RahfTrainer, "training_step", stops)
+        if killed:
+            patch.setattr(train, "_nothing_lost", nullcontext)
+        yield
 
 
 def test_a_map_that_came_to_nothing_is_named(command, monkeypatch, caplog):
@@ -111,12 +136,49 @@ def test_resuming_ends_where_an_uninterrupted_training_ends(
         assert all(torch.equal(chosen[key], saved[key]) for key in chosen)
 
 
-def test_a_torn_checkpoint_is_passed_over(command, raw_data):
-    train.main(command("out", save_total_limit=5))
-    (raw_data / "out" / "checkpoint-4" / "complete").unlink()
-    args = train.RahfTrainingArguments(output_dir=str(raw_data / "out"), resume_from_checkpoint="last", use_cpu=True)
-    assert train._checkpoint_to_resume(args) == str(raw_data / "out" / "checkpoint-2")
-    args.resume_from_checkpoint = str(raw_data / "out" / "checkpoint-4")
+def test_one_command_begins_and_goes_on(command, raw_data, monkeypatch):
+    """Also where it was stopped before the first checkpoint; but what it cannot go on with it does not replace."""
+    auto, out = {"resume_from_checkpoint": "auto"}, raw_data / "out"
+    with stopping(monkeypatch, at=2), pytest.raises(KeyboardInterrupt):
+        train.main(command("out", **auto))
+    stopped = set((out / "tensorboard").iterdir())
+    assert stopped
+    with stopping(monkeypatch, at=4), pytest.raises(KeyboardInterrupt):
+        train.main(command("out", **auto))
+    assert not stopped & set((out / "tensorboard").iterdir())
+    made = (out / "checkpoint-2" / "complete").stat().st_mtime_ns
+    train.main(command("out", **auto))
+    assert (out / "checkpoint-2" / "complete").stat().st_mtime_ns == made
+    log = json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4]
+    for step in (2, 4):
+        (out / f"checkpoint-{step}" / "complete").unlink()
+    with pytest.raises(ValueError, match=r"holds config\.json, but no checkpoint to go on from"):
+        train.main(command("out", **auto))
+
+
+def test_figures_are_never_half_written(command, raw_data):
+    """A file that is written in place would change under its other name too."""
+    out = raw_data / "out"
+    train.main(command("out", max_steps=2))
+    before = {name: (out / name).read_bytes() for name in ("dev_metrics.json", "examples.png")}
+    for name in before:
+        (raw_data / name).hardlink_to(out / name)
+    train.main(command("out", resume_from_checkpoint="last"))
+    for name, old in before.items():
+        assert (raw_data / name).read_bytes() == old
+        assert (out / name).read_bytes() != old
+
+
+@pytest.mark.parametrize("word", ["last", "latest", "auto", "true"])
+def test_a_torn_checkpoint_is_passed_over(word, tmp_path):
+    for step in (2, 10, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}" / "complete").touch()
+    args = RahfTrainingArguments(output_dir=str(tmp_path), resume_from_checkpoint=word, use_cpu=True)
+    assert train._checkpoint_to_resume(args) == str(tmp_path / "checkpoint-10")
+    args.resume_from_checkpoint = str(tmp_path / "checkpoint-12")
     with pytest.raises(ValueError, match="not a whole checkpoint"):
         train._checkpoint_to_resume(args)
 
@@ -124,9 +186,9 @@ def test_a_torn_checkpoint_is_passed_over(command, raw_data):
 def test_the_best_checkpoint_is_what_is_saved(command, raw_data):
     """Half of the way is better than the whole at a rate that ruins everything; every layer must go back to it."""
     train.main(command("out", metric_for_best_model="eval_loss", learning_rate=0.3, lr_scheduler_type="constant"))
-    state = json.loads((raw_data / "out" / "checkpoint-4" / "trainer_state.json").read_text())
-    best, saved = weights(state["best_model_checkpoint"]), weights(raw_data / "out")
+    best, last, saved = (weights(raw_data / "out" / part) for part in ("checkpoint-2", "checkpoint-4", "."))
     assert all(torch.equal(best[name], saved[name]) for name in best)
+    assert not [name for name in best if torch.equal(best[name], last[name])]
 
 
 def test_accumulating_micro_batches_is_one_large_batch(command, raw_data):
@@ -233,6 +295,7 @@ def test_several_gpus_are_not_shared_among_by_dataparallel(command, monkeypatch)
         ({"do_train": False}, "do_train must be true: training is what the command does"),
         ({"do_eval": False}, "do_eval must be true: .*eval_strategy says when"),
         ({"do_eval": False, "eval_strategy": "no"}, "do_eval must be true"),
+        ({"resume_from_checkpoint": "auto", "overwrite_output_dir": True}, "give one of them"),
         ({"do_predict": True}, "do_predict must be false: the test split is for `python -m reward.evaluate`"),
     ],
     ids=str,
@@ -267,6 +330,7 @@ def test_a_training_anew_leaves_nothing_that_passes_for_its_own(command, raw_dat
         ({"metric_for_best_model": "f1_words", "words": "none"}, "the model judges no words"),
         ({"resume_from_checkpoint": "last"}, "would delete .*checkpoint-4"),
         ({"model": out / "checkpoint-2"}, "would delete .*checkpoint-2"),
+        ({"model": out}, "would delete .*out, which the training is to start from"),
     ):
         with pytest.raises(ValueError, match=message):
             train.main(command("out", **anew, **more))
@@ -276,6 +340,28 @@ def test_a_training_anew_leaves_nothing_that_passes_for_its_own(command, raw_dat
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-notes"]
     assert not logs & set((out / "tensorboard").iterdir())
     assert list((out / "tensorboard").iterdir())
+
+
+def test_a_training_anew_that_fails_before_its_first_update_leaves_what_was_there(command, raw_data, monkeypatch):
+    """If it is killed, that is set aside, and comes back with the next start; with the update all of it is gone."""
+    out, anew = raw_data / "out", {"overwrite_output_dir": True, "seed": 1}
+    train.main(command("out", save_total_limit=5))
+    (out / "notes.txt").touch()
+    before = files_in(out)
+    with stopping(monkeypatch, at=1), pytest.raises(KeyboardInterrupt):
+        train.main(command("out", **anew))
+    assert files_in(out) == before
+    with stopping(monkeypatch, at=1, killed=True), pytest.raises(KeyboardInterrupt):
+        train.main(command("out", **anew))
+    assert {path.name for path in out.iterdir()} == {".before", "notes.txt", "tensorboard"}
+    with pytest.raises(ValueError, match="not a RAHF checkpoint"):
+        RichFeedbackPredictor.from_pretrained(out)
+    with pytest.raises(ValueError, match="no data folder nowhere"):
+        train.main(command("out", **anew, data="nowhere"))
+    assert files_in(out) == before
+    with stopping(monkeypatch, at=2, killed=True), pytest.raises(KeyboardInterrupt):
+        train.main(command("out", **anew))
+    assert {path.name for path in out.iterdir()} == {"notes.txt", "tensorboard"}
 
 
 def test_the_best_is_the_lowest_of_what_is_an_error(tmp_path):
@@ -353,12 +439,20 @@ def test_encoders_that_are_not_there_are_an_error(model_folder):
     "options", [{"variant": "augmented_prompt"}, {"words": "sequence"}, {"image_pooling": 2}], ids=str
 )
 def test_other_variants_start_from_a_checkpoint_with_new_heads(command, raw_data, options):
+    """And what is told of the model that is left is what the predictor, which loads it, says."""
     metrics = train.main(command("out", **options))
-    assert 0 <= metrics["eval_f1_words"] <= 1
-    model = RahfModel.from_pretrained(raw_data / "out")
-    assert {name: getattr(model.config, name) for name in options} == options
-    feedback = RichFeedbackPredictor.from_pretrained(raw_data / "out")(torch.rand(1, 3, 32, 32), ["a red circle"])
-    assert feedback.misaligned[0].shape == (3,)
+    predictor = RichFeedbackPredictor.from_pretrained(raw_data / "out")
+    assert {name: getattr(predictor.model.config, name) for name in options} == options
+    dev = FeedbackDataset(train.load_data(raw_data / "data")["dev"], predictor.model.config)
+    said = predict_examples(predictor, dev)
+    assert [len(words) for words in said.misaligned] == [len(example["labels"]) for example in dev]
+    wrong = (torch.cat(said.misaligned) > 0.5).tolist()
+    of_words = word_metrics([wrong], [[label for example in dev for label in example["labels"]]])
+    assert metrics["eval_f1_words"] == pytest.approx(of_words["f1"])
+    for index, name in enumerate(SCORES):
+        true = np.array([example["scores"][index].item() for example in dev])
+        plcc = score_metrics(said.scores[name].numpy(), true)["plcc"]
+        assert metrics[f"eval_plcc_{name}"] == pytest.approx(plcc, abs=1e-3)
 
 
 def test_words_that_the_model_cannot_see_are_named_before_training(command, raw_data, caplog):

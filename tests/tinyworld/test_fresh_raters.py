@@ -73,7 +73,7 @@ def test_rows_are_the_ceiling_of_each_picture_and_the_evaluation_reads_them(rate
 
 
 def test_the_same_again_in_other_processes_and_nothing_beside_it(rated_folder, capsys, monkeypatch):
-    monkeypatch.setattr(fresh_raters, "ALONE", 0)
+    monkeypatch.setattr("tinyworld.rated.ALONE", 0)
     one, other = load_from_disk(str(rated_folder / "raters")), run(rated_folder, "other", "--splits", "test")
     assert list(other) == ["test"]
     for column in one["test"].column_names:

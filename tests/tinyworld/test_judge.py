@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -30,6 +31,12 @@ def _scenes(count, seed, flaw=None):
     return scenes
 
 
+@cache
+def _clean(scene):
+    """The judge's verdict on a scene as it was meant. Scenes of one seed are drawn for several flaws."""
+    return judge(render(scene.things), str(scene.request))
+
+
 def _softened(picture, rng):
     """About what an autoencoder's round trip does to a picture."""
     blurred = ndimage.gaussian_filter(picture.astype(float), (0.5, 0.5, 0)) + rng.normal(0, 4, picture.shape)
@@ -37,11 +44,12 @@ def _softened(picture, rng):
 
 
 def test_clean_renders_are_satisfied_held_out_compositions_too():
-    scenes = _scenes(500, seed=0)
-    assert sum(is_held_out(scene.request) for scene in scenes) >= 50
-    verdicts = [judge(render(scene.things), str(scene.request)) for scene in scenes]
-    assert np.mean([verdict.satisfied for verdict in verdicts]) >= 0.98
-    assert np.mean([verdict.plausibility > 0.98 and verdict.alignment > 0.98 for verdict in verdicts]) >= 0.98
+    scenes = _scenes(250, seed=0)
+    assert sum(is_held_out(scene.request) for scene in scenes) >= 25
+    verdicts = [_clean(scene) for scene in scenes]
+    # Of so many, 0.988 shows the 0.98 that is claimed: a judge that is right on 96% passes once in a hundred times.
+    assert np.mean([verdict.satisfied for verdict in verdicts]) >= 0.988
+    assert np.mean([verdict.plausibility > 0.98 and verdict.alignment > 0.98 for verdict in verdicts]) >= 0.988
     for scene, verdict in zip(scenes[:100], verdicts, strict=False):
         for thing in verdict.things:
             off = min(
@@ -60,9 +68,8 @@ def _cases(flaw, strength):
     if (flaw, strength) not in _planted:
         rng, cases = np.random.default_rng(1), []
         for scene in _scenes(40, seed=int(10 * strength), flaw=flaw):
-            caption = str(scene.request)
-            clean, flawed = judge(render(scene.things), caption), plant(scene, flaw, strength, rng)
-            verdict = judge(flawed.picture, caption)
+            clean, flawed = _clean(scene), plant(scene, flaw, strength, rng)
+            verdict = judge(flawed.picture, str(scene.request))
             falls = {name: clean.scores[name] - verdict.scores[name] for name in SCORES}
             right, wrong = ("plausibility", "alignment") if flaw in OUTLINE else ("alignment", "plausibility")
             mask = verdict.implausible if flaw in OUTLINE else verdict.misaligned
@@ -124,13 +131,13 @@ def test_planted_flaws_all_in_all():
 def test_verdicts_survive_softness_and_noise():
     rng = np.random.default_rng(2)
     same = []
-    for index, scene in enumerate(_scenes(150, seed=3)):
+    for index, scene in enumerate(_scenes(100, seed=3)):
         picture = render(scene.things)
         if index % 3 == 0:
             picture = plant(scene, str(rng.choice(applicable(scene))), float(rng.uniform(0.3, 1)), rng).picture
         sharp, soft = (judge(one, str(scene.request)) for one in (picture, _softened(picture, rng)))
         same.append(sharp.satisfied == soft.satisfied and sharp.words == soft.words)
-    assert np.mean(same) >= 0.97
+    assert np.mean(same) >= 0.98  # with 0.93 at heart it would be so once in forty times
 
 
 def test_nothing_drawn():
@@ -201,10 +208,9 @@ def test_a_thing_on_another_is_a_thing_if_well_drawn():
     picture = render((Thing("blue", "circle", 32, 32, 22), Thing("red", "square", 32, 32, 8)))
     assert judge(picture, "a red square inside a blue circle").satisfied
     assert judge(picture, "a blue circle").flaws == {"extra"}
-    assert (
-        judge(picture, "a blue square inside a red circle").flaws == {"wrong colour"}
-        or "relation" in judge(picture, "a blue square inside a red circle").flaws
-    )
+    exchanged = judge(picture, "a blue square inside a red circle")  # both colours are wrong, and the relation holds
+    assert exchanged.flaws == {"wrong colour"}
+    assert exchanged.words == (1, 5)
 
 
 def test_floats_and_bytes_agree():

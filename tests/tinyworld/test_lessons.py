@@ -61,6 +61,16 @@ def test_lessons_are_kept_and_the_same_again(tmp_path):
     assert np.array_equal(made.mask("misaligned", np.arange(5)), expected)
 
 
+def test_chunks_are_drawn_by_other_processes_as_they_would_be_here(tmp_path, monkeypatch):
+    monkeypatch.setattr("tinyworld.lessons._CHUNK", 3)
+    made = make_lessons(tmp_path, seed=1, count=5)
+    rngs = [np.random.default_rng((1, start)) for start in (0, 3)]
+    expected = [draw_lesson(rngs[row // 3]) for row in range(5)]
+    assert made.captions == [lesson["captions"] for lesson in expected]
+    for name in ("pictures", "implausible", "misaligned", "words", "kinds"):
+        assert np.array_equal(getattr(made, name), np.stack([lesson[name] for lesson in expected]))
+
+
 def test_planted_scores_by_hand():
     images = torch.tensor(GROUND)[:, None, None].expand(3, 64, 64)[None].repeat(2, 1, 1, 1) / 255
     images[:, :, :10, :10] = 0  # 100 pixels are drawn

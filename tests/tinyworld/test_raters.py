@@ -9,6 +9,7 @@ from tinyworld.judge import judge
 from tinyworld.rated import read_pictures
 from tinyworld.raters import FRESH, Rating, ceiling, consolidate, disks, rate
 from tinyworld.scenes import SIZE, lay_out, plant
+from tinyworld.verdicts import read_verdicts
 
 
 def _rating(score=3, implausible=(), misaligned=(), words=(0, 0, 0)):
@@ -20,8 +21,9 @@ def _rating(score=3, implausible=(), misaligned=(), words=(0, 0, 0)):
 @pytest.fixture(scope="module")
 def population():
     """Verdicts on generated pictures such as raters are asked about, with captions' lengths."""
-    rows = list(read_pictures(ASSETS / "pickapic" / "test.parquet"))[::2]
-    return [(judge(picture, caption), len(caption.split())) for _, picture, caption in rows]
+    _, pictures, captions = zip(*read_pictures(ASSETS / "pickapic" / "test.parquet"), strict=True)
+    kept = read_verdicts(ASSETS / "verdicts" / "test.parquet", pictures, captions)
+    return [(verdict, len(caption.split())) for verdict, caption in zip(kept, captions, strict=True)][::2]
 
 
 def _trio(population, first):
@@ -139,7 +141,7 @@ def test_ceiling_is_the_mean_of_fresh_raters(population):
 
 
 def test_ceiling_predicts_a_trio_better_than_a_trio_does(population):
-    population = population[::2]  # 64 raters each
+    population = population[::4]  # 64 raters each
     trio, other = _trio(population, 0), _trio(population, 3)
     tops = [ceiling(verdict, words, f"u{k}", SIZE) for k, (verdict, words) in enumerate(population)]
     for name in SCORES:
