@@ -2,6 +2,8 @@
 
 import gc
 
+import pytest
+
 
 def pytest_collection_finish():
     """Leave alone, from here on, what has been imported: it stays until the end.
@@ -10,3 +12,11 @@ def pytest_collection_finish():
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def no_sync(monkeypatch):
+    """Files need not be on the disk when a test ends, and waiting until they are, for a dozen of every checkpoint, is
+    much of a run as small as these. That they are synced is `tests/rl/test_synced.py`'s, which has this fixture do
+    nothing."""
+    monkeypatch.setattr("rl.checkpoints._sync", lambda path: None)

@@ -181,7 +181,8 @@ class Launched:
         if built.is_dir() and not extensions.exists():
             shutil.copytree(built, extensions)
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-        command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", __file__, "--rank_of", str(phases), *argv]
+        command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", f"--log_dir={phases.parent / 'logs'}"]
+        command += [__file__, "--rank_of", str(phases), *argv]
         with log.open("a") as output:
             self._process = subprocess.Popen(
                 command, stdout=output, stderr=output, start_new_session=True, cwd=ROOT,
@@ -395,7 +396,7 @@ def main(options: argparse.Namespace, folder: Path) -> None:
             child = begin(output)
         end(child, f"run {runs}, started again after {sum(fell.values())} kills in all,")
         unequal += [f"run {runs}: {name}" for name in in_child(differences, reference, output)]
-        if runs == 0:
+        if runs == 0 and options.again:
             before = (output / FINISHED).stat().st_mtime_ns
             end(begin(output), "a finished run, started again,")
             unequal += ["a finished run was made again"] * ((output / FINISHED).stat().st_mtime_ns != before)
@@ -420,6 +421,9 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rollouts", type=int, default=8, help="of a run")
     parser.add_argument(
         "--phases", nargs="+", choices=PHASES, default=(), help="that a kill may fall in (default: any)"
+    )
+    parser.add_argument(
+        "--again", action=argparse.BooleanOptionalAction, default=True, help="start a finished run once"
     )
     options = parser.parse_args(argv)
     options.engine = options.engine or ("none" if options.ranks == 1 else "ddp")

@@ -1,6 +1,7 @@
 """Parts are done once, in order, behind what they need; and one that fails takes nothing with it."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -138,10 +139,19 @@ def test_a_part_is_a_process_of_its_own(tmp_path, monkeypatch):
         finish([Part("forgets", 0, "script.py", {"forgets": 1})], tmp_path, 1, Budget(None))
 
 
+GOES_ON = """
+import os, sys, time
+from pathlib import Path
+begins = Path(sys.argv[1], "begins")
+begins.write_text(str(os.getpid()))
+begins.rename(begins.with_name("begun"))
+time.sleep(60)
+"""
+
+
 def test_a_part_whose_process_outlived_its_parent_is_not_begun_beside_it(tmp_path, monkeypatch):
     """Two of them would write to one folder."""
-    (tmp_path / "script.py").write_text("import sys, time; from pathlib import Path\n"
-                                        "Path(sys.argv[1], 'begun').touch(); time.sleep(60)")  # fmt: skip
+    (tmp_path / "script.py").write_text(GOES_ON)
     part = Part("part", 0, "script.py", {})
     paths = os.pathsep.join([str(Path(parts.__file__).parent), str(parts.ROOT)])
     told = f"import parts; from pathlib import Path; parts.SCRIPTS = Path({str(tmp_path)!r}); " \
@@ -159,4 +169,4 @@ def test_a_part_whose_process_outlived_its_parent_is_not_begun_beside_it(tmp_pat
             do(part, tmp_path)
         assert begun.exists()
     finally:
-        subprocess.run(["pkill", "-f", f"{tmp_path}/script.py"], check=True)
+        os.kill(int(begun.read_text()), signal.SIGKILL)

@@ -1,6 +1,10 @@
 """A world of a few kilobytes: tokenizer, model, pictures and records, all made here."""
 
 import io
+import shutil
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow
@@ -108,48 +112,77 @@ def make_record():
     return _make_record
 
 
+@cache
+def _raw_files():
+    """name -> bytes of the files of `raw_data`. Its pictures take a while, so they are drawn once, and written for each
+    test that may change them."""
+    rng = np.random.default_rng(0)
+    rows = []
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for split, count in (("train", 12), ("dev", 6), ("test", 6)):
+            records = []
+            for index in range(count):
+                uid = f"{split}-{index}"
+                caption = ["A red circle.", "a blue square, left of a circle", "red"][index % 3]
+                words = [3, 7, 1][index % 3]
+                records.append(_make_record(uid, words, rng, split))
+                side = index % 2
+                pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+                rows.append(
+                    {
+                        f"image_{side}_uid": uid,
+                        f"image_{1 - side}_uid": f"other-{uid}",
+                        f"jpg_{side}": _picture_bytes(pixels),
+                        f"jpg_{1 - side}": b"not looked at",
+                        "caption": caption,
+                    }
+                )
+            write_tfrecords(folder / "tfrecords" / f"{split}.tfrecord", records)
+        (folder / "images").mkdir()
+        for shard in range(2):
+            table = pyarrow.Table.from_pylist(rows[shard::2])
+            pyarrow.parquet.write_table(table, folder / "images" / f"{shard}.parquet", row_group_size=4)
+        return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def _write_raw(folder):
+    for name, content in _raw_files().items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
 @pytest.fixture
 def raw_data(tmp_path):
     """Folders `tfrecords` and `images` in the forms of RichHF-18K and Pick-a-Pic; 12 / 6 / 6 records."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for split, count in (("train", 12), ("dev", 6), ("test", 6)):
-        records = []
-        for index in range(count):
-            uid = f"{split}-{index}"
-            caption = ["A red circle.", "a blue square, left of a circle", "red"][index % 3]
-            words = [3, 7, 1][index % 3]
-            records.append(_make_record(uid, words, rng, split))
-            side = index % 2
-            pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-            rows.append(
-                {
-                    f"image_{side}_uid": uid,
-                    f"image_{1 - side}_uid": f"other-{uid}",
-                    f"jpg_{side}": _picture_bytes(pixels),
-                    f"jpg_{1 - side}": b"not looked at",
-                    "caption": caption,
-                }
-            )
-        write_tfrecords(tmp_path / "tfrecords" / f"{split}.tfrecord", records)
-    (tmp_path / "images").mkdir()
-    for shard in range(2):
-        table = pyarrow.Table.from_pylist(rows[shard::2])
-        pyarrow.parquet.write_table(table, tmp_path / "images" / f"{shard}.parquet", row_group_size=4)
-    return tmp_path
+    return _write_raw(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def joined(tmp_path_factory):
+    """What `reward.richhf` makes of the raw data; for `data`, which hands out copies."""
+    folder = _write_raw(tmp_path_factory.mktemp("raw"))
+    flags = {"--tfrecords": "tfrecords", "--images": "images", "--out": "data"}
+    richhf.main([str(word) for flag, name in flags.items() for word in (flag, folder / name)])
+    return folder / "data"
 
 
 @pytest.fixture
-def command(raw_data, model_folder):
+def data(joined, raw_data):
+    """The joined data in the folder of the raw data, a copy that the test may change."""
+    return Path(shutil.copytree(joined, raw_data / "data"))
+
+
+@pytest.fixture
+def command(data, model_folder, tmp_path):
     """The command line of a training of four steps on twelve pictures."""
-    data = raw_data / "data"
-    richhf.main(["--tfrecords", str(raw_data / "tfrecords"), "--images", str(raw_data / "images"), "--out", str(data)])
 
     def make(output, **settings):
         settings = {
             "data": data,
             "model": model_folder,
-            "output_dir": raw_data / output,
+            "output_dir": tmp_path / output,
             "max_steps": 4,
             "per_device_train_batch_size": 6,
             "logging_steps": 1,

@@ -58,12 +58,6 @@ def build(raw_data):
 
 
 @pytest.fixture
-def data(raw_data, build):
-    richhf.main(build)
-    return raw_data / "data"
-
-
-@pytest.fixture
 def commands(tmp_path, data, model_folder):
     """The commands that read a data set and a checkpoint, both of which may be changed beforehand."""
     out, places = tmp_path / "out", ["--model", str(model_folder), "--data", str(data)]
@@ -449,7 +443,9 @@ def test_strips_of_a_pixels_width_are_judged(judge, picture, tmp_path):
     wide = saved(Image.new("RGB", (3000, 1), "red"), tmp_path / "wide.png")
     words = [*judge, "--images", picture, tall, wide, "--prompts", "red", "red", "red"]
     predict.main([str(word) for word in words])
-    for path in (tmp_path / "out").glob("*_overlay.png"):
+    overlays = list((tmp_path / "out").glob("*_overlay.png"))
+    assert len(overlays) == 3
+    for path in overlays:
         with Image.open(path) as overlay:
             assert 60 < overlay.width < 4000
 

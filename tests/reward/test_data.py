@@ -6,7 +6,6 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from reward import richhf
 from reward.augmentation import Augmentation
 from reward.data import (
     FeedbackCollator,
@@ -22,10 +21,8 @@ from reward.data import (
 
 
 @pytest.fixture
-def dev(raw_data):
-    out = str(raw_data / "data")
-    richhf.main(["--tfrecords", str(raw_data / "tfrecords"), "--images", str(raw_data / "images"), "--out", out])
-    return load_from_disk(out)["dev"]
+def dev(data):
+    return load_from_disk(str(data))["dev"]
 
 
 @pytest.mark.parametrize("size", [(100, 70), (17, 200), (32, 40)])

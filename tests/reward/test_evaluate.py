@@ -16,13 +16,6 @@ from reward.predict import RichFeedbackPredictor
 
 
 @pytest.fixture
-def data(raw_data):
-    out = raw_data / "data"
-    richhf.main(["--tfrecords", str(raw_data / "tfrecords"), "--images", str(raw_data / "images"), "--out", str(out)])
-    return out
-
-
-@pytest.fixture
 def run(data, model_folder, tmp_path):
     def run(*flags):
         paths = ["--model", str(model_folder), "--data", str(data), "--out", str(tmp_path / "report")]

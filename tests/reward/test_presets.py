@@ -17,7 +17,7 @@ from transformers import (
     ViTModel,
 )
 
-from reward import richhf, train
+from reward import train
 from reward.arguments import parse_arguments
 from reward.model import RahfModel
 from reward.predict import RichFeedbackPredictor
@@ -100,12 +100,11 @@ def backbones(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("preset", "kind", "computed_again"), [("rahf_vit_l", "vit", True), ("rahf_siglip2", "siglip_vision_model", False)]
 )
-def test_small_backbones_train_by_a_preset(preset, kind, computed_again, raw_data, backbones, monkeypatch):
+def test_small_backbones_train_by_a_preset(preset, kind, computed_again, data, backbones, tmp_path, monkeypatch):
     """Two updates, and all of the preset but for what is large: its backbones, and so the pictures; its steps; and the
     paper's heads."""
     file = str(ROOT / "configs" / f"{preset}.yaml")
-    data, out = raw_data / "data", raw_data / "out"
-    richhf.main(["--tfrecords", str(raw_data / "tfrecords"), "--images", str(raw_data / "images"), "--out", str(data)])
+    out = tmp_path / "out"
     wanted, _ = parse_arguments([RahfArguments, RahfTrainingArguments], ["--config", file, "--use_cpu", "true"])
     see, passes = RahfModel.see, []
 

@@ -12,6 +12,8 @@ from transformers import Trainer, TrainingArguments
 from reward.arguments import ArgumentsError, parse_arguments
 from reward.training_arguments import check_deepspeed_settings, check_training_arguments
 
+ROOT = Path(__file__).parents[2]
+
 
 def arguments(tmp_path, **changes) -> TrainingArguments:
     return TrainingArguments(str(tmp_path), use_cpu=True, **{"report_to": "none"} | changes)
@@ -83,14 +85,16 @@ def test_a_file_of_deepspeeds_settings_is_looked_into_first(tmp_path, content, s
 
 def test_settings_of_deepspeed_in_every_form_pass():
     whole = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "train_batch_size": "auto"}
-    for setting in (None, "", {}, whole, json.dumps(whole), *map(str, Path("configs/deepspeed").glob("*.json"))):
+    ours = sorted(map(str, (ROOT / "configs/deepspeed").glob("*.json")))
+    assert len(ours) == 5
+    for setting in (None, "", {}, whole, json.dumps(whole), *ours):
         check_deepspeed_settings(setting)
 
 
 @pytest.mark.parametrize("told", ["true", "1", "false"])
 def test_deepspeed_that_accelerate_alone_knows_of_is_refused(monkeypatch, told):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", told)
-    check_deepspeed_settings("configs/deepspeed/zero2.json")
+    check_deepspeed_settings(str(ROOT / "configs/deepspeed/zero2.json"))
     with nullcontext() if told == "false" else pytest.raises(ValueError, match="give them as --deepspeed FILE"):
         check_deepspeed_settings(None)
 

@@ -26,7 +26,8 @@ def logged(folder: Path) -> list[dict[str, float]]:
 def on_two_ranks(file: Path, trainings: list[list[str]]) -> None:
     file.write_text(json.dumps(trainings))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
-    launch += ["--rdzv_endpoint=localhost:0", "tests/reward/two_ranks.py", str(file)]
+    launch += ["--rdzv_endpoint=localhost:0", f"--log_dir={file.with_name('logs')}"]
+    launch += ["tests/reward/two_ranks.py", str(file)]
     # DeepSpeed compiles a small op on first use; it stays beside the packages.
     environment = {"TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"), **os.environ}
     done = subprocess.run(launch, capture_output=True, text=True, check=False, timeout=1100, env=environment, cwd=ROOT)

@@ -1,10 +1,12 @@
 """Tiny Stable Diffusion pipelines with random weights: everything real ones have, in 16 x 16 pixels."""
 
+import copy
 import json
 import resource
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 
 import huggingface_hub
 import pytest
@@ -145,38 +147,52 @@ def xl_folder_with_empty_prompt(tmp_path_factory):
     return make_xl_pipeline(tmp_path_factory.mktemp("xl_empty"), force_zeros_for_empty_prompt=False)
 
 
-@pytest.fixture
-def make_args(tmp_path):
+def args_of(output_dir, **changes):
     """DDPOConfig of a run of seconds; keywords override."""
     from rl.ddpo import DDPOConfig
 
+    settings = {
+        "output_dir": str(output_dir), "use_cpu": True, "num_train_epochs": 2, "num_inference_steps": 3,
+        "generation_batch_size": 8, "num_generations": 4, "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4, "lora_rank": 2, "lora_alpha": 4.0, "disable_tqdm": True,
+        "report_to": [], "seed": 3, "num_log_images": 0, "train_steps": ["0:2"],
+    }  # fmt: skip
+    return DDPOConfig(**{**settings, **changes})
+
+
+@cache
+def _loaded(*args):
+    from rl.pipelines import load_pipeline
+
+    return load_pipeline(*args)
+
+
+def trainer_of(pipeline, args, reward=None, held_out=None, eval_on=None):
+    """Its policy is a copy of a pipeline that is loaded once: that takes longer than many a test's rollout."""
+    from rl.adapter import AdapterSettings
+    from rl.ddpo import DDPOTrainer
+    from rl.policy import StableDiffusionPolicy
+    from tests.rl.toy_rewards import Redness
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("rl.policy.load_pipeline", lambda *args: copy.deepcopy(_loaded(*args)))
+        policy = StableDiffusionPolicy.load(
+            pipeline, seed=args.seed, keep_reference=args.beta > 0, **asdict(args.part(AdapterSettings))
+        )
+    return DDPOTrainer(policy, reward or Redness(), args, PROMPTS, held_out=held_out, eval_on=eval_on)
+
+
+@pytest.fixture
+def make_args(tmp_path):
     def make(**changes):
-        settings = {
-            "output_dir": str(tmp_path / "run"), "use_cpu": True, "num_train_epochs": 2, "num_inference_steps": 3,
-            "generation_batch_size": 8, "num_generations": 4, "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 4, "lora_rank": 2, "lora_alpha": 4.0, "disable_tqdm": True,
-            "report_to": [], "seed": 3, "num_log_images": 0, "train_steps": ["0:2"],
-        }  # fmt: skip
-        return DDPOConfig(**{**settings, **changes})
+        return args_of(**{"output_dir": tmp_path / "run", **changes})
 
     return make
 
 
 @pytest.fixture
 def make_trainer(pipeline_folder, make_args):
-    from rl.adapter import AdapterSettings
-    from rl.ddpo import DDPOTrainer
-    from rl.policy import StableDiffusionPolicy
-    from tests.rl.toy_rewards import Redness
-
     def make(reward=None, held_out=None, eval_on=None, **changes):
-        args = make_args(**changes)
-        policy = StableDiffusionPolicy.load(
-            pipeline_folder,
-            seed=args.seed,
-            keep_reference=args.beta > 0,
-            **asdict(args.part(AdapterSettings)),
-        )
-        return DDPOTrainer(policy, reward or Redness(), args, PROMPTS, held_out=held_out, eval_on=eval_on)
+        return trainer_of(pipeline_folder, make_args(**changes), reward, held_out, eval_on)
 
     return make

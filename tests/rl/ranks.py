@@ -1,8 +1,9 @@
 """The same small run by one engine after another, under torchrun: `ranks.py PIPELINE FOLDER ENGINE... [-- FLAG...]`.
 
-An engine is ddp or the name of a file in configs/deepspeed, with `:full` behind it to train the whole U-Net, `:text` to
-train the text encoder too, or the name of one of `WAYS`. What is noted of each goes to FOLDER/ENGINE/noted-RANK.pt. At
-the end, if there are flags, `run_ddpo.py FLAG...`. Importing takes longer than a run, so one launch does them all.
+An engine is ddp or the name of a file in configs/deepspeed: three rollouts, and a checkpoint of each. A word behind it
+makes it two rollouts and one checkpoint: `:short` nothing else, `:full` trains the whole U-Net, `:text` the text
+encoder too, and then there are the names of `WAYS`. What is noted of each goes to FOLDER/ENGINE/noted-RANK.pt. At the
+end, if there are flags, `run_ddpo.py FLAG...`. Importing takes longer than a run, so one launch does them all.
 """
 
 import json
@@ -30,28 +31,30 @@ WAYS = {
     "mask": {"credit": "mask"},
     "prompt": {"advantage_baseline": "prompt", "prompt_buffer_size": 8, "prompt_min_count": 2},
     "auto": {
-        "train_steps": ["auto:2"], "probe_rollouts": 2, "num_inference_steps": 4, "generation_batch_size": 16
+        "train_steps": ["auto:2"], "probe_rollouts": 2, "num_inference_steps": 4, "generation_batch_size": 16,
+        "num_train_epochs": 3,
     },
 }  # fmt: skip
 """What of the algorithm looks at all ranks' pictures: a group that lies across them, the largest value of all maps,
-rewards by prompt, gradients."""
+rewards by prompt, gradients; these of two rollouts, so that the third goes by them."""
 
 
 def settings(folder: Path, engine: str, world_size: int) -> dict:
-    """Three rollouts of 8 pictures (or more) in 2 updates each, the second of which has moved away from the first; an
-    update has all pictures, or which they are would depend on the ranks."""
+    """Rollouts of 8 pictures (or more) in 2 updates each, the second of which has moved away from the first; an update
+    has all pictures, or which they are would depend on the ranks."""
     name, _, trained = engine.partition(":")
     way = WAYS.get(trained, {})
     full = trained == "full"
     deepspeed = None
     if name != "ddp":
         deepspeed = json.loads((ROOT / f"configs/deepspeed/{name}.json").read_text())
-        if name == "zero3":  # or weights as small as these would not be sharded
+        if name.startswith("zero3"):  # or weights as small as these would not be sharded
             deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     batch = min(4, 8 // world_size)
     accumulated = 2 * way.get("generation_batch_size", 8) // batch // world_size
     return {
-        "output_dir": str(folder / engine), "use_cpu": True, "num_train_epochs": 3, "num_inference_steps": 3,
+        "output_dir": str(folder / engine), "use_cpu": True, "num_inference_steps": 3,
+        "num_train_epochs": 2 if trained else 3, "save_strategy": "steps", "save_steps": 4 if trained else 2,
         "generation_batch_size": 8, "num_generations": 4, "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": accumulated, "num_iterations": 2, "lora_rank": 2, "lora_alpha": 4.0,
         "disable_tqdm": True, "report_to": [], "seed": 3, "num_log_images": 0,

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from reward.feedback import Reward
 from rl.adapter import LORA_WEIGHTS
 from rl.run_state import RunState
+from tests.rl.conftest import args_of, trainer_of
 from tests.rl.toy_rewards import Redness
 
 
@@ -35,6 +36,31 @@ def assert_resumes_to_the_bit(make_trainer, tmp_path, **settings):
     return whole
 
 
+class Constant(Redness):
+    """Its map is the same everywhere, and no word costs anything."""
+
+    def __init__(self):
+        super().__init__(constant_map=True)
+
+    def __call__(self, images, prompts):
+        reward = super().__call__(images, prompts)
+        silent = [torch.zeros_like(words) for words in reward.word_penalties]
+        return Reward(reward.total, reward.penalties, silent, reward.terms)
+
+
+def update_by_a_constant_map(pipeline_folder, folder, **settings):
+    """The LoRA behind one update by SGD."""
+    settings = {"num_train_epochs": 1, "optim": "sgd", "learning_rate": 1.0, **settings}
+    args = args_of(folder, **{"importance_sampling_level": "location", **settings})
+    trainer_of(pipeline_folder, args, Constant()).train()
+    return lora(folder / "checkpoint-1")
+
+
+@pytest.fixture(scope="module")
+def by_image(pipeline_folder, tmp_path_factory):
+    return update_by_a_constant_map(pipeline_folder, tmp_path_factory.mktemp("image"))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -46,27 +72,13 @@ def assert_resumes_to_the_bit(make_trainer, tmp_path, **settings):
     ],
     ids=str,
 )
-def test_a_map_that_is_the_same_everywhere_makes_every_credit_image(make_trainer, tmp_path, changes, monkeypatch):
+def test_a_map_that_is_the_same_everywhere_makes_every_credit_image(pipeline_folder, by_image, tmp_path, changes):
     """Without word penalties for `words`; `unit` pays for differences within the group, and there are none."""
-
-    class Constant(Redness):
-        def __call__(self, images, prompts):
-            reward = super().__call__(images, prompts)
-            silent = [torch.zeros_like(words) for words in reward.word_penalties]
-            return Reward(reward.total, reward.penalties, silent, reward.terms)
-
-    folders = []
-    for name, settings in (("image", {"importance_sampling_level": "location"}), ("other", changes)):
-        settings = {"importance_sampling_level": "location", **settings}
-        trainer = make_trainer(
-            Constant(constant_map=True), output_dir=str(tmp_path / name), num_train_epochs=1, optim="sgd",
-            learning_rate=1.0, **settings,
-        )  # fmt: skip
-        trainer.train()
-        folders.append(lora(tmp_path / name / "checkpoint-1"))
-    for name in folders[0]:
+    other = update_by_a_constant_map(pipeline_folder, tmp_path, **changes)
+    assert by_image.keys() == other.keys()
+    for name in by_image:
         # The gradient's norm is 1.5; sums over places are rounded differently.
-        torch.testing.assert_close(folders[0][name], folders[1][name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(by_image[name], other[name], rtol=1e-4, atol=1e-6)
 
 
 def test_words_credit_acts_where_the_wrong_words_attention_was(make_trainer):

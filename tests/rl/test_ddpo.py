@@ -1,6 +1,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -19,7 +20,7 @@ from rl.resumable import StopAtBoundaryError
 from rl.rollout import DivergedError
 from rl.scoring import RewardError
 from rl.watch_limits import MONITORS
-from tests.rl.conftest import full_disk
+from tests.rl.conftest import args_of, full_disk, trainer_of
 from tests.rl.toy_rewards import Plain, Redness
 
 
@@ -28,7 +29,7 @@ def lora(folder):
 
 
 def assert_same(left, right):
-    assert left.keys() == right.keys()
+    assert left.keys() == right.keys() != set()
     for name in left:
         assert torch.equal(left[name], right[name]), name
 
@@ -263,11 +264,24 @@ def test_resumed_run_with_two_passes_is_the_uninterrupted_one_to_the_bit(make_tr
     assert_same(lora(tmp_path / "whole/checkpoint-6"), lora(tmp_path / "part/checkpoint-6"))
 
 
+@pytest.fixture(scope="module")
+def trained_once(pipeline_folder, tmp_path_factory):
+    """The folder of a run of one rollout; for `one_rollout`, which hands out copies."""
+    folder = tmp_path_factory.mktemp("one_rollout") / "run"
+    trainer_of(pipeline_folder, args_of(folder, num_train_epochs=1)).train()
+    return folder
+
+
+@pytest.fixture
+def one_rollout(trained_once, tmp_path):
+    """In the folder where `make_trainer`'s runs are, one of one rollout."""
+    return Path(shutil.copytree(trained_once, tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     "changes", [{"gradient_accumulation_steps": 2}, {"num_iterations": 2}, {"generation_batch_size": 16}]
 )
-def test_resuming_with_other_rollouts_is_refused(make_trainer, changes):
-    make_trainer(num_train_epochs=1).train()
+def test_resuming_with_other_rollouts_is_refused(make_trainer, one_rollout, changes):
     with pytest.raises(ValueError, match=r"1 updates in 1 rollouts.*a rollout has 2 updates.*num_iterations"):
         make_trainer(**changes).train(resume_from_checkpoint="latest")
 
@@ -281,8 +295,7 @@ def test_resuming_with_other_rollouts_is_refused(make_trainer, changes):
         ({"tune": "full"}, "tune is full, but .*checkpoint-1 holds no folder unet"),
     ],
 )
-def test_resuming_with_what_the_checkpoint_lacks_is_refused(make_trainer, changes, said):
-    make_trainer(num_train_epochs=1).train()
+def test_resuming_with_what_the_checkpoint_lacks_is_refused(make_trainer, one_rollout, changes, said):
     with pytest.raises(ValueError, match=said):
         make_trainer(num_train_epochs=2, **changes).train(resume_from_checkpoint="latest")
 
@@ -319,10 +332,8 @@ def test_resuming_from_an_earlier_checkpoint_leaves_the_later_ones_behind(make_t
     }  # fmt: skip
 
 
-def test_checkpoint_is_a_lora_folder_without_the_base(make_trainer):
-    trainer = make_trainer(num_train_epochs=1)
-    trainer.train()
-    files = sorted(os.listdir(f"{trainer.args.output_dir}/checkpoint-1"))
+def test_checkpoint_is_a_lora_folder_without_the_base(trained_once):
+    files = sorted(os.listdir(trained_once / "checkpoint-1"))
     assert files == [
         "complete.json", "optimizer.pt", LORA_WEIGHTS, "rng_state.pth", "run_state.json", "scheduler", "scheduler.pt",
         "trainer_state.json",
@@ -615,10 +626,9 @@ def test_damaged_checkpoint_is_not_resumed(make_trainer, tmp_path):
         make_trainer(num_train_epochs=2).train(resume_from_checkpoint="latest")
 
 
-def test_resuming_under_another_engine_is_refused(make_trainer, tmp_path):
+def test_resuming_under_another_engine_is_refused(make_trainer, one_rollout):
     """The Trainer would take up no optimizer, and say nothing."""
-    make_trainer(num_train_epochs=1).train()
-    file = tmp_path / "run/checkpoint-1/complete.json"
+    file = one_rollout / "checkpoint-1/complete.json"
     marker = json.loads(file.read_text())
     del marker["files"], marker["seal"]
     file.write_text(json.dumps(marker | {"engine": "DeepSpeed's ZeRO-2 on 2 processes"}))

@@ -137,6 +137,7 @@ def test_averaged_weights_are_judged_and_the_others_go_on(make_trainer):
 
     trainer.judge = noting
     trainer.train()
+    assert len(seen) == 2
     for weights, average in seen[1:]:
         assert all(map(torch.equal, weights, average))
     plain = make_trainer(learning_rate=0.05, **settings)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,20 +33,25 @@ from tests.rl.toy_rewards import Plain
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def config(pipeline_folder, tmp_path):
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+def write_config(pipeline, folder):
+    """The YAML, in `folder`, of a run in its subfolder `run`."""
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     settings = {
-        "policy": pipeline_folder, "reward": "tests.rl.toy_rewards:Redness", "reward_kwargs": {"weight": 1.0},
-        "prompts": str(tmp_path / "prompts.txt"), "eval_prompts": str(tmp_path / "prompts.txt"),
+        "policy": pipeline, "reward": "tests.rl.toy_rewards:Redness", "reward_kwargs": {"weight": 1.0},
+        "prompts": str(folder / "prompts.txt"), "eval_prompts": str(folder / "prompts.txt"),
         "eval_rewards": {"judge": "tests.rl.toy_rewards:Plain"}, "num_before_after": 2,
-        "output_dir": str(tmp_path / "run"), "use_cpu": True, "num_train_epochs": 2, "num_inference_steps": 3,
+        "output_dir": str(folder / "run"), "use_cpu": True, "num_train_epochs": 2, "num_inference_steps": 3,
         "train_steps": [0, 1], "generation_batch_size": 8, "num_generations": 4, "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 4, "lora_rank": 2, "num_log_images": 2,
     }  # fmt: skip
-    path = tmp_path / "config.yaml"
+    path = folder / "config.yaml"
     path.write_text(json.dumps(settings))  # JSON is YAML
     return str(path)
+
+
+@pytest.fixture
+def config(pipeline_folder, tmp_path):
+    return write_config(pipeline_folder, tmp_path)
 
 
 def command(*argv):
@@ -213,6 +219,15 @@ def test_rewards_that_cannot_give_what_credit_goes_by_are_not_loaded(
     assert message in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def one_rollout(pipeline_folder, tmp_path_factory):
+    """The folder of a run of one rollout; to be copied."""
+    folder = tmp_path_factory.mktemp("one_rollout")
+    flags = ["--num_train_epochs", "1", "--eval_prompts", "", "--eval_rewards", "{}"]
+    assert command("--config", write_config(pipeline_folder, folder), *flags) == 0
+    return folder / "run"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -223,8 +238,8 @@ def test_rewards_that_cannot_give_what_credit_goes_by_are_not_loaded(
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
-def test_what_cannot_go_on_is_not_loaded(config, capsys, monkeypatch, flags, message):
-    assert command("--config", config, "--num_train_epochs", "1", "--eval_prompts", "", "--eval_rewards", "{}") == 0
+def test_what_cannot_go_on_is_not_loaded(config, one_rollout, tmp_path, capsys, monkeypatch, flags, message):
+    shutil.copytree(one_rollout, tmp_path / "run")
     monkeypatch.setattr(run_ddpo, "load_policy", lambda *_: pytest.fail("the policy was loaded"))
     monkeypatch.setattr(run_ddpo.RunArguments, "make_rewards", lambda _: pytest.fail("the reward was loaded"))
     assert command("--config", config, "--resume_from_checkpoint", "latest", *flags) == 2

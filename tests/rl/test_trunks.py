@@ -61,7 +61,7 @@ def test_a_training_is_the_same_and_its_ratio_is_exactly_one(make_trainer, monke
     once = make_trainer(**settings)
     seen = rows_seen(once.policy.network)
     once.train()
-    assert logged(once, "ratio") == [1.0] * len(logged(once, "ratio"))
+    assert set(logged(once, "ratio")) == {1.0}
     fewer = sum(seen)
     monkeypatch.setattr("rl.ddpo.DDPOTrainer.trunks", lambda *_: None)
     each = make_trainer(**settings)
