@@ -35,11 +35,12 @@ import torch
 from long_runs import assets_digest, digest
 from report import Row, flags, publish
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from finetune.run import load_policy
 from reward.arguments import parse_arguments, read_prompt_file
 from reward.feedback import RewardFn
+from reward.whole_files import write_whole
 from rl.advantages import group_advantages
 from rl.attention import WordAttention
 from rl.ddpo import DDPOConfig
@@ -111,7 +112,6 @@ class Gradients:
 
     def collect(self, chunks: int) -> None:
         """Take and keep those of `chunks` that are not there."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         moves = load_file(self.file(0))[MOVES].bool() if self.file(0).is_file() else None
         for chunk in range(chunks):
             if self.file(chunk).is_file():
@@ -120,9 +120,7 @@ class Gradients:
             if moves is None:
                 moves = (found != 0).flatten(0, 1).any(dim=0)  # of a new LoRA, only B has a gradient
             kept = {name: of[:, moves].contiguous() for name, of in zip(self.names, found, strict=True)}
-            beside = self.file(chunk).with_suffix(".part")
-            save_file(kept | {MOVES: moves.to(torch.uint8)}, beside)
-            beside.replace(self.file(chunk))
+            write_whole(self.file(chunk), save(kept | {MOVES: moves.to(torch.uint8)}))
             print(f"{chunk + 1} of {chunks} chunks", flush=True)
 
     def at(self, step: int, chunks: int) -> dict[str, np.ndarray]:

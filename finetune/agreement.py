@@ -48,13 +48,13 @@ from finetune.agreement_measures import (  # noqa: E402
 )
 from finetune.agreement_opinions import OneTerm, Opinions, Panel, ask, ask_about, in_a_line  # noqa: E402
 from finetune.choices import Choices, open_choices  # noqa: E402
-from finetune.files import write_whole  # noqa: E402
 from finetune.generate import Generation, GenerationArguments, draw_missing  # noqa: E402
 from finetune.pool import Pool, open_pool  # noqa: E402
 from finetune.reward_choice import split_terms  # noqa: E402
 from reward.arguments import main_guard, parse_arguments, read_prompt_file  # noqa: E402
 from reward.by_name import check_reward_name, make_reward, read_named_rewards  # noqa: E402
 from reward.intervals import Figure  # noqa: E402
+from reward.whole_files import write_whole  # noqa: E402
 
 logger = logging.getLogger(__name__)
 

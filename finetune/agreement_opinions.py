@@ -17,7 +17,7 @@ from finetune.planted_defects import DEFECTS
 from finetune.pool import Pool, read_pictures
 from finetune.small_changes import ASKED_AGAIN, CHANGES
 from reward.feedback import Reward, RewardFn
-from rl.scoring import score
+from rl.scoring import left_out, score
 from rl.timing import now
 
 logger = logging.getLogger(__name__)
@@ -77,9 +77,7 @@ class Panel:
 
     def _drop(self, name: str, error: Exception) -> None:
         del self.rewards[name]
-        self.failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        unexpected = not isinstance(error, ValueError)  # its message may say little without the place
-        logger.warning("the reward %s failed, and is left out: %s", name, self.failed[name], exc_info=unexpected)
+        self.failed[name] = left_out(name, error)
         if not self.rewards:
             raise ValueError(f"every reward failed, so nothing is measured: {in_a_line(self.failed)}") from error
 

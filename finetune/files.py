@@ -8,23 +8,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 
-def write_whole(file: Path, data: bytes) -> None:
-    """Write a file beside its place and move it there.
-
-    Raises:
-        OSError: it could not be written; the message names it, and what was there before is unharmed.
-    """
-    beside = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(data)
-        os.replace(beside, file)
-    except OSError as error:
-        raise OSError(f"cannot write {file}: {error.strerror}; what was written before it is kept") from error
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 @contextmanager
 def replaced_parts(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
     """An empty folder to write to; at the end the files and folders `parts` of it take the place of those in `folder`.

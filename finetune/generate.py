@@ -18,9 +18,10 @@ from accelerate import PartialState
 from rich.console import Console
 from tqdm.auto import tqdm
 
-from finetune.files import holds_files, write_whole
+from finetune.files import holds_files
 from finetune.fingerprints import weights_of, with_weights
 from reward.draw import to_image
+from reward.whole_files import write_whole
 from rl.adapter import AdapterSettings, check_adapter_files, require
 from rl.checkpoints import differing_keys
 from rl.experience import rollout_noise

@@ -20,12 +20,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 
-from finetune.files import write_whole
 from finetune.fingerprints import fingerprint
 from finetune.pool import Entry, Pool, read_pictures
 from reward.data import resize_maps
 from reward.feedback import HEATMAPS, SCORES
 from reward.predict import RichFeedbackPredictor, check_finite
+from reward.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 

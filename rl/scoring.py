@@ -3,13 +3,16 @@
 Shapes: N pictures of H x W pixels.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from reward.feedback import Reward, RewardError, RewardFn, check_reward
 
-__all__ = ["RewardError", "ask", "concatenate", "features", "score"]
+__all__ = ["RewardError", "ask", "concatenate", "features", "left_out", "score"]
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -57,6 +60,21 @@ def features(reward_fn: RewardFn, images: torch.Tensor, batch_size: int | None =
             f"these have the shape {tuple(found.shape)}"
         )
     return found
+
+
+def left_out(reward: str, error: Exception) -> str:
+    """Log that a reward failed, and say why in a line. Where it failed is logged too, for the message of an error that
+    nobody expected may say little without it.
+
+    Args:
+        reward: its name.
+        error: whatever it raised.
+    """
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    logger.warning(
+        "the reward %s failed, and is left out: %s", reward, said, exc_info=not isinstance(error, ValueError)
+    )
+    return said
 
 
 def concatenate(rewards: Sequence[Reward]) -> Reward:

@@ -6,9 +6,7 @@
 finds is one file, written when it is whole. Every policy draws from the same noise.
 """
 
-import io
 import json
-import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -26,17 +24,16 @@ diffusers.logging.disable_progress_bar()
 
 from finetune.compare.entrants import parse_entrant  # noqa: E402
 from finetune.compare.rewards import Spec  # noqa: E402
-from finetune.files import write_whole  # noqa: E402
 from finetune.run import load_policy, place_reward  # noqa: E402
 from reward.arguments import main_guard  # noqa: E402
 from reward.draw import to_image  # noqa: E402
-from reward.feedback import Reward, RewardFn  # noqa: E402
+from reward.feedback import Reward  # noqa: E402
+from reward.pictures import encode_png  # noqa: E402
+from reward.whole_files import write_whole  # noqa: E402
 from rl.checkpoints import complete_checkpoints, read_marker  # noqa: E402
 from rl.evaluate import TRAINING_REWARD, Evaluation, evaluate  # noqa: E402
 from rl.policy_config import PolicyConfig  # noqa: E402
-from rl.scoring import score  # noqa: E402
-
-logger = logging.getLogger(__name__)
+from rl.scoring import left_out, score  # noqa: E402
 
 TABLE = "metadata.jsonl"
 _DIGITS = 6
@@ -136,7 +133,7 @@ def run_job(job: EvaluationJob) -> None:
     """
     run, args = parse_entrant(job.command, job.flags)
     specs = [Spec(tuple(map(tuple, named))) for named in job.specs]
-    rewards = {spec.key: _Excused(lambda spec=spec: place_reward(spec.make(), args)) for spec in specs}
+    rewards = {spec.key: _Excused(spec, args) for spec in specs}
     policy = load_policy(run.policy, args).to(args.device)
     _, schedule = args.make_schedule(policy.scheduler)
     # `evaluate` wants a reward of that name; which one it is does not matter here
@@ -203,9 +200,10 @@ class _Excused:
 
     differentiable = False
 
-    def __init__(self, make: Callable[[], RewardFn]):
+    def __init__(self, spec: Spec, args: PolicyConfig):
         self.failed, self._terms = "", ()
-        self._reward = self._try(make)
+        self._name = ", ".join(reward for _, reward, _, _ in spec.named)
+        self._reward = self._try(lambda: place_reward(spec.make(), args))
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> Reward:
         said = None if self.failed else self._try(lambda: score(self._reward, images, prompts))
@@ -218,9 +216,8 @@ class _Excused:
     def _try(self, ask: Callable[[], Any]) -> Any:
         try:
             return ask()
-        except Exception as error:  # whatever it raises; its message may say little without the place
-            self.failed = str(error) or type(error).__name__
-            logger.warning("a reward failed: %s", self.failed, exc_info=not isinstance(error, ValueError))
+        except Exception as error:  # whatever it raises
+            self.failed = left_out(self._name, error)
             return None
 
 
@@ -235,9 +232,7 @@ class _Keeper:
         for number, image in zip(numbers, images, strict=True):
             prompt, generation = divmod(number, self.job.generations)
             if generation == 0:
-                file = io.BytesIO()
-                to_image(image).save(file, format="PNG")
-                write_whole(self.folder / f"{prompt:05}.png", file.getvalue())
+                write_whole(self.folder / f"{prompt:05}.png", encode_png(to_image(image)))
 
     def finish(self) -> None:
         lines = [json.dumps({"file_name": f"{place:05}.png", "text": prompt}, ensure_ascii=False)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from finetune.files import write_whole
+from reward.whole_files import write_whole
 from rl.checkpoints import complete_checkpoints
 from rl.run_state import RunState
 

@@ -19,8 +19,8 @@ from finetune.compare.config import Comparison
 from finetune.compare.entrants import Entrant, run_flags
 from finetune.compare.evaluate import Findings
 from finetune.compare.rewards import Spec
-from finetune.files import write_whole
 from finetune.fingerprints import is_weights
+from reward.whole_files import write_whole
 from rl.checkpoints import differing_keys
 
 SETTINGS, AGREEMENT = "comparison.json", "agreement/agreement.json"
@@ -99,6 +99,11 @@ def run_folder(comparison: Comparison, entrant: Entrant, seed: int) -> Path:
 
 def run_findings(comparison: Comparison, entrant: Entrant, seed: int) -> Path:
     return run_folder(comparison, entrant, seed) / FINDINGS
+
+
+def kept_picture(findings: Path, prompt: int) -> Path:
+    """The first picture of a prompt, by its place among the held-out ones, that `findings` were made of."""
+    return findings.with_name("pictures") / f"{prompt:05}.png"
 
 
 def is_judged(comparison: Comparison, entrant: Entrant, seed: int) -> bool:

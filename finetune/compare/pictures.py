@@ -2,7 +2,6 @@
 
 import base64
 import io
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +13,14 @@ from PIL import Image
 
 from finetune.compare.config import Comparison
 from finetune.compare.evaluate import Findings
-from finetune.compare.folder import base_findings, run_findings
+from finetune.compare.folder import base_findings, kept_picture, run_findings
 from finetune.compare.measures import rank_of_worst
 from finetune.compare.rewards import BASE, Evaluator, Spec
 from reward.data import to_tensor
 from reward.draw import overlay, to_image
 from reward.feedback import RewardFn
 from rl.pictures import shown_maps
-from rl.scoring import score
-
-logger = logging.getLogger(__name__)
+from rl.scoring import left_out, score
 
 _SMALLEST, _LARGEST = 128, 192  # pixels of a picture's height in the report
 
@@ -61,7 +58,7 @@ class Pictures:
 
     Attributes:
         seed: whose trainings are; None if there are none.
-        absent: entrants that have no training of this seed, but of others.
+        absent: entrants that have no pictures of this seed.
         bare: why pictures are bare from some place on, if the overlay's reward could not be asked.
     """
 
@@ -79,7 +76,7 @@ def check_overlay(comparison: Comparison) -> None:
     """
     if comparison.overlay is None:
         return
-    file = base_findings(comparison, comparison.entrants[0]).with_name("pictures") / f"{0:05}.png"
+    file = kept_picture(base_findings(comparison, comparison.entrants[0]), 0)
     mark = Marker(comparison.overlay)
     mark(_opened(file), comparison.held_out[0])
     if mark.failed:
@@ -100,11 +97,16 @@ def picture_rows(
         judged: names of those whose losses count for the order; all if there are none of them.
     """
     there = {
-        seed: [comparison.entrant(name) for name in gains if seed in gains[name]] for seed in comparison.arguments.seeds
+        seed: [
+            one
+            for one in map(comparison.entrant, gains)
+            if seed in gains[one.name] and kept_picture(run_findings(comparison, one, seed), 0).is_file()
+        ]
+        for seed in comparison.arguments.seeds
     }
     seed = max(there, key=lambda one: len(there[one]))  # the first of those that most have
     entrants = there[seed]
-    absent = [name for name in gains if seed not in gains[name]]
+    absent = [name for name in gains if name not in [one.name for one in entrants]]
     if not entrants:
         return Pictures(None, [], absent, "")
     starting: dict[Path, list[str]] = {}
@@ -123,7 +125,7 @@ def picture_rows(
         prompt = comparison.held_out[place]
         shown = []
         for name, file in files.items():
-            picture = _opened(file.with_name("pictures") / f"{place:05}.png")
+            picture = _opened(kept_picture(file, place))
             change = float(changes[name][place]) if name in changes else None
             shown.append(
                 Shown(name, float(values[name][place]), change, data_uri(_sized(picture)), mark(picture, prompt))
@@ -150,9 +152,8 @@ class Marker:
     def _try(self, ask: Callable[[], Any]) -> Any:
         try:
             return ask()
-        except Exception as error:  # whatever it raises; its message may say little without the place
-            self.failed, self._reward = str(error) or type(error).__name__, None
-            logger.warning("the overlay failed: %s", self.failed, exc_info=not isinstance(error, ValueError))
+        except Exception as error:  # whatever it raises
+            self.failed, self._reward = left_out("of the overlay", error), None
             return None
 
 

@@ -37,7 +37,7 @@ from finetune.compare.verdict import (
     in_words,
     needed_in_words,
 )
-from finetune.files import write_whole
+from reward.whole_files import write_whole
 
 NAME = "report"
 LARGEST = 10_000_000

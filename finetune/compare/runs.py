@@ -40,8 +40,8 @@ from finetune.compare.folder import (
 )
 from finetune.compare.pictures import check_overlay
 from finetune.compare.rewards import Spec
-from finetune.files import write_whole
 from finetune.fingerprints import code
+from reward.whole_files import write_whole
 from rl.checkpoints import FINISHED
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,14 +22,14 @@ from PIL import Image
 from scipy import stats
 
 from finetune.compare.config import Comparison
-from finetune.compare.folder import base_findings, run_findings
+from finetune.compare.folder import base_findings, kept_picture, run_findings
 from finetune.compare.pages import render
 from finetune.compare.pictures import data_uri
 from finetune.compare.results import Trained
 from finetune.compare.rewards import BASE
 from finetune.compare.verdict import Verdict
-from finetune.files import write_whole
 from reward.intervals import wilson
+from reward.whole_files import write_whole
 
 SHEET, KEYS, ANSWERS = "sheet", "sheet_keys", "answers.csv"
 COLUMNS = ("sheet", "pair", "prompt", "answer")
@@ -248,7 +248,7 @@ def _picture(comparison: Comparison, row: Mapping[str, Any], side: str) -> Path:
     entrant = comparison.entrant(name)
     is_base = row[side] == BASE
     file = base_findings(comparison, entrant) if is_base else run_findings(comparison, entrant, row["seed"])
-    return file.with_name("pictures") / f"{row['place']:05}.png"
+    return kept_picture(file, row["place"])
 
 
 def _chance(*key: object) -> float:

@@ -160,7 +160,7 @@ def test_an_evaluator_that_fails_at_a_picture_costs_no_other_one(tmp_path, pipel
 
     alone = judge(red.spec)
     found = judge(fails, red.spec)
-    assert found.failed == {fails.key: "the scorer's licence has expired"}
+    assert found.failed == {fails.key: "RuntimeError: the scorer's licence has expired"}
     assert [list(seen.values) for seen in found.seen] == [[red.spec.key]] * 2
     assert [seen.values for seen in found.seen] == [seen.values for seen in alone.seen]
     out.unlink()

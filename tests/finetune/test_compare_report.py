@@ -190,7 +190,24 @@ def test_pictures_are_of_the_seed_that_most_have(reported):
     assert (grid["seed"], grid["absent"]) == (0, ["plain"])
     assert [shown["policy"] for shown in grid["rows"][0]["shown"]] == ["base", "red", "the judge"]
     for name in ("report.html", "report.md"):
-        assert "Of plain there is no training of this seed yet" in (folder / name).read_text()
+        assert "Of plain there are no pictures of this seed" in (folder / name).read_text()
+
+
+def test_pictures_that_were_deleted_are_not_shown(reported):
+    folder = reported()
+    command = ["--config", str(folder.parent / "comparison.yaml"), "--report_only", "true"]
+    for seed in (0, 1):
+        shutil.rmtree(folder / f"runs/red/seed{seed}/pictures")
+    main(command)
+    grid = json.loads((folder / "report.json").read_text())["grid"]
+    assert (grid["seed"], grid["absent"], len(grid["rows"])) == (2, [], len(HELD_OUT))
+    for pictures in folder.glob("runs/*/*/pictures"):
+        shutil.rmtree(pictures)
+    main(command)
+    content = json.loads((folder / "report.json").read_text())
+    assert (content["grid"]["seed"], content["grid"]["rows"]) == (None, [])
+    assert 'id="no-pictures"' in (folder / "report.html").read_text()
+    assert content["verdict"]["headline"] == "Train on red."
 
 
 def test_collapse_is_flagged_and_monitors_are_named(reported):

@@ -145,7 +145,11 @@ def test_an_overlay_that_fails_is_found_out_before_a_training(make_work, monkeyp
     work, ran = make_work(overlay=fails), []
     Figures(work.comparison, {}).write(leave_out={("red", 0)})
     monkeypatch.setattr(work, "_run", lambda step, gpu=None: ran.append(step.name))
-    with nullcontext() if asked_of is None else pytest.raises(ValueError, match="overlay: the scorer's licence"):
+    with (
+        nullcontext()
+        if asked_of is None
+        else pytest.raises(ValueError, match="overlay: RuntimeError: the scorer's licence")
+    ):
         work.do()
     assert ran == (["training"] if asked_of is None else [])
 

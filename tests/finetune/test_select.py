@@ -19,6 +19,7 @@ from finetune.pool import read_pictures
 from reward.arguments import main_guard
 from reward.model import RahfModel
 from reward.predict import RichFeedbackPredictor
+from reward.whole_files import write_whole
 from tests.rl.conftest import full_disk
 
 ROOT = Path(__file__).parents[2]
@@ -343,9 +344,9 @@ def test_presets_are_valid(name):
 
 
 def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path):
-    files.write_whole(tmp_path / "a", b"before")
+    write_whole(tmp_path / "a", b"before")
     with full_disk(), pytest.raises(OSError, match=r"cannot write .*a: File too large; what was written before"):
-        files.write_whole(tmp_path / "a", b"x" * 10_000)
+        write_whole(tmp_path / "a", b"x" * 10_000)
     assert files_of(tmp_path) == {"a": b"before"}
 
 

@@ -569,6 +569,30 @@ def test_readmes_commands_for_several_gpus_divide(monkeypatch):
     assert accumulation in (ROOT / "configs/accelerate/multi_gpu.yaml").read_text()
 
 
+def test_readmes_table_of_several_gpus_divides(monkeypatch):
+    """Two updates a rollout, or no way to have them."""
+    text = (ROOT / "README.md").read_text()
+    heading, *rows = re.search(r"\| preset \| 1 GPU .*?\n\n", text, flags=re.DOTALL)[0].strip().splitlines()
+    worlds = [int(cell.split()[0]) for cell in heading.strip("|").split("|")[1:]]
+    assert (worlds, len(rows)) == ([1, 2, 4, 8], 4)
+    for row in rows[1:]:
+        preset, *cells = (cell.strip(" `") for cell in row.strip("|").split("|"))
+        for world, cell in zip(worlds, cells, strict=True):
+            monkeypatch.setattr(run_ddpo.DDPOConfig, "world_size", world)
+            told = [cell] if cell.isdigit() else map(str, range(1, 65))
+            updates = {updates_of(ROOT / f"configs/{preset}.yaml", accumulated) for accumulated in told}
+            assert (updates == {2}) if cell.isdigit() else (2 not in updates), (preset, world)
+
+
+def updates_of(config, accumulated):
+    """Of a rollout; None where the numbers do not divide."""
+    try:
+        _, args = settings_of(config, "--prompts", "prompts.txt", "--gradient_accumulation_steps", accumulated)
+        return args.plan(len(args.train_steps)).updates
+    except ValueError:
+        return None
+
+
 def test_readmes_run_of_ddpo_pytorch_is_theirs(monkeypatch):
     """Whatever the preset says: their defaults, of `config/base.py` and of TRL's `DDPOConfig` and pipeline."""
     monkeypatch.setattr(run_ddpo.DDPOConfig, "world_size", 8)
