@@ -17,8 +17,9 @@ Gradients of two chunks share their expectation and nothing else, so that withou
 
 Intervals: 95%, jackknife over chunks. All steps and kinds cost the same. Where pictures of a group share noise
 (`--share_noise`; the config's own by default), what they share depends on the step, as if that one alone were trained:
-so each step has pictures of its own then, and a chunk takes about half as long again. A chunk's gradients are kept in
-`--work`, and what is there is not made again, so that a run may be stopped, or chunks be added.
+so each step has pictures of its own then, and a chunk takes 1.6 times as long (`--chunks 3 --share_noise around` took
+210 s of a core, with `none` 128). A chunk's gradients are kept in `--work`, and what is there is not made again, so
+that a run may be stopped, or chunks be added.
 """
 
 import copy
