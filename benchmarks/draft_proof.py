@@ -1,38 +1,54 @@
 """Back-propagation through sampling against DDPO, and what the region constraint saves and costs.
 
-    python benchmarks/draft_proof.py [--quick] [--json FILE] [--seeds N]
+    python benchmarks/draft_proof.py [--seeds N] [--jobs N] [--budget_minutes M] [--quick] [--json FILE]
 
 Runs once a seed: DDPO's demo, back-propagation by its config and with a fifth of the demo's pictures, and
 back-propagation with the region constraint. All are compared with the base on the same held-out prompts and noise, by a
 judge that no training saw. Goals: DDPO's gain with at most a fifth of its pictures; with the constraint, a third of the
-change outside the problem regions at most, at no less than 0.9 of the gain. Runs that are there already (`--work`,
-`--ddpo_work`) are not repeated.
+change outside the problem regions at most, at no less than 0.9 of the gain.
+
+Parts are kept in `--work`, which `uses.py` shares; what is there is not done again, and seeds that are not complete
+yet are left out.
 """
 
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from demo_proof import SHORT, TERMS, UNSEEN, Proof, spread, term
+import use_parts
+import yaml
+from demo_proof import TERMS
+from long_runs import Budget, work_folder
+from parts import Part, finish, with_needs
 from report import Row, flags, publish
-from use_training import pictures_of
+from use_drawing import PICTURES, to_images
+from use_parts import (
+    BASE,
+    DRAFT_K,
+    HELD_TO_REGIONS,
+    REGION,
+    TRAINING,
+    VARIANTS,
+    add_use_flags,
+    by_ddpo,
+    by_draft,
+    drawing,
+    states_of_code,
+)
 
 from finetune.paired import paired_interval, paired_ratio
 from finetune.region_constraint import problem_region
 from reward.rich import RichReward
+from rl.folder_lock import taken
 
-DDPO = Path("configs/ddpo_tinyworld.yaml")
-FREE = Path("configs/draft_tinyworld.yaml")
-HELD = Path("configs/draft_tinyworld_region.yaml")
-COMMAND = ("-m", "finetune.draft")
-FIFTH = ["--num_train_epochs", "16"]
+FIFTH = ("--num_train_epochs", "16")
 """So many updates of 32 pictures see a fifth of those that DDPO's run sees."""
-
-
-BY_DDPO, SHORTER, UNHELD, HOLDING = "ddpo", "draft, a fifth of the pictures", "draft", "draft, region"
+BY_DDPO, SHORTER = "DDPO, credit image", "DRaFT-K, a fifth of DDPO's pictures"
 
 
 @dataclass(frozen=True)
@@ -43,7 +59,7 @@ class Found:
         gains: of each of the judge's terms, for each seed (P,) by prompt, tuned less base.
         changes: likewise `change_outside`.
         diversity: after, over before.
-        pictures: that a training saw.
+        pictures: drawn for a training.
     """
 
     gains: Mapping[str, Sequence[np.ndarray]]
@@ -52,13 +68,20 @@ class Found:
     pictures: int
 
 
-def to_images(pictures: np.ndarray) -> torch.Tensor:
-    """(N, 64, 64, 3) uint8 -> (N, 3, 64, 64) in [0, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+def plan(seed: int, options: Namespace) -> dict[str, Part]:
+    """What the base draws, and what each way's tuned model does."""
+    trainings = {
+        BY_DDPO: by_ddpo(BY_DDPO, seed, options),
+        SHORTER: by_draft(SHORTER, seed, options, *FIFTH),
+        DRAFT_K: by_draft(DRAFT_K, seed, options, *VARIANTS[DRAFT_K]),
+        HELD_TO_REGIONS: by_draft(HELD_TO_REGIONS, seed, options, config=REGION),
+    }
+    drawn = {name: drawing(name, seed, options, "plain", tuned) for name, tuned in trainings.items()}
+    return {BASE: drawing(BASE, seed, options, "plain"), **drawn}
 
 
 @torch.no_grad()
-def regions(pictures: np.ndarray, captions: list[str], settings: dict) -> torch.Tensor:
+def regions(pictures: np.ndarray, captions: Sequence[str], settings: Mapping[str, Any]) -> torch.Tensor:
     """Where the base's pictures have a problem, by the settings of a run with the constraint: (N, 1, 64, 64)."""
     reward, found = RichReward(**settings["reward_kwargs"]), []
     images = to_images(pictures)
@@ -77,6 +100,38 @@ def change_outside(before: np.ndarray, after: np.ndarray, region: torch.Tensor, 
     return (outside / (1 - region).mean().clamp(min=1e-8)).numpy()
 
 
+def pictures_of(part: Part, work: Path) -> np.ndarray:
+    """(N, 64, 64, 3) uint8, those of a prompt behind each other."""
+    return np.load(part.folder(work) / PICTURES)["pictures"]
+
+
+def found_of(name: str, plans: Sequence[Mapping[str, Part]], done: Mapping[Part, Mapping[str, Any]],
+             bases: Sequence[tuple[np.ndarray, torch.Tensor]], work: Path,
+             terms: Sequence[str] = TERMS) -> Found:  # fmt: skip
+    """What one way came to.
+
+    Args:
+        plans: of the seeds that are complete.
+        bases: for each of them the base's pictures and their problem regions.
+    """
+    drawn = [done[one[name]] for one in plans]
+    before = [done[one[BASE]] for one in plans]
+
+    def means(said: Mapping[str, Any], term: str) -> np.ndarray:
+        return np.array(said["values"][term]).mean(axis=1)
+
+    spreads = [np.mean([one["diversity"] for one in said]) for said in (drawn, before)]
+    trained = [need for need in plans[0][name].needs if need.script == TRAINING]
+    return Found(
+        {term: [means(new, term) - means(old, term) for new, old in zip(drawn, before, strict=True)]
+         for term in terms},
+        [change_outside(pictures, pictures_of(one[name], work), region, one[name].how["generations"])
+         for one, (pictures, region) in zip(plans, bases, strict=True)],
+        float(spreads[0] / spreads[1]),
+        sum(done[part]["pictures"] for part in trained),
+    )  # fmt: skip
+
+
 def rows_of(found: Mapping[str, Found]) -> list[Row]:
     """Each way by itself, then what is aimed at."""
     rows, seeds = [], len(found[BY_DDPO].changes)
@@ -85,61 +140,53 @@ def rows_of(found: Mapping[str, Found]) -> list[Row]:
             rows.append(Row(f"{name}: {figure}, gain", *paired_interval(gains), n=seeds))
         rows.append(Row(f"{name}: change outside the regions", *paired_interval(one.changes), n=seeds))
         rows.append(Row(f"{name}: diversity, after / before", one.diversity))
-        rows.append(Row(f"{name}: pictures trained on", one.pictures))
+        rows.append(Row(f"{name}: pictures drawn for training", one.pictures))
     gains = {name: one.gains["satisfied"] for name, one in found.items()}
     rows.append(Row("pictures, a fifth / ddpo", found[SHORTER].pictures / found[BY_DDPO].pictures, goal="<= 0.2"))
     rows.append(Row("gain, a fifth / ddpo", *paired_ratio(gains[SHORTER], gains[BY_DDPO]), seeds, ">= 1"))
-    outside = paired_ratio(found[HOLDING].changes, found[UNHELD].changes)
+    outside = paired_ratio(found[HELD_TO_REGIONS].changes, found[DRAFT_K].changes)
     rows.append(Row("change outside, with / without the constraint", *outside, seeds, "<= 0.3333"))
-    kept = paired_ratio(gains[HOLDING], gains[UNHELD])
+    kept = paired_ratio(gains[HELD_TO_REGIONS], gains[DRAFT_K])
     rows.append(Row("gain, with / without the constraint", *kept, seeds, ">= 0.9"))
     return rows
 
 
-def main() -> None:
+def make_parser() -> ArgumentParser:
     parser = flags(__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=Path("outputs/proof"), help="folder of the runs")
-    parser.add_argument("--ddpo_work", type=Path, help="folder of demo_proof's runs (default WORK/ddpo_tinyworld)")
-    options = parser.parse_args()
-    began = time.perf_counter()
-    seeds = range(1 if options.quick else options.seeds)
-    suffix, prompts = ("_quick", 32) if options.quick else ("", None)
+    add_use_flags(parser)
+    return parser
 
-    def proof(config: Path, command: tuple[str, ...], work: Path | None = None, extra: Sequence[str] = ()) -> Proof:
-        work = work or options.work / (config.stem + suffix)
-        # Its own looks would draw more pictures than a fifth of DDPO's, and nobody reads them here.
-        quiet = UNSEEN if command == COMMAND else ()
-        return Proof(config, work, prompts, SHORT if options.quick else [*extra, *quiet], command)
 
-    ddpo = proof(DDPO, ("run_ddpo.py",), options.ddpo_work)
-    proofs = {
-        BY_DDPO: ddpo,
-        SHORTER: proof(FREE, COMMAND, extra=FIFTH),
-        UNHELD: proof(FREE, COMMAND),
-        HOLDING: proof(HELD, COMMAND),
-    }
-
-    base = ddpo.verdicts("base", lambda: ddpo.draw(ddpo.base))
-    pictures = ddpo.pictures("base", lambda: ddpo.draw(ddpo.base))
-    region = regions(pictures, ddpo.captions, proofs[HOLDING].settings)
-    generations = len(ddpo.captions) // len(ddpo.prompts)
-    found = {}
-    for name, one in proofs.items():
-        folders = [one.run(seed) for seed in seeds]
-        after = {seed: lambda one=one, folder=folder: one.draw(one.tuned(folder))
-                 for seed, folder in zip(seeds, folders, strict=True)}  # fmt: skip
-        verdicts = [one.verdicts(f"after{seed}", draw) for seed, draw in after.items()]
-        new = [one.pictures(f"after{seed}", draw) for seed, draw in after.items()]
-        found[name] = Found(
-            {figure: [term(told, figure) - term(base, figure) for told in verdicts] for figure in TERMS},
-            [change_outside(pictures, picture, region, generations) for picture in new],
-            float(np.mean([*map(spread, verdicts)])) / spread(base),
-            pictures_of(folders[0]),
-        )
-    rows = [Row("satisfied, base", float(term(base, "satisfied").mean()), n=len(base))]
-    rows.append(Row("problem regions, share of a picture", float(region.mean()), n=len(region)))
+def main() -> None:
+    options = make_parser().parse_args()
+    if options.quick:
+        use_parts.make_quick(options)
+    began, work = time.perf_counter(), work_folder(options)
+    plans = [plan(seed, options) for seed in range(options.seeds)]
+    parts = with_needs([part for one in plans for part in one.values()])
+    failures: list[str] = []
+    with taken(work):
+        done = finish(parts, work, options.jobs, Budget(options.budget_minutes), failures=failures)
+    plans = [one for one in plans if all(part in done for part in one.values())]
+    if not plans:
+        said = [f"no seed is complete yet, {len(done)} of {len(parts)} parts are; run it again, for longer", *failures]
+        raise SystemExit("\n".join(said))
+    settings = yaml.safe_load(Path(REGION).read_text(encoding="utf-8"))
+    bases = []
+    for one in plans:
+        how, pictures = one[BASE].how, pictures_of(one[BASE], work)
+        captions = [prompt for prompt in how["prompts"] for _ in range(how["generations"])]
+        bases.append((pictures, regions(pictures, captions, settings)))
+    found = {name: found_of(name, plans, done, bases, work) for name in plans[0] if name != BASE}
+    satisfied = [np.array(done[one[BASE]]["values"]["satisfied"]) for one in plans]
+    share = float(np.mean([region.mean() for _, region in bases]))
+    rows = [Row("satisfied, base", float(np.mean(satisfied)), n=sum(one.size for one in satisfied))]
+    rows.append(Row("problem regions, share of a picture", share, n=sum(len(region) for _, region in bases)))
     rows += rows_of(found)
+    rows.append(Row("states of the code among the parts", states_of_code(done)))
     publish(rows, began, options.json, options.quick)
+    if failures:
+        raise SystemExit("\n".join(failures))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import torch
 import yaml
 from demo_proof import TERMS, spread_of
 from diffusers import StableDiffusionPipeline
-from draft_proof import to_images
 from parts import RESULT, Task
 from use_training import RUN
 
@@ -37,6 +36,11 @@ BATCH = 64
 PICTURES = "pictures.npz"
 OTHER_NOISE = 1000
 """The k-th more picture of a prompt is drawn by the seed and k times this."""
+
+
+def to_images(pictures: np.ndarray) -> torch.Tensor:
+    """(N, 64, 64, 3) uint8 -> (N, 3, 64, 64) in [0, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
 
 
 def draw(task: Task) -> dict[str, Any]:

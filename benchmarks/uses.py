@@ -15,40 +15,44 @@ out of the table. All of the first seed comes first.
 
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from demo_proof import TERMS, UNSEEN
-from long_runs import Budget, add_flags, work_folder
+import use_parts
+from demo_proof import TERMS
+from long_runs import Budget, work_folder
 from parts import Part, finish, with_needs
 from report import Row, flags, publish
 from rich.console import Console
 from rich.table import Table
+from use_parts import (
+    BASE,
+    DDPO,
+    DRAFT_K,
+    GUIDE,
+    HELD_TO_REGIONS,
+    INPAINT,
+    REGION,
+    SFT_ON_SELECTED,
+    TRAINING,
+    VARIANTS,
+    add_use_flags,
+    by_ddpo,
+    by_draft,
+    by_sft,
+    drawing,
+    selection,
+    states_of_code,
+)
 
 from finetune.paired import paired_interval, paired_ratio
-from reward.arguments import read_prompt_file
 from rl.folder_lock import taken
 
-TRAINING, DRAWING = "use_training.py", "use_drawing.py"
-POLICY = "tinyworld/assets/sd"
-DDPO, DRAFT = "configs/ddpo_tinyworld.yaml", "configs/draft_tinyworld.yaml"
-REGION = "configs/draft_tinyworld_region.yaml"
-SELECT, SFT, GUIDE, INPAINT = (f"configs/{name}_tinyworld.yaml" for name in ("select", "sft", "guide", "inpaint"))
-VARIANTS = {
-    "DRaFT": ["--variant", "draft"],
-    "DRaFT-K, K = 1": ["--variant", "draft_k"],
-    "DRaFT-LV": ["--variant", "draft_lv"],
-    "AlignProp": ["--variant", "alignprop"],
-    "ReFL": ["--variant", "refl"],
-}
 PLACES = ("mask", "focus", "paid", "words")
-QUIET = ["--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true", *UNSEEN]
-HELD_OUT, TRAINED_ON = "tinyworld/assets/prompts_held_out.txt", "tinyworld/assets/prompts_train.txt"
-BASE = "base"
 WIDE = 240  # characters of a line of the table
 
 
@@ -71,34 +75,6 @@ class Use:
 # ---- What is done ----
 
 
-def training(name: str, seed: int, command: Sequence[object], config: str, *needs: Part, draws: bool = True) -> Part:
-    """A training by a command of the toolkit.
-
-    Args:
-        command: behind `python`; see `use_training.train`.
-        draws: whether it draws pictures itself.
-    """
-    how = {"command": [*map(str, command)], "draws": draws}
-    return Part(name, seed, TRAINING, how, needs, (config, TRAINED_ON))
-
-
-def drawing(
-    name: str, seed: int, options: Namespace, by: str, *needs: Part, config: str | None = None, **how: Any
-) -> Part:
-    """Pictures, judged.
-
-    Args:
-        options: `judged`, a file of prompts, how many of them, and how many pictures of each.
-        by: see `use_drawing.draw`.
-        needs: the training whose LoRA draws; or the pictures that are to be mended.
-        config: of the use.
-    """
-    told = {"by": by, "policy": POLICY, "prompts": read_prompt_file(options.judged)[: options.prompts],
-            "generations": options.generations, "tuned": bool(needs) and needs[0].script == TRAINING, "config": config,
-            **how}  # fmt: skip
-    return Part(f"pictures of {name}", seed, DRAWING, told, needs, (config,) if config else ())
-
-
 def uses_of(seed: int, options: Namespace) -> list[Use]:
     """Everything for one seed, cheap things first."""
     found: list[Use] = []
@@ -114,42 +90,21 @@ def uses_of(seed: int, options: Namespace) -> list[Use]:
     use("guided by the reward", "guide", config=GUIDE)
     use("mended", "inpaint", base, config=INPAINT)
 
-    trainings = {
-        name: training(name, seed, ["-m", "finetune.draft", *flags_of(DRAFT, seed, options.draft), *flags_], DRAFT)
-        for name, flags_ in VARIANTS.items()
-    }
-    trainings["DRaFT-K, held to problem regions"] = training(
-        "DRaFT region", seed, ["-m", "finetune.draft", *flags_of(REGION, seed, options.draft)], REGION
-    )
-    for name, credit in {"image": "image", "scalar": "scalar", options.place: options.place}.items():
-        command = ["run_ddpo.py", *flags_of(DDPO, seed, options.ddpo), "--credit", credit]
-        if credit == "paid":  # which has no ratio of a whole picture
-            command += ["--importance_sampling_level", "location"]
-        trainings[f"DDPO, credit {name}"] = training(f"DDPO {name}", seed, command, DDPO)
-    place = ["--output_dir", "{folder}/selection", "--pictures", "{folder}/pool/pictures"]
-    chosen = training(
-        "selection", seed, ["-m", "finetune.select", "--config", SELECT, *place, "--seed", seed, *options.select],
-        SELECT,
-    )  # fmt: skip
-    data = ["--data", "{need}/selection/data", *options.sft]
-    tuned = training(
-        "SFT", seed, ["-m", "finetune.sft", *flags_of(SFT, seed, data), "--reward", ""], SFT, chosen, draws=False
-    )
-    trainings["SFT on selected"] = tuned
-    command = ["run_ddpo.py", *flags_of(DDPO, seed, options.ddpo), "--init_adapter", "{need}/run"]
-    trainings["SFT on selected, then DDPO"] = training("SFT, then DDPO", seed, command, DDPO, tuned)
+    trainings = {name: by_draft(name, seed, options, *flags_) for name, flags_ in VARIANTS.items()}
+    trainings[HELD_TO_REGIONS] = by_draft(HELD_TO_REGIONS, seed, options, config=REGION)
+    for credit in ("image", "scalar", options.place):
+        name = f"DDPO, credit {credit}"
+        trainings[name] = by_ddpo(name, seed, options, credit)
+    tuned = trainings[SFT_ON_SELECTED] = by_sft(SFT_ON_SELECTED, selection(seed, options), options)
+    name = "SFT on selected, then DDPO"
+    trainings[name] = by_ddpo(name, seed, options, after=tuned)
 
     for name, part in trainings.items():
         use(name, "plain", part)
-    use(f"DRaFT-K, best of {options.best_of}", "best_of", trainings["DRaFT-K, K = 1"], config=DDPO,
-        count=options.best_of)  # fmt: skip
+    use(f"DRaFT-K, best of {options.best_of}", "best_of", trainings[DRAFT_K], config=DDPO, count=options.best_of)
     if unknown := set(options.only or ()) - {one.name for one in found}:
         raise SystemExit(f"--only: there is no use {unknown.pop()!r}; there are {', '.join(one.name for one in found)}")
     return [one for one in found if not options.only or one.name in (BASE, *options.only)]
-
-
-def flags_of(config: str, seed: int, more: Iterable[str]) -> list[object]:
-    return ["--config", config, "--output_dir", "{folder}/run", "--seed", seed, *QUIET, *more]
 
 
 # ---- What is made of it ----
@@ -265,33 +220,21 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 def make_parser() -> ArgumentParser:
     parser = flags(__doc__.splitlines()[0])
-    add_flags(parser, "outputs/uses")
+    add_use_flags(parser)
     parser.add_argument("--page", type=Path, metavar="FILE", help="also write the table to this file, as markdown")
     parser.add_argument("--only", nargs="+", metavar="USE", help="these lines of the table, and the base")
-    parser.add_argument("--prompts", type=int, default=256, metavar="N", help="held-out prompts (default 256)")
-    parser.add_argument("--generations", type=int, default=2, metavar="N", help="pictures of each (default 2)")
     parser.add_argument("--best_of", type=int, default=4, metavar="N", help="of how many the best is kept (default 4)")
     parser.add_argument("--place", choices=PLACES, default="mask", help="DDPO's place-aware credit (default mask)")
-    parser.set_defaults(judged=HELD_OUT, ddpo=[], draft=[], select=[], sft=[])
     return parser
 
 
 def make_quick(options: Namespace) -> None:
     """As little as there can be, and one of each kind only."""
-    options.seeds, options.jobs, options.prompts, options.best_of = 1, 2, 6, 2
-    options.only = options.only or ["best of 2", "guided by the reward", "mended", "DRaFT-K, K = 1",
-                                    "DDPO, credit scalar", "SFT on selected", "SFT on selected, then DDPO",
+    use_parts.make_quick(options)
+    options.best_of = 2
+    options.only = options.only or ["best of 2", "guided by the reward", "mended", DRAFT_K, "DDPO, credit scalar",
+                                    SFT_ON_SELECTED, "SFT on selected, then DDPO",
                                     "DRaFT-K, best of 2"]  # fmt: skip
-    few = work_folder(options) / "prompts.txt"
-    few.parent.mkdir(parents=True, exist_ok=True)
-    few.write_text("\n".join(read_prompt_file(TRAINED_ON)[:4]) + "\n")
-    options.ddpo = ["--num_train_epochs", "1", "--generation_batch_size", "16", "--per_device_train_batch_size", "16",
-                    "--gradient_accumulation_steps", "2"]  # fmt: skip
-    options.draft = ["--num_train_epochs", "1", "--per_device_train_batch_size", "4",
-                     "--gradient_accumulation_steps", "1"]  # fmt: skip
-    options.select = ["--prompts", str(few.absolute()), "--num_generations", "2", "--rules",
-                      '{"best of its prompt": {"best_of": "overall"}}']  # fmt: skip
-    options.sft = ["--max_steps", "2", "--per_device_train_batch_size", "4"]
 
 
 def main() -> None:
@@ -313,7 +256,7 @@ def main() -> None:
     if options.page:
         options.page.write_text(markdown(lines), encoding="utf-8")
     rows = [*rows_of(found), Row("parts done, of those planned", len(done) / len(parts))]
-    rows.append(Row("states of the code among them", len({result.get("code") for result in done.values()})))
+    rows.append(Row("states of the code among them", states_of_code(done)))
     publish(rows, began, options.json, options.quick, shown=False)
     if failures:
         raise SystemExit("\n".join(failures))

@@ -10,6 +10,7 @@ from demo_proof import TERMS
 from long_runs import ROOT
 from parts import Task, with_needs
 from use_drawing import PICTURES, draw
+from use_parts import DDPO, DRAFT_K, GUIDE, HELD_TO_REGIONS, INPAINT, POLICY, SFT_ON_SELECTED, TRAINING, VARIANTS
 from use_training import at_home
 
 from finetune import draft, select, sft
@@ -42,19 +43,19 @@ def test_every_training_is_taken_by_its_command(options, quick, tmp_path):
     plan = uses.uses_of(3, options)
     commands = {}
     for part in with_needs([use.draw for use in plan]):
-        if part.script != uses.TRAINING:
+        if part.script != TRAINING:
             continue
         task = Task(tmp_path / part.name, part.seed, part.how, [tmp_path / need.name for need in part.needs])
         words = [at_home(word, task) for word in part.how["command"]]
         name, flags = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
         *_, args = commands[part.name] = parse_arguments(PARTS[name], flags)
         assert args.seed == 3
-    assert commands["DDPO mask"][1].credit == "mask"
-    assert commands["SFT, then DDPO"][1].init_adapter == str(tmp_path / "SFT/run")
-    assert commands["SFT"][0].data == str(tmp_path / "selection/selection/data")
-    assert commands["SFT"][1].tune == "lora"  # or DDPO could not start from it
-    assert commands["DRaFT region"][1].region_weight > 0
-    assert {commands[name][1].variant for name in uses.VARIANTS} == {
+    assert commands["DDPO, credit mask"][1].credit == "mask"
+    assert commands["SFT on selected, then DDPO"][1].init_adapter == str(tmp_path / "SFT on selected/run")
+    assert commands["SFT on selected"][0].data == str(tmp_path / "selection/selection/data")
+    assert commands["SFT on selected"][1].tune == "lora"  # or DDPO could not start from it
+    assert commands[HELD_TO_REGIONS][1].region_weight > 0
+    assert {commands[name][1].variant for name in VARIANTS} == {
         "draft",
         "draft_k",
         "draft_lv",
@@ -62,7 +63,7 @@ def test_every_training_is_taken_by_its_command(options, quick, tmp_path):
         "refl",
     }
     pictures = {name: args.num_train_epochs * args.per_device_train_batch_size * args.gradient_accumulation_steps
-                for name, (_, args) in commands.items() if name in uses.VARIANTS}  # fmt: skip
+                for name, (_, args) in commands.items() if name in VARIANTS}  # fmt: skip
     assert len(set(pictures.values())) == 1
 
 
@@ -74,7 +75,7 @@ def test_some_lines_only(options):
         uses.uses_of(0, options)
     uses.make_quick(options := uses.make_parser().parse_args(["--work", str(options.work)]))
     kinds = {part.name for part in with_needs([use.draw for use in uses.uses_of(0, options)])}
-    assert {"DRaFT-K, K = 1", "DDPO scalar", "selection", "SFT", "SFT, then DDPO"} <= kinds
+    assert {DRAFT_K, "DDPO, credit scalar", "selection", SFT_ON_SELECTED, "SFT on selected, then DDPO"} <= kinds
 
 
 def test_one_seed_of_everything_comes_first_and_shares_its_noise(options):
@@ -86,16 +87,16 @@ def test_one_seed_of_everything_comes_first_and_shares_its_noise(options):
     by_name = {use.name: use for use in plans[0]}
     assert by_name["mended"].trainings == []
     assert [part.name for part in by_name["SFT on selected, then DDPO"].trainings] == [
-        "selection", "SFT", "SFT, then DDPO",
+        "selection", SFT_ON_SELECTED, "SFT on selected, then DDPO",
     ]  # fmt: skip
     best = by_name["DRaFT-K, best of 4"]
-    assert best.trainings == by_name["DRaFT-K, K = 1"].trainings
+    assert best.trainings == by_name[DRAFT_K].trainings
     assert best.draw.how["tuned"]
     assert not by_name["mended"].draw.how["tuned"]
 
 
 def result_of(part, gain=0.0):
-    if part.script == uses.TRAINING:
+    if part.script == TRAINING:
         return {"pictures": 100, "seconds": 10.0, "wall": 1.0}
     values = {term: np.full((4, 2), 0.5 + gain).tolist() for term in TERMS}
     return {"values": values, "diversity": [0.2, 0.4, 0.2, 0.4], "ms": 50.0, "wall": 1.0}
@@ -137,7 +138,7 @@ def test_uses_that_are_not_done_are_left_out(options):
 def task_of(tmp_path, by, needs=(), seed=0, **how):
     folder = tmp_path / f"{by}{seed}"
     folder.mkdir()
-    told = {"by": by, "policy": uses.POLICY, "prompts": ["a red circle", "a blue square"],
+    told = {"by": by, "policy": POLICY, "prompts": ["a red circle", "a blue square"],
             "generations": 2, "tuned": False, "config": None, **how}  # fmt: skip
     return Task(folder, seed, told, needs)
 
@@ -156,16 +157,16 @@ def base(tmp_path):
 def test_pictures_of_every_use_start_from_the_bases_noise(tmp_path, base, monkeypatch):
     """So with nothing to choose, no push and nothing to mend, they are the base's."""
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    one = task_of(tmp_path, "best_of", config=uses.DDPO, count=1)
+    one = task_of(tmp_path, "best_of", config=DDPO, count=1)
     assert draw(one)["values"] == json.loads((base.folder / "part.json").read_text())["values"]
     assert np.array_equal(pictures(one), pictures(base))
     still = tmp_path / "still.yaml"
-    still.write_text((ROOT / uses.GUIDE).read_text().replace("scale: 0.1", "scale: 0.0"))
+    still.write_text((ROOT / GUIDE).read_text().replace("scale: 0.1", "scale: 0.0"))
     guided = task_of(tmp_path, "guide", config=str(still))
     draw(guided)
     assert np.abs(pictures(guided).astype(int) - pictures(base)).max() <= 1
     none = tmp_path / "none.yaml"
-    none.write_text((ROOT / uses.INPAINT).read_text().replace("implausibility: 0.2}", "implausibility: 1.0}"))
+    none.write_text((ROOT / INPAINT).read_text().replace("implausibility: 0.2}", "implausibility: 1.0}"))
     mended = task_of(tmp_path, "inpaint", [base.folder], config=str(none))
     said = draw(mended)
     assert np.array_equal(pictures(mended), pictures(base))
@@ -178,7 +179,7 @@ def test_the_best_of_several_is_chosen_by_the_reward(tmp_path, base, monkeypatch
             return Reward(total=-images.mean(dim=(1, 2, 3)))
 
     monkeypatch.setattr("use_drawing.RichReward", lambda **settings: Dark())
-    best = task_of(tmp_path, "best_of", config=uses.DDPO, count=3)
+    best = task_of(tmp_path, "best_of", config=DDPO, count=3)
     draw(best)
     mean = pictures(best).mean(axis=(1, 2, 3))
     assert (mean <= pictures(base).mean(axis=(1, 2, 3))).all()
