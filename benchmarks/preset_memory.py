@@ -3,11 +3,12 @@
     python benchmarks/preset_memory.py [--configs configs/ddpo_sd15.yaml ...] [--quick] [--json FILE]
 
 The preset's own code - sampling with guidance, decoding, the reward's predictor, a micro-batch forward and backward
-with its checkpointing - runs on tensors that have sizes and no content (PyTorch's fake tensors), on networks of the
-published sizes of Stable Diffusion 1.5 and XL, of RAHF as `configs/rahf_vit_l.yaml` trains it, and of PickScore's CLIP
-ViT-H/14. Every storage is counted from when it is made to when it is let go. Normalisations run in float32 as they do
-under a GPU's autocast. What a GPU needs besides is not in it: CUDA's context, the workspaces of convolutions, and what
-the allocator loses between blocks; `GOALS` leaves 4 GiB for these.
+with its checkpointing; of `finetune.draft` a micro-batch through sampling, decoder and predictor and back - runs on
+tensors that have sizes and no content (PyTorch's fake tensors), on networks of the published sizes of Stable Diffusion
+1.5 and XL, of RAHF as `configs/rahf_vit_l.yaml` trains it, and of PickScore's CLIP ViT-H/14. Every storage is counted
+from when it is made to when it is let go. Normalisations run in float32 as they do under a GPU's autocast. What a GPU
+needs besides is not in it: CUDA's context, the workspaces of convolutions, and what the allocator loses between blocks;
+`GOALS` leaves 4 GiB for these.
 """
 
 import time
@@ -23,6 +24,7 @@ from rahf_speed import make_config
 from report import Row, flags, publish
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -32,6 +34,9 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from finetune import draft
+from finetune.backprop import Sampler, choose_reach
+from finetune.draft_config import DraftConfig
 from reward.arguments import parse_arguments
 from reward.model import RahfModel
 from rl.adapter import AdapterSettings
@@ -44,7 +49,13 @@ from rl.sde import Schedule, ddim_scheduler, log_prob_map, make_schedule, step_m
 from run_ddpo import RunArguments
 
 ROOT = Path(__file__).parents[1]
-GOALS = {"ddpo_sd15": 24 - 4, "ddpo_sdxl": 80 - 4, "ddpo_sdxl_8gpu": 80 - 4}
+GOALS = {
+    "ddpo_sd15": 24 - 4,
+    "ddpo_sdxl": 80 - 4,
+    "ddpo_sdxl_8gpu": 80 - 4,
+    "draft_sd15": 24 - 4,
+    "draft_sdxl": 80 - 4,
+}
 """GiB of the GPU that the preset is for, less what is not counted."""
 STEPS, TRAINED = 3, 1  # memory does not ask how many steps there are
 WORDS = 16
@@ -135,9 +146,8 @@ class Memory:
 
 def memory_of(config: Path) -> Memory:
     """Of a preset's process, where every part has its published size."""
-    _, args = parse_arguments(
-        [RunArguments, DDPOConfig], ["--config", str(config), "--use_cpu", "true", "--deepspeed", ""]
-    )
+    kinds = [draft.RunArguments, DraftConfig] if config.stem.startswith("draft") else [RunArguments, DDPOConfig]
+    _, args = parse_arguments(kinds, ["--config", str(config), "--use_cpu", "true", "--deepspeed", ""])
     dtype = getattr(torch, args.model_dtype)
     with torch.device("meta"):
         pipeline = (sdxl if "sdxl" in config.stem else sd15)(tokenizer())
@@ -159,13 +169,18 @@ def memory_of(config: Path) -> Memory:
             sizes[name] = sum(fill(part, kinds.get(name, dtype)) for part in parts)
         trained = sum(weight.numel() for weight in policy.network.parameters() if weight.requires_grad)
         sizes["gradients, optimizer"] = trained * 4 * 3 / GIB  # whole: what ZeRO shards of a LoRA is little
-        phases = phases_of(policy, schedule, args, predictor, watcher)
+        if isinstance(args, DraftConfig):
+            del sizes["held out"]  # its presets name none
+            phases = phases_of_draft(policy, schedule, args, predictor)
+        else:
+            phases = phases_of(policy, schedule, args, predictor, watcher)
     if not args.offload:
         return Memory(sizes, {}, phases)
-    always = ("network", "gradients, optimizer")
     places = {"vae": "decode", "predictor": "reward", "held out": "held out", "text encoders": "rollout"}
-    visiting = {phase: sizes[name] for name, phase in places.items()}
-    return Memory({name: sizes[name] for name in always}, visiting, phases)
+    if isinstance(args, DraftConfig):  # gradients pass the others
+        places = {"text encoders": "encode"}
+    visiting = {phase: sizes.pop(name) for name, phase in places.items()}
+    return Memory(sizes, visiting, phases)
 
 
 def phases_of(
@@ -210,6 +225,45 @@ def phases_of(
             )
             trained = [weight for weight in policy.network.parameters() if weight.requires_grad]
             torch.autograd.grad(loss, trained)
+    return phases
+
+
+def phases_of_draft(
+    policy: StableDiffusionPolicy, schedule: Schedule, args: DraftConfig, predictor: RahfModel
+) -> dict[str, float]:
+    """GiB that a micro-batch of back-propagation needs on top of the weights: one phase, as one graph goes through."""
+    counted, phases = Counted(), {}
+    for module in (policy.network, policy.pipeline.vae, *policy._text_encoders, predictor):
+        counted.ignore(module)
+    rows, reach = args.per_device_train_batch_size, choose_reach(args, STEPS, 0)
+    noise = torch.empty(rows, STEPS + 1, *policy.latent_shape)
+    fresh = torch.empty(rows, reach.draws - 1, *policy.latent_shape)
+    prompts = [f"picture {number}" for number in range(rows)]
+    if args.activation_checkpointing:
+        policy.pipeline.unet.enable_gradient_checkpointing()
+        policy.pipeline.vae.enable_gradient_checkpointing()
+    policy.network.train()
+    size = args.reward_batch_size or rows * reach.draws
+    side, words = predictor.config.input_size, torch.ones(size, WORDS, dtype=torch.long)
+
+    def judged(images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            pixels = nn.functional.interpolate(images, side, mode="bicubic", antialias=True)
+            asked = words[: len(images)]
+            said = predictor(pixels, input_ids=asked, attention_mask=asked)
+        return said.scores.mean(dim=1) - said.heatmaps.mean(dim=(1, 2, 3))
+
+    with counted, torch.autocast("cpu", getattr(torch, args.model_dtype), enabled=args.bf16 or args.fp16):
+        with counted.of(phases, "encode"):
+            policy.encode(prompts * reach.draws)
+        with counted.of(phases, "update"):
+            sampler = Sampler(policy, policy.network, schedule, args.guidance_scale, args.recompute_steps)
+            # Not asked how far the base is: its pass leaves nothing, and is over before the decoder begins.
+            images = policy._decoded(sampler.draw(prompts, noise, reach, fresh).latents)
+            asked = [checkpoint(judged, part, use_reentrant=False) if size < len(images) else judged(part)
+                     for part in images.split(size)]  # fmt: skip
+            trained = [weight for weight in policy.network.parameters() if weight.requires_grad]
+            torch.autograd.grad(-torch.cat(asked).mean(), trained)
     return phases
 
 

@@ -45,6 +45,9 @@ class DraftConfig(RewardedPolicyConfig):
     """`rl.policy_config` with what back-propagation through sampling needs besides; see `finetune.backprop`.
 
     An epoch is an update, as in TRL's AlignPropTrainer: `num_train_epochs` and `max_steps` both count updates.
+
+    The monitor `kl` has no limit here unless `watch_limits` gives it one. DDPO's is of steps with much noise; the last
+    ones, through which the gradient goes here, have so little that a change nobody sees is far beyond it.
     """
 
     command: ClassVar[str] = "-m finetune.draft"
@@ -67,6 +70,13 @@ class DraftConfig(RewardedPolicyConfig):
     save_steps: float = field(default=10, metadata={"help": "Updates between two checkpoints."})
 
     # Back-propagation
+    reward_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pictures given to the reward at once; default: all of a micro-batch. Fewer cost a forward of the "
+            "reward more, in the backward pass, and need the memory of so many alone."
+        },
+    )
     variant: Literal["draft", "draft_k", "draft_lv", "alignprop", "refl"] = field(
         default="draft_k",
         metadata={
@@ -144,6 +154,7 @@ class DraftConfig(RewardedPolicyConfig):
     )
 
     def __post_init__(self):
+        self.watch_limits = {"kl": None} | (self.watch_limits or {})
         super().__post_init__()
         check_ranges(self)
         check_reach(self)

@@ -4,18 +4,21 @@ The methods are named in `finetune.backprop`; the region constraint is `finetune
 pictures of a micro-batch on this rank, D draws of each (1 but for `draft_lv`), H x W pixels.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
 from finetune.backprop import Drawn, Reach, Sampler
 from finetune.draft_config import DraftConfig, not_differentiable
-from finetune.region_constraint import only_within, problem_region, region_loss, region_sheet
+from finetune.region_constraint import only_within, place_cost, problem_region, region_loss, region_sheet
 from reward.feedback import Reward, RewardFn, check_reward
 from rl.evaluate import HeldOut
 from rl.experience import Samples, rollout_noise
@@ -26,6 +29,11 @@ from rl.rollout import check_pictures, draw_prompts, keyed_noise
 from rl.scoring import ask, features
 from rl.watch import StopWhenGamed, Watch, measure_pictures, measure_rollout
 from rl.watch_limits import never_told
+
+logger = logging.getLogger(__name__)
+
+_FEW_UPDATES, _HARDLY = 3, 0.001
+"""So many updates are looked at for problem regions, and so small a share of a picture is hardly one."""
 
 
 class UpdateLoader:
@@ -52,10 +60,47 @@ class Before:
     Attributes:
         images: (D * B, 3, H, W).
         region: (D * B, 1, H, W), where they have a problem; see `finetune.region_constraint`.
+        largest: (D * B,), what the costliest place of each costs.
     """
 
     images: torch.Tensor
     region: torch.Tensor
+    largest: torch.Tensor
+
+
+@dataclass
+class RegionsSeen:
+    """Whether the threshold of problem regions tells any: where all of a picture is one, or none, only the curve
+    `region/share` would say that the constraint does nothing, or holds everything.
+
+    Attributes:
+        threshold: `region_threshold`.
+        shares: of the pictures that regions were, and `largest`, the mean of what the costliest place of each cost, of
+            the first updates.
+    """
+
+    threshold: float
+    shares: list[float] = field(default_factory=list)
+    largest: list[float] = field(default_factory=list)
+
+    def note(self, share: float, largest: float) -> str:
+        """Take note of an update; what is to be said of the first few when they are there, else empty."""
+        if len(self.shares) == _FEW_UPDATES:
+            return ""
+        self.shares.append(share)
+        self.largest.append(largest)
+        if len(self.shares) < _FEW_UPDATES:
+            return ""
+        what = (
+            f"region_threshold is {self.threshold:g}, and the costliest place of a picture costs "
+            f"{sum(self.largest) / _FEW_UPDATES:.3g} (mean of the first {_FEW_UPDATES} updates; the curve "
+            "region/largest_cost goes on)"
+        )
+        if max(self.shares) < _HARDLY:
+            return f"no picture has a problem region, so the constraint holds all of every picture: {what}"
+        if min(self.shares) > 1 - _HARDLY:
+            return f"the problem regions are whole pictures, so the constraint holds nothing: {what}"
+        return ""
 
 
 class DraftTrainer(PolicyTrainer):
@@ -94,6 +139,7 @@ class DraftTrainer(PolicyTrainer):
         self.reward_fn, self.prompts, self.held_out = reward_fn, list(prompts), held_out
         self._samples: Samples | None = None
         self._region_sheet: Image.Image | None = None
+        self._regions = RegionsSeen(args.region_threshold)
         self._values: list[dict[str, torch.Tensor]] = []  # of the update's micro-batches so far
         if args.needs_reference and not policy.has_reference:
             raise ValueError("beta and region_weight need the base model; load the policy with keep_reference")
@@ -170,13 +216,16 @@ class DraftTrainer(PolicyTrainer):
         return Sampler(self.policy, model, self.schedule, args.guidance_scale, args.recompute_steps, **how)
 
     def _reward(self, images: torch.Tensor, prompts: Sequence[str]) -> Reward:
-        """Of pictures (D * B, 3, H, W), in the reward's own precision.
+        """Of pictures (D * B, 3, H, W). What is asked in several batches is asked again in the backward pass, so that
+        the activations of one of them are kept at a time.
 
         Raises:
             RewardError: it is not finite, or of wrong shapes.
         """
-        with torch.autocast(images.device.type, enabled=False):
-            return ask(self.reward_fn, images, prompts, self.args.reward_batch_size)
+        size = self.args.reward_batch_size
+        if size is None or size >= len(prompts) or not images.requires_grad:
+            return ask(self.reward_fn, images, prompts, size)
+        return ask(partial(checkpoint, self.reward_fn, use_reentrant=False), images, prompts, size)
 
     @torch.no_grad()
     def _before(
@@ -186,8 +235,10 @@ class DraftTrainer(PolicyTrainer):
             latents = self._sampler(model).draw(prompts, noise, reach, fresh).latents
         images = self.policy.decode(latents)
         penalties = self._reward(images, list(prompts) * reach.draws).penalties
-        region = problem_region(penalties, images.shape[-2:], self.args.region_threshold, self.args.region_dilation)
-        return Before(images, region.to(images.device))
+        size = images.shape[-2:]
+        region = problem_region(penalties, size, self.args.region_threshold, self.args.region_dilation)
+        largest = place_cost(penalties, size).amax(dim=(1, 2, 3))
+        return Before(images, region.to(images.device), largest.to(images.device))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As they are: numbers and prompts."""
@@ -221,6 +272,7 @@ class DraftTrainer(PolicyTrainer):
             values["region/share"] = where.mean(dim=(1, 2, 3))
             values["region/change_outside"] = ((1 - where) * change).mean(dim=(1, 2, 3))
             values["region/change"] = change.mean(dim=(1, 2, 3))
+            values["region/largest_cost"] = before.largest[:count]
         if inputs["first"]:
             for name in ("noise_distance", "kl"):
                 if (distance := getattr(drawn, name)) is not None:
@@ -240,7 +292,12 @@ class DraftTrainer(PolicyTrainer):
         self._values = []
         seen = found.pop("seen")
         watched = {name.partition("/")[2]: found.pop(name) for name in list(found) if name.startswith("watched/")}
-        self._log_later({name: float(value.mean()) for name, value in found.items()})
+        means = {name: float(value.mean()) for name, value in found.items()}
+        self._log_later(means)
+        if "region/share" in means:
+            said = self._regions.note(means["region/share"], means["region/largest_cost"])
+            if said and self.args.should_save:
+                logger.warning(said)
         measured = measure_rollout(watched, found["reward"], seen, self.args.num_generations, std_floor=0.0)
         measured.pop("dead_groups", None)  # pictures that are rewarded alike have a gradient as good as any other
         if "kl" in found:
@@ -258,7 +315,9 @@ class DraftTrainer(PolicyTrainer):
 
 
 def check_reward_fn(reward_fn: RewardFn, policy: StableDiffusionPolicy, prompt: str, maps_for: float) -> None:
-    """Ask a reward about one grey picture whether it is what back-propagation needs.
+    """Ask a reward about one picture of noise whether it is what back-propagation needs.
+
+    Where every gradient is 0, as it is behind a `round`, that is only warned of: a reward may be flat at noise.
 
     Args:
         maps_for: the weight of the region constraint, which needs penalty maps if it is above 0.
@@ -271,15 +330,22 @@ def check_reward_fn(reward_fn: RewardFn, policy: StableDiffusionPolicy, prompt: 
     if not getattr(reward_fn, "differentiable", False):
         raise ValueError(not_differentiable(name))
     sides = [side * policy.pipeline.vae_scale_factor for side in policy.latent_shape[1:]]
-    grey = torch.full((1, 3, *sides), 0.5, device=policy.device, requires_grad=True)
+    noise = torch.rand(1, 3, *sides, generator=torch.Generator().manual_seed(0)).to(policy.device).requires_grad_()
     with torch.enable_grad():
-        reward = reward_fn(grey, [prompt])
+        reward = reward_fn(noise, [prompt])
     check_reward(reward, [prompt])
     flows = reward.objective.requires_grad  # if only into weights of its own
-    if not flows or torch.autograd.grad(reward.objective.sum(), grey, allow_unused=True)[0] is None:
+    gradient = torch.autograd.grad(reward.objective.sum(), noise, allow_unused=True)[0] if flows else None
+    if gradient is None:
         raise ValueError(
             f"the reward {name} says that it is differentiable, but no gradient flows from it into a picture: "
             "it must not detach its pictures, round them, or compute under no_grad"
+        )
+    if not gradient.any():
+        logger.warning(
+            "the gradient of the reward %s is 0 in every place of a picture of noise: if it rounds its pictures, "
+            "nothing will be learned (the curve grad_norm stays at 0)",
+            name,
         )
     if maps_for > 0 and not reward.penalties:
         raise ValueError(

@@ -20,16 +20,12 @@ from reward.draw import caption, grid, overlay, to_image
 _HEIGHT = 128
 
 
-def problem_region(
-    penalties: Mapping[str, torch.Tensor], size: Sequence[int], threshold: float, dilation: float
-) -> torch.Tensor:
-    """M: where a picture has a problem, (B, 1, H, W) of 0 and 1.
+def place_cost(penalties: Mapping[str, torch.Tensor], size: Sequence[int]) -> torch.Tensor:
+    """What all maps together cost in each place of a picture, (B, 1, H, W) >= 0, in units of the reward.
 
     Args:
-        penalties: name -> (B, h, w) >= 0, what each place costs, in units of the reward. At least one map.
+        penalties: name -> (B, h, w) >= 0, what each place costs. At least one map.
         size: (H, W).
-        threshold: a place is a problem if all maps together cost more than this there.
-        dilation: by so much the region grows in every direction, as a share of the picture's shorter side.
     """
     cost = torch.zeros(())
     for maps in penalties.values():
@@ -37,7 +33,20 @@ def problem_region(
         if maps.shape[-2:] != tuple(size):
             maps = F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False, antialias=True)
         cost = cost.to(maps.device) + maps
-    region = (cost > threshold).float()
+    return cost
+
+
+def problem_region(
+    penalties: Mapping[str, torch.Tensor], size: Sequence[int], threshold: float, dilation: float
+) -> torch.Tensor:
+    """M: where a picture has a problem, (B, 1, H, W) of 0 and 1.
+
+    Args:
+        penalties, size: see `place_cost`.
+        threshold: a place is a problem if all maps together cost more than this there.
+        dilation: by so much the region grows in every direction, as a share of the picture's shorter side.
+    """
+    region = (place_cost(penalties, size) > threshold).float()
     reach = round(dilation * min(size))
     return F.max_pool2d(region, 2 * reach + 1, stride=1, padding=reach)
 

@@ -22,7 +22,9 @@ def score(reward_fn: RewardFn, images: torch.Tensor, prompts: Sequence[str], bat
 
 
 def ask(reward_fn: RewardFn, images: torch.Tensor, prompts: Sequence[str], batch_size: int | None = None) -> Reward:
-    """The reward of N pictures, asked for at most `batch_size` at a time, with gradients if they are enabled.
+    """The reward of N pictures, asked for at most `batch_size` at a time, with gradients if they are enabled, in the
+    reward's own precision, whatever autocast surrounds it: a run's bfloat16 would round away what tells the pictures of
+    a prompt from each other.
 
     Args:
         images: (N, 3, H, W) in [0, 1].
@@ -36,7 +38,8 @@ def ask(reward_fn: RewardFn, images: torch.Tensor, prompts: Sequence[str], batch
     parts = []
     for first in range(0, len(prompts), batch_size):
         chunk = list(prompts[first : first + batch_size])
-        part = reward_fn(images[first : first + batch_size], chunk)
+        with torch.autocast(images.device.type, enabled=False):
+            part = reward_fn(images[first : first + batch_size], chunk)
         check_reward(part, chunk)
         parts.append(part)
     return concatenate(parts)
@@ -44,7 +47,7 @@ def ask(reward_fn: RewardFn, images: torch.Tensor, prompts: Sequence[str], batch
 
 @torch.no_grad()
 def features(reward_fn: RewardFn, images: torch.Tensor, batch_size: int | None = None) -> torch.Tensor | None:
-    """What the reward sees in N pictures (N, 3, H, W), (N, D) float32; None if it does not say.
+    """What the reward sees in N pictures (N, 3, H, W), (N, D) float32, as `ask`; None if it does not say.
 
     Raises:
         RewardError: its features are of another shape, or not finite.
@@ -52,7 +55,8 @@ def features(reward_fn: RewardFn, images: torch.Tensor, batch_size: int | None =
     if not hasattr(reward_fn, "features"):
         return None
     batch_size = batch_size or len(images)
-    parts = [reward_fn.features(images[first : first + batch_size]) for first in range(0, len(images), batch_size)]
+    with torch.autocast(images.device.type, enabled=False):
+        parts = [reward_fn.features(images[first : first + batch_size]) for first in range(0, len(images), batch_size)]
     found = torch.cat(parts).float().to(images.device)
     if found.ndim != 2 or len(found) != len(images) or not found.isfinite().all():
         raise RewardError(

@@ -177,7 +177,7 @@ def check_watch(limits: Mapping[str, Any], stop_on: Sequence[str]) -> None:
     for name, limit in limits.items():
         if limit is None:
             if name in stop_on:
-                raise ValueError(f"stop_on names {name!r}, whose limit watch_limits takes away; drop one of the two")
+                raise ValueError(f"stop_on names {name!r}, which has no limit; give it one in watch_limits, or drop it")
             continue
         low, high = MONITORS[name].between
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not low < limit < high:

@@ -7,9 +7,11 @@ import pytest
 import torch
 from counted_memory import GIB, Counted, norms_in_float32
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from preset_memory import memory_of, phases_of
+from preset_memory import memory_of, phases_of, phases_of_draft
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, T5Config, ViTConfig
 
+from finetune import draft
+from finetune.draft_config import DraftConfig
 from reward.arguments import parse_arguments
 from reward.model import RahfModel
 from reward.rahf_config import RahfConfig
@@ -20,7 +22,7 @@ from rl.policy import PictureSize, StableDiffusionPolicy
 from rl.sde import ddim_scheduler, make_schedule
 from run_ddpo import RunArguments
 
-PRESET = Path("configs/ddpo_sd15.yaml")
+PRESET, DRAFT = Path("configs/ddpo_sd15.yaml"), Path("configs/draft_sd15.yaml")
 
 
 def test_storages_are_counted_from_when_they_are_made_to_when_they_are_let_go():
@@ -54,8 +56,10 @@ def small_sd(tokenizer) -> StableDiffusionPipeline:
     )  # fmt: skip
 
 
-def small_rahf() -> RahfModel:
-    vision = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=32)
+def small_rahf(side: int = 32) -> RahfModel:
+    vision = ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=side
+    )
     return RahfModel(RahfConfig(vision_config=vision, text_config=T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=1)))
 
 
@@ -65,12 +69,18 @@ def small_clip() -> CLIPModel:
 
 
 @pytest.fixture(scope="module")
-def memory():
-    """What the preset needs with small networks."""
+def small():
+    """Networks of all kinds, small."""
     with pytest.MonkeyPatch.context() as patched:
         for name, made in (("sd15", small_sd), ("rahf", small_rahf), ("pickscore", small_clip)):
             patched.setattr(preset_memory, name, made)
-        yield memory_of(PRESET)
+        yield
+
+
+@pytest.fixture(scope="module")
+def memory(small):
+    """What the preset needs with small networks."""
+    return memory_of(PRESET)
 
 
 def test_tensors_without_content_need_what_real_ones_do(memory):
@@ -95,3 +105,23 @@ def test_parts_that_are_offloaded_lie_there_only_while_they_work(memory, tmp_pat
     assert set(memory.resident) - set(away.resident) == {"text encoders", "vae", "predictor", "held out"}
     assert away.visiting["decode"] == memory.resident["vae"]
     assert away.peak < memory.peak
+
+
+def test_back_propagation_needs_without_content_what_it_needs_of_real_tensors(small):
+    counted = memory_of(DRAFT)
+    kinds = [draft.RunArguments, DraftConfig]
+    _, args = parse_arguments(kinds, ["--config", str(DRAFT), "--use_cpu", "true"])
+    pipeline = small_sd(preset_memory.tokenizer()).to(torch.bfloat16)
+    policy = StableDiffusionPolicy(pipeline, args.part(AdapterSettings), 0, PictureSize(), args.part(MemorySettings))
+    schedule = make_schedule(ddim_scheduler(policy.scheduler), preset_memory.STEPS, args.eta)
+    with norms_in_float32():
+        real = phases_of_draft(policy, schedule, args, small_rahf().requires_grad_(False).eval())
+    assert counted.phases == pytest.approx(real, rel=0.02)
+    assert "held out" not in counted.resident
+
+
+def test_asking_the_reward_in_batches_needs_the_memory_of_one(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(preset_memory, "rahf", lambda: small_rahf(side=256))  # the largest part, as in earnest
+    whole = tmp_path / DRAFT.name
+    whole.write_text(DRAFT.read_text().replace("reward_batch_size: 1 ", "reward_batch_size: 8 "))
+    assert memory_of(whole).phases["update"] > 1.2 * memory_of(DRAFT).phases["update"]

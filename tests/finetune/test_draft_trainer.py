@@ -20,6 +20,7 @@ from finetune.draft_trainer import DraftTrainer
 from finetune.run import load_policy
 from reward.feedback import Reward
 from rl.adapter import LORA_WEIGHTS, AdapterSettings
+from rl.evaluate import HeldOut
 from rl.experience import rollout_noise
 from rl.interrupt import RunInterrupted
 from rl.policy import StableDiffusionPolicy
@@ -243,13 +244,68 @@ def test_the_reward_is_asked_about_as_few_pictures_at_once_as_is_said(make_train
     class Counting(Redness):
         def __call__(self, images, prompts):
             asked.append(len(images))
-            return super().__call__(images, prompts)
+            return super().__call__(images.square(), prompts)  # something to keep for the backward pass
 
     how = {"variant": "draft_lv", "lv_draws": 3, "num_train_epochs": 1, "optim": "sgd", "learning_rate": 1.0}
     few = trained(make_trainer(Counting(), reward_batch_size=5, **how))
     assert max(asked) == 5  # of 3 draws of 4 prompts
+    # In both micro-batches once forward and once backward, so that one batch's activations are kept at a time.
+    assert asked[1:] == 2 * [5, 5, 2, 2, 5, 5], "the first is the look at the reward"
     assert_same(few, trained(make_trainer(Counting(), **how)), rtol=1e-4, atol=1e-6)
     assert max(asked) == 12
+
+
+def test_a_reward_is_asked_in_its_own_precision_whatever_the_run_has(make_trainer):
+    """In training, and in the evaluations that are compared with it."""
+    seen = []
+
+    class Spied(Redness):
+        def __call__(self, images, prompts):
+            assert images.dtype == torch.float32
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().__call__(images, prompts)
+
+    trainer = make_trainer(Spied(), bf16=True, num_train_epochs=1)
+    trainer.train()
+    trainer.judge(HeldOut(PROMPTS[:2], {"reward": trainer.reward_fn}))
+    assert len(seen) > 3
+    assert not any(seen)
+
+
+def test_a_reward_whose_gradient_is_nothing_is_warned_of(make_trainer, caplog):
+    class Rounding(Redness):
+        def __call__(self, images, prompts):
+            return super().__call__((255 * images).round() / 255, prompts)
+
+    make_trainer(Rounding())
+    assert "the gradient of the reward Rounding is 0 in every place" in caplog.text
+    caplog.clear()
+    make_trainer(Redness())
+    assert "gradient" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("threshold", "said"),
+    [
+        (50.0, "no picture has a problem region, so the constraint holds all of every picture"),
+        (0.0, "the problem regions are whole pictures, so the constraint holds nothing"),
+        (0.35, ""),
+    ],
+)
+def test_a_threshold_that_tells_no_region_is_said_once(make_trainer, caplog, threshold, said):
+    trainer = make_trainer(num_train_epochs=4, region_weight=1.0, region_threshold=threshold)
+    trainer.train()
+    assert caplog.text.count("the constraint holds") == (1 if said else 0)
+    assert said in caplog.text
+    largest = sum(logged(trainer, "region/largest_cost")[:3]) / 3
+    assert not said or f"costs {largest:.3g} (mean of the first 3 updates" in caplog.text
+
+
+def test_the_divergence_of_the_last_steps_has_no_limit_of_its_own(make_args):
+    assert make_args().watch_limits == {"kl": None}
+    assert make_args(watch_limits={"kl": 0.5, "drawn": 0.7}).watch_limits == {"kl": 0.5, "drawn": 0.7}
+    with pytest.raises(ValueError, match="stop_on names 'kl', which has no limit; give it one"):
+        make_args(stop_on=["kl"])
 
 
 class Liar:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from finetune.region_constraint import only_within, problem_region, region_loss, region_sheet
+from finetune.region_constraint import only_within, place_cost, problem_region, region_loss, region_sheet
 
 
 def maps(*places, size=(1, 8, 8), cost=1.0):
@@ -14,6 +14,7 @@ def maps(*places, size=(1, 8, 8), cost=1.0):
 def test_region_is_where_all_maps_together_cost_more_than_the_threshold():
     """0.3 here and 0.3 there are none; at one place they are 0.6."""
     penalties = {"a": maps((2, 2), (5, 5), cost=0.3), "b": maps((2, 2), (7, 0), cost=0.3)}
+    assert place_cost(penalties, (8, 8)).amax(dim=(1, 2, 3)).tolist() == pytest.approx([0.6])
     region = problem_region(penalties, (8, 8), threshold=0.5, dilation=0.0)
     assert region.shape == (1, 1, 8, 8)
     assert region[0, 0].nonzero().tolist() == [[2, 2]]

@@ -286,7 +286,7 @@ def test_an_evaluation_chooses_among_checkpoints_and_a_rollout_only_without_one(
     [
         ({"drawm": 0.5}, [], "watch_limits: there is no monitor 'drawm' .nearest name: 'drawn'.; there are held_out, "),
         ({}, ["diversty"], "stop_on: there is no monitor 'diversty' .nearest name: 'diversity'"),
-        ({"kl": None}, ["kl"], "stop_on names 'kl', whose limit watch_limits takes away"),
+        ({"kl": None}, ["kl"], "stop_on names 'kl', which has no limit; give it one in watch_limits"),
         ({"kl": "far"}, [], "limit of kl is 'far'; give a number between 0 and inf"),
         ({"kl": float("nan")}, [], "limit of kl is nan"),
         ({"kl": True}, [], "limit of kl is True"),
