@@ -28,7 +28,8 @@ What follows from what it cannot:
 Shapes: B pictures, C latent channels, h x w the latent grid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from accelerate.hooks import CpuOffload
@@ -117,7 +118,7 @@ class GuidanceCallback:
         if following == len(scales) or not scales[following]:
             return {}
         start, end = path[following]
-        with upcast_vae(pipeline):
+        with _frozen(pipeline.unet, pipeline.vae), upcast_vae(pipeline):
             _, gradient = reward_gradient(
                 lambda point: _predict(pipeline, point, scheduler.timesteps[following], tensors),
                 reward_of(pipeline, self.reward_fn, self.prompts),
@@ -130,6 +131,20 @@ class GuidanceCallback:
         push = self.guidance.push(gradient, start, scales[following])
         kick = push * (start.sigma - end.sigma * start.alpha / end.alpha)
         return {"latents": (latents + kick).to(latents.dtype)}
+
+
+@contextmanager
+def _frozen(*modules: nn.Module) -> Iterator[None]:
+    """Within it no weight requires a gradient, as all do where a pipeline is just loaded: autograd would keep what goes
+    into each layer for gradients that nobody asks for."""
+    weights = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
 
 
 def _is_taken_away(module: nn.Module) -> bool:

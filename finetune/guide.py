@@ -10,15 +10,15 @@ A YAML names code (`reward: package.module:Attribute`): run only those you trust
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
 from rich.console import Console
-from rich.table import Table
 from tqdm.auto import tqdm
 
 transformers.logging.set_verbosity_error()  # says on import what does not concern us
@@ -28,7 +28,7 @@ diffusers.logging.disable_progress_bar()
 from finetune.fingerprints import weights_of  # noqa: E402
 from finetune.guidance import NORMS, SCHEDULERS, SCHEDULES, Guidance, make_scheduler  # noqa: E402
 from finetune.guided_sampling import guided_path, sample  # noqa: E402
-from finetune.results import SUMMARY, Results  # noqa: E402
+from finetune.results import SUMMARY, Results, change_table, changes  # noqa: E402
 from finetune.reward_choice import RewardArguments  # noqa: E402
 from reward.arguments import main_guard, parse_arguments  # noqa: E402
 from reward.data import to_tensor  # noqa: E402
@@ -36,11 +36,12 @@ from reward.draw import to_image  # noqa: E402
 from reward.feedback import RewardFn  # noqa: E402
 from reward.pictures import decode as decode_picture  # noqa: E402
 from reward.predict import read_prompts  # noqa: E402
+from rl.adapter import AdapterSettings, check_adapter_files  # noqa: E402
 from rl.experience import Samples  # noqa: E402
+from rl.lora import fuse_base_adapters  # noqa: E402
 from rl.pictures import before_after_sheet  # noqa: E402
 from rl.pipelines import check_pipeline_folder, load_pipeline, load_scheduler  # noqa: E402
 from rl.policy_checks import warn_of_ignored  # noqa: E402
-from rl.report import paired_change  # noqa: E402
 from rl.rollout import keyed_generator  # noqa: E402
 from rl.scoring import score  # noqa: E402
 from rl.timing import now  # noqa: E402
@@ -63,6 +64,9 @@ class GuideArguments:
     output_dir: str = field(metadata={"help": "Folder of the results."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Results of other settings that are there may be deleted."}
+    )
+    base_adapters: list[str] = field(
+        default_factory=list, metadata={"help": "Folders of LoRAs that are added to the pipeline's weights."}
     )
     num_generations: int = field(default=1, metadata={"help": "Pictures of each prompt."})
     num_sheet: int = field(default=8, metadata={"help": "Pictures in sheet.png."})
@@ -125,6 +129,9 @@ class GuideArguments:
     )
 
     def __post_init__(self):
+        self.base_adapters = self.base_adapters or []
+        if not self.prompts:
+            raise ValueError("prompts is empty; give at least one, or one .txt file with a prompt a line")
         for name in ("num_generations", "num_sheet", "num_inference_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -166,10 +173,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = [prompt for prompt in read_prompts(run.prompts) for _ in range(run.num_generations)]
     choice.check(differentiable=True)
     check_pipeline_folder(run.pipeline)
+    check_adapter_files(AdapterSettings(base_adapters=run.base_adapters))
     check_path(run, load_scheduler(run.pipeline))
     results = Results(run.output_dir, _settings(run, choice, prompts), PARTS, run.overwrite_output_dir)
     wanted = [place for place in range(len(prompts)) if _uid(place) not in results.rows]
-    if not wanted and (results.folder / SHEET).is_file() and results.are_summed_up(summarise(results)):
+    shown = prompts[: run.num_sheet]
+    if not wanted and (results.folder / SHEET).is_file() and results.are_summed_up(summarise(results, len(shown))):
         console.print(f"nothing to do: {run.output_dir} holds all {len(prompts)} pictures")
         return
 
@@ -182,9 +191,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 _draw_both(run, pipeline, reward, others, batch, [prompts[place] for place in batch], results)
                 bar.update(len(batch))
 
-        sides = [_look(results, side, prompts[: run.num_sheet], reward, run.device) for side in ("without", "with")]
-        results.write({SHEET: before_after_sheet(*sides), SUMMARY: summarise(results)})
-    print_changes(console, results)
+        sides = [_look(results, side, shown, reward, run.device) for side in ("without", "with")]
+        summary = summarise(results, len(shown))
+        results.write({SHEET: before_after_sheet(*sides), SUMMARY: summary})
+    print_changes(console, summary, others)
     console.print(f"pictures, sheet.png, results.jsonl, summary.json: {run.output_dir}", soft_wrap=True, markup=False)
 
 
@@ -201,8 +211,9 @@ def check_path(run: GuideArguments, own) -> None:
 
 
 def prepare(run: GuideArguments) -> DiffusionPipeline:
-    """The pipeline, frozen, with the scheduler that is wanted."""
+    """The pipeline with its `base_adapters`, frozen, with the scheduler that is wanted."""
     pipeline = load_pipeline(run.pipeline, getattr(torch, run.model_dtype))
+    fuse_base_adapters(pipeline, run.base_adapters)
     own = pipeline.scheduler
     check_path(run, own)
     pipeline.scheduler = make_scheduler(own, run.scheduler)
@@ -288,31 +299,34 @@ def opinions(
     return values
 
 
-def summarise(results: Results) -> dict:
-    """Means over all pictures of a folder, their changes with half of a 95% interval, and the time of a step."""
+def summarise(results: Results, in_sheet: int) -> dict[str, Any]:
+    """What changed over all pictures of a folder (`finetune.results.changes`), and the time of a step.
+
+    Args:
+        in_sheet: pictures in sheet.png; a sheet of another number is made anew.
+    """
     rows = list(results.rows.values())
-    figures = {}
-    for name in (name for name in rows[0]["with"] if name != "file"):
-        without, with_ = (torch.tensor([[row[side][name]] for row in rows]) for side in ("without", "with"))
-        change, half = paired_change(without, with_)
-        figures[name] = {"without": float(without.mean()), "with": float(with_.mean()), "change": change}
-        figures[name]["half_width"] = half if len(rows) > 1 else None
     seconds = {side: sum(row["seconds_a_step"][side] for row in rows) / len(rows) for side in ("without", "with")}
-    return {"n": len(rows), "figures": figures, "seconds_a_step_and_picture": seconds}
+    return {
+        "n": len(rows),
+        "prompts": len({row["prompt"] for row in rows}),
+        "in_sheet": in_sheet,
+        "figures": changes(rows, "without", "with"),
+        "seconds_a_step_and_picture": seconds,
+    }
 
 
-def print_changes(console: Console, results: Results) -> None:
-    summary = summarise(results)
+def print_changes(console: Console, summary: Mapping[str, Any], others: Collection[str]) -> None:
+    """Print what `summarise` found; `others` are the names of the rewards that looked on."""
+    title = f"{summary['n']} pictures of {summary['prompts']} prompts, the same noise without and with guidance"
+    table = change_table(title, summary["figures"], "without", "with")
     seconds = summary["seconds_a_step_and_picture"]
-    table = Table(title=f"{summary['n']} pictures, the same noise without and with guidance")
-    for heading in ("", "without", "with", "change (95% interval)"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for name, one in summary["figures"].items():
-        half = "" if one["half_width"] is None else f" +- {one['half_width']:.4f}"
-        table.add_row(name, f"{one['without']:.4f}", f"{one['with']:.4f}", f"{one['change']:+.4f}{half}")
     ratio = seconds["with"] / seconds["without"]
-    table.add_row("seconds a step", f"{seconds['without']:.4f}", f"{seconds['with']:.4f}", f"x {ratio:.2f}")
+    table.add_row("seconds a step", f"{seconds['without']:.4f}", f"{seconds['with']:.4f}", f"x {ratio:.2f}", "")
     console.print(table)
+    honest = f"what {', '.join(others)} say does" if others else "name others in eval_rewards"
+    told = "`reward` and its terms guided: their rise is no evidence of better pictures"
+    console.print(f"{told}; {honest}", soft_wrap=True)
 
 
 def _look(results: Results, side: str, prompts: Sequence[str], reward: RewardFn, device: str) -> Samples:
@@ -331,7 +345,8 @@ def _settings(run: GuideArguments, choice: RewardArguments, prompts: Sequence[st
     """All that the pictures and their figures depend on."""
     settings = {name: value for name, value in (asdict(run) | asdict(choice)).items() if name not in _FREE}
     settings["prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    return settings | weights_of(run.pipeline, asdict(choice))
+    settings["base_adapters"] = run.base_adapters or None  # as in results from before there was this setting
+    return settings | weights_of(run.pipeline, run.base_adapters, asdict(choice))
 
 
 if __name__ == "__main__":

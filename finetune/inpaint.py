@@ -13,10 +13,12 @@ A YAML names code (`reward: package.module:Attribute`): run only those you trust
 """
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -34,21 +36,21 @@ from finetune.fingerprints import weights_of  # noqa: E402
 from finetune.inpainter import INPAINTING, Inpainter  # noqa: E402
 from finetune.pictures_to_fix import (  # noqa: E402
     NamedPictures,
-    PoolPictures,
     check_source,
     digest,
     each_once,
+    open_pictures,
     read_picture,
 )
-from finetune.pool import TABLES, open_pool  # noqa: E402
 from finetune.region import put_in, region  # noqa: E402
-from finetune.results import SUMMARY, Results  # noqa: E402
+from finetune.results import SUMMARY, Results, change_table, changes  # noqa: E402
 from finetune.reward_choice import RewardArguments  # noqa: E402
 from reward.arguments import main_guard, parse_arguments  # noqa: E402
 from reward.draw import caption, grid, heatmap_image, overlay, to_image  # noqa: E402
 from reward.feedback import Reward, RewardFn  # noqa: E402
 from reward.predict import read_prompts  # noqa: E402
-from reward.sources import Columns, Picture, Source, open_source  # noqa: E402
+from reward.sources import Picture, Source  # noqa: E402
+from rl.adapter import AdapterSettings, check_adapter_files  # noqa: E402
 from rl.pipelines import check_pipeline_folder  # noqa: E402
 from rl.policy_checks import warn_of_ignored  # noqa: E402
 from rl.rollout import keyed_generator  # noqa: E402
@@ -75,7 +77,7 @@ class InpaintArguments:
         default=None,
         metadata={
             "help": "Folder of pictures with a metadata.jsonl or CSV of their prompts; or a data set of one picture a "
-            "row, or of Pick-a-Pic's two."
+            "row, parquet or saved to disk, or of Pick-a-Pic's two."
         },
     )
     prompts_table: str | None = field(
@@ -84,9 +86,13 @@ class InpaintArguments:
     prompt_column: str | None = field(
         default=None,
         metadata={
-            "help": "What the table's column of prompts is called; default: text, prompt or caption in an image "
-            "folder's metadata.jsonl or metadata.csv, prompt elsewhere."
+            "help": "What the column of prompts is called; default: text, prompt or caption in an image folder's "
+            "metadata.jsonl or metadata.csv and in a data set, prompt in another table. Pick-a-Pic's is caption."
         },
+    )
+    split: str = field(
+        default="train",
+        metadata={"help": "Which split of a saved data set or of parquet files without a column `uid`."},
     )
     images: list[str] = field(default_factory=list, metadata={"help": "Instead of `pictures`, picture files."})
     prompts: list[str] = field(
@@ -94,6 +100,9 @@ class InpaintArguments:
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Results of other settings that are there may be deleted."}
+    )
+    base_adapters: list[str] = field(
+        default_factory=list, metadata={"help": "Folders of LoRAs that are added to the pipeline's weights."}
     )
     seed: int = field(default=0, metadata={"help": "All noise depends on it, the picture's name and the round alone."})
 
@@ -142,6 +151,7 @@ class InpaintArguments:
     )
 
     def __post_init__(self):
+        self.base_adapters = self.base_adapters or []
         if bool(self.pictures) == bool(self.images):
             raise ValueError(
                 "`pictures` names a folder, `images` single files: "
@@ -150,7 +160,7 @@ class InpaintArguments:
         if self.pictures:
             warn_of_ignored(self, ("prompts",), "the folder's prompts are in its table")
         else:
-            warn_of_ignored(self, ("prompts_table", "prompt_column"), "`images` have their `prompts`")
+            warn_of_ignored(self, ("prompts_table", "prompt_column", "split"), "`images` have their `prompts`")
         if not self.thresholds:
             raise ValueError("thresholds is empty; name a penalty map of the reward, such as {implausibility: 0.3}")
         for name, value in self.thresholds.items():
@@ -180,24 +190,22 @@ class InpaintArguments:
         """The pictures and prompts that are named.
 
         Raises:
-            ValueError: there are none; see `reward.sources.open_source`.
+            ValueError: there are none; see `finetune.pictures_to_fix.open_pictures`.
         """
-        if self.pictures and not self.prompts_table and any((Path(self.pictures) / name).is_file() for name in TABLES):
-            return PoolPictures(open_pool(self.pictures, self.prompt_column))
         if self.pictures:
-            return open_source(self.pictures, Columns(prompt=self.prompt_column or "prompt"), self.prompts_table)
+            return open_pictures(self.pictures, self.prompt_column, self.prompts_table, self.split)
         prompts = read_prompts(self.prompts)
         if len(prompts) != len(self.images):
             raise ValueError(f"{len(self.images)} images were given with {len(prompts)} prompts; give one an image")
         return NamedPictures(self.images, prompts)
 
     def inpainter(self) -> Inpainter:
-        """The pipeline, loaded.
+        """The pipeline with its `base_adapters`, loaded.
 
         Raises:
             ValueError: the schedule has fewer steps; or see `Inpainter.load`.
         """
-        names = ("strength", "eta", "guidance_scale", "negative_prompt", "resolution", "batch_size")
+        names = ("strength", "eta", "guidance_scale", "negative_prompt", "resolution", "batch_size", "base_adapters")
         found = Inpainter.load(
             self.pipeline, dtype=getattr(torch, self.model_dtype), device=self.device, steps=self.num_inference_steps,
             **{name: getattr(self, name) for name in names},
@@ -213,7 +221,10 @@ class InpaintArguments:
         return found
 
 
-_FREE = ("output_dir", "overwrite_output_dir", "batch_size", "device", "pictures", "images", "prompts", "prompts_table")
+_FREE = (
+    "output_dir", "overwrite_output_dir", "batch_size", "device", "pictures", "images", "prompts", "prompts_table",
+    "split",
+)  # fmt: skip
 """Settings on which no picture's result depends: each depends on its own file, name and prompt."""
 
 
@@ -281,26 +292,49 @@ def mend(picture: torch.Tensor, prompt: str, uid: str, run: InpaintArguments, re
             break
         sources = [keyed_generator(run.seed, "inpaint", uid, number, one) for one in range(run.num_candidates)]
         candidates = put_in(picture, draw(picture.float() / 255, share, prompt, sources), share)
-        # All in one question: alone the picture would be judged in another batch, whose rounding could decide.
-        opinion = judge(reward, torch.cat([picture[None], candidates]), prompt, run)
-        now, *scores = opinion.objective.tolist()
-        best = max(range(len(scores)), key=scores.__getitem__)
-        better = scores[best] - now > run.min_gain
-        rounds.append(Round(share, tuple(scores), best if better else None))
+        pairs = judge_beside(reward, picture, candidates, prompt, run)
+        gains = [float(new.objective) - float(old.objective) for old, new in pairs]
+        best = max(range(len(gains)), key=gains.__getitem__)
+        better = gains[best] > run.min_gain
+        rounds.append(Round(share, tuple(float(new.objective) for _, new in pairs), best if better else None))
+        old, new = pairs[best]
         if number == 0:
-            before = said = _only(opinion, 0)
+            before = said = old
         if not better:
             why = NO_BETTER
             break
-        picture, said = candidates[best], _only(opinion, best + 1)
+        picture, said = candidates[best], new
     fixed = any(one.kept is not None for one in rounds)
     return Mended(picture, FIXED if fixed else why, before, said, tuple(rounds))
 
 
+def judge_beside(
+    reward: RewardFn, picture: torch.Tensor, candidates: torch.Tensor, prompt: str, run: InpaintArguments
+) -> list[tuple[Reward, Reward]]:
+    """What a reward says of `picture` (3, H, W) uint8 and of N candidates (N, 3, H, W), on the CPU.
+
+    It is asked about `run.batch_size` pictures at most, but at least 2, in questions of one size that hold the picture
+    each: what was judged in batches of different sizes could differ by rounding alone. With 3 candidates and a
+    batch_size of 3: [picture, 0, 1], [picture, 2, 2].
+
+    Returns:
+        for each candidate the picture's reward and the candidate's, of one question.
+    """
+    count = math.ceil(len(candidates) / max(run.batch_size - 1, 1))
+    each = math.ceil(len(candidates) / count)
+    pairs = []
+    for start in range(0, len(candidates), each):
+        part = candidates[start : start + each]
+        filled = torch.cat([picture[None], part, part[-1:].expand(each - len(part), -1, -1, -1)])
+        said = judge(reward, filled, prompt, run)
+        pairs += [(_only(said, 0), _only(said, 1 + place)) for place in range(len(part))]
+    return pairs
+
+
 def judge(reward: RewardFn, pictures: torch.Tensor, prompt: str, run: InpaintArguments) -> Reward:
-    """The reward of pictures (N, 3, H, W) uint8 of one prompt, on the CPU."""
+    """The reward of pictures (N, 3, H, W) uint8 of one prompt, asked for at once, on the CPU."""
     images = (pictures.float() / 255).to(run.device)
-    said = score(reward, images, [prompt] * len(pictures), run.batch_size)
+    said = score(reward, images, [prompt] * len(pictures))
     return Reward(
         total=said.total.cpu(),
         penalties={name: maps.cpu() for name, maps in said.penalties.items()},
@@ -329,15 +363,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Whatever can be wrong with the input is found out before the models are loaded.
     choice.check()
     check_pipeline_folder(run.pipeline, INPAINTING)
+    check_adapter_files(AdapterSettings(base_adapters=run.base_adapters))
     check_apart(run)
     settings = {name: value for name, value in (asdict(run) | asdict(choice)).items() if name not in _FREE}
-    settings |= weights_of(run.pipeline, asdict(choice))
+    settings["base_adapters"] = run.base_adapters or None  # as in results from before there was this setting
+    settings |= weights_of(run.pipeline, run.base_adapters, asdict(choice))
     results = Results(run.output_dir, settings, PARTS, run.overwrite_output_dir)
     source = run.source()
     found = check_source(source)
     check_same(results, found)
     wanted = {uid for uid in found if uid not in results.rows}
-    if not wanted and results.are_summed_up(summarise(results.rows.values())):
+    if not wanted and results.are_summed_up(summarise(list(results.rows.values()))):
         console.print(f"nothing to do: {run.output_dir} holds all {len(found)} pictures")
         return
 
@@ -351,11 +387,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             picture = read_picture(item)
             mended = mend(picture, item.prompt, item.uid, run, reward, draw)
             _keep(results, item, picture, mended, run, others)
-        summary = summarise(results.rows.values())
+        summary = summarise(list(results.rows.values()))
         results.write({SUMMARY: summary})
-    counts = ", ".join(f"{count} {status}" for status, count in summary["status"].items())
-    gain = summary["after"]["reward"] - summary["before"]["reward"]
-    console.print(f"{summary['n']} pictures: {counts}; reward {gain:+.4f}", soft_wrap=True)
+    print_changes(console, summary, choice.eval_rewards)
     console.print(f"pictures, masks, sheets, results.jsonl: {run.output_dir}", soft_wrap=True, markup=False)
 
 
@@ -424,14 +458,24 @@ def as_row(mended: Mended) -> dict:
     }
 
 
-def summarise(rows) -> dict:
-    """How many pictures met with which fate, and the means of their figures before and after."""
-    rows = list(rows)
-    means = {
-        side: {name: sum(row[side][name] for row in rows) / len(rows) for name in rows[0][side]}
-        for side in ("before", "after")
+def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many pictures met with which fate, and what changed over all of them (`finetune.results.changes`)."""
+    return {
+        "n": len(rows),
+        "prompts": len({row["prompt"] for row in rows}),
+        "status": dict(Counter(row["status"] for row in rows)),
+        "figures": changes(rows, "before", "after"),
     }
-    return {"n": len(rows), "status": dict(Counter(row["status"] for row in rows)), **means}
+
+
+def print_changes(console: Console, summary: Mapping[str, Any], others: Collection[str]) -> None:
+    """Print what `summarise` found; `others` are the names of the rewards that looked on."""
+    counts = ", ".join(f"{count} {status}" for status, count in summary["status"].items())
+    title = f"{summary['n']} pictures of {summary['prompts']} prompts: {counts}"
+    console.print(change_table(title, summary["figures"], "before", "after"))
+    honest = f"what {', '.join(others)} say does" if others else "name others in eval_rewards"
+    told = "`reward` chose what is kept: it cannot fall, and its rise is no evidence of better pictures"
+    console.print(f"{told}; {honest}", soft_wrap=True)
 
 
 def sheet(picture: torch.Tensor, prompt: str, mended: Mended, height: int = 192) -> Image.Image:

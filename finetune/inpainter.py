@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline, StableDiffusionInpaintPipeline, StableD
 
 from finetune.region import cells, working_size
 from reward.data import resize
+from rl.lora import fuse_base_adapters
 from rl.pipelines import FAMILIES, load_pipeline
 
 _SIDES = 8  # diffusers' pipelines take sides that this divides
@@ -72,13 +73,21 @@ class Inpainter:
         self.negative_prompt = negative_prompt
 
     @classmethod
-    def load(cls, path: str, *, dtype: torch.dtype, device: str, **settings) -> "Inpainter":
+    def load(
+        cls, path: str, *, dtype: torch.dtype, device: str, base_adapters: Sequence[str] = (), **settings
+    ) -> "Inpainter":
         """Load a pipeline folder, or the hub's name of one.
 
+        Args:
+            base_adapters: folders of LoRAs that are added to its weights, those of a text-to-image pipeline too.
+
         Raises:
-            ValueError: it is missing, unreadable, or of another family than `INPAINTING`.
+            ValueError: it is missing, unreadable, or of another family than `INPAINTING`; or a LoRA does not fit it.
         """
-        return cls(load_pipeline(path, dtype, families=INPAINTING).to(device), **settings)
+        pipeline = load_pipeline(path, dtype, families=INPAINTING)
+        if base_adapters:
+            fuse_base_adapters(_text_to_image(pipeline), base_adapters)
+        return cls(pipeline.to(device), **settings)
 
     def __call__(
         self, picture: torch.Tensor, share: torch.Tensor, prompt: str, generators: Sequence[torch.Generator]
@@ -119,3 +128,10 @@ class Inpainter:
                     f"what the pipeline draws for {prompt!r} is not finite; with model_dtype float16, try bfloat16"
                 )
         return resize(torch.cat(drawn), size).clamp(0, 1)
+
+
+def _text_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The text-to-image pipeline of the very same networks, so that what is added to its weights is in both."""
+    family = next(family for name, family in FAMILIES.items() if INPAINTING[name].pipeline is type(pipeline))
+    # Without the scheduler, whose config it would change where it finds it outdated.
+    return family.pipeline(**pipeline.components | family.left_out | {"scheduler": None})

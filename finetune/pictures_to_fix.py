@@ -1,18 +1,23 @@
 """Pictures and their prompts, as `finetune.inpaint` is given them."""
 
 import hashlib
+import logging
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
 
-from finetune.pool import Pool
+from finetune.pool import PROMPT_COLUMNS, TABLES, Pool, open_pool
 from reward.data import to_tensor
 from reward.pictures import decode
-from reward.sources import Picture, Source
+from reward.sources import PAIR_COLUMNS, Columns, Picture, Source, open_source
+from reward.stored_rows import data_files, schema_of, table_rows
+
+logger = logging.getLogger(__name__)
 
 _NAMED = 5
+_TABLE_SUFFIXES = (".csv", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class NamedPictures:
 
 @dataclass(frozen=True)
 class PoolPictures:
-    """An image folder's pictures as a `reward.sources.Source`; the uid is a file's place in it, less its suffix."""
+    """A pool's pictures as a `reward.sources.Source`; the uid is a file's place in its folder, less its suffix, or the
+    number of a data set's row."""
 
     pool: Pool
 
@@ -38,6 +44,67 @@ class PoolPictures:
         for place, entry in enumerate(self.pool.entries):
             if (uid := PurePosixPath(entry.name).with_suffix("").as_posix()) in wanted:
                 yield Picture(uid, self.pool.read(place), entry.prompt)
+
+
+def open_pictures(
+    place: str | Path, prompt_column: str | None = None, table: str | Path | None = None, split: str = "train"
+) -> Source:
+    """The pictures of a folder with a table of prompts, of Pick-a-Pic's pairs, or of a data set of one picture a row.
+
+    Results go by a picture's uid: of a data set the column `uid`, or the row's number where there is none.
+
+    Args:
+        prompt_column: None: see `InpaintArguments.prompt_column`.
+        table: of a folder's prompts; None: its metadata.jsonl or metadata.csv, or the only table that there is.
+        split: of a data set without uids; all rows of the others are read.
+
+    Raises:
+        ValueError: there are no such pictures, or no column of prompts; see `reward.sources.open_source` and
+            `finetune.pool.open_pool`.
+    """
+    place = Path(place)
+    if table is None and any((place / name).is_file() for name in TABLES):
+        return PoolPictures(open_pool(place, prompt_column, split))
+    files = data_files(place) if table is None else []
+    columns = schema_of(files[0]).names if files else []
+    if files and not set(PAIR_COLUMNS) <= set(columns) and not {"uid", "image"} <= set(columns):
+        if place.is_file():
+            raise ValueError(
+                f"{place} has no columns uid and image (it has {', '.join(columns)}), and the rows of single files are "
+                f"not numbered; name the folder that it is in, with the --split that it holds: {place.parent}"
+            )
+        return PoolPictures(open_pool(place, prompt_column, split))
+    if split != "train":
+        logger.warning("split=%r is ignored: %s is read as a whole", split, place)
+    if not files:
+        prompt_column = prompt_column or "prompt"
+        _check_table(place, table, prompt_column)
+        return open_source(place, Columns(prompt=prompt_column), table)
+    if set(PAIR_COLUMNS) <= set(columns):
+        if prompt_column is not None:
+            logger.warning("prompt_column=%r is ignored: Pick-a-Pic's prompts are in caption", prompt_column)
+        return open_source(place)
+    asked = ("prompt", *PROMPT_COLUMNS) if prompt_column is None else (prompt_column,)
+    found = next((name for name in asked if name in columns), None)
+    if found is None:
+        raise ValueError(
+            f"{place} has no column of prompts {' or '.join(dict.fromkeys(asked))}; it has {', '.join(columns)}; name "
+            "it by --prompt_column"
+        )
+    return open_source(place, Columns(prompt=found))
+
+
+def _check_table(folder: Path, table: str | Path | None, prompt_column: str) -> None:
+    """Complain about a folder's table, if there is one to be read, that lacks a column."""
+    tables = [Path(table)] if table else [path for path in folder.glob("*") if path.suffix.lower() in _TABLE_SUFFIXES]
+    if len(tables) != 1 or not tables[0].is_file() or tables[0].suffix.lower() not in _TABLE_SUFFIXES:
+        return  # which `open_source` says
+    columns = list(next(iter(table_rows(tables[0])), {}))
+    if not {"uid", "file_name"} & set(columns) or prompt_column not in columns:
+        raise ValueError(
+            f"{tables[0]} has the columns {', '.join(columns) or 'none'}; it needs file_name (or uid) and "
+            f"{prompt_column}, unless --prompt_column names another"
+        )
 
 
 class Everything(Collection[str]):

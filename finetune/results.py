@@ -1,4 +1,4 @@
-"""A folder of results that grows by a picture at a time, and goes on where it was stopped.
+"""A folder of results that grows by a picture at a time, and goes on where it was stopped; and what changed in them.
 
 `results.jsonl` holds a line for each picture that is done. The line is written when the picture's files are in their
 places, so what has a line is whole; what has none is made again.
@@ -7,14 +7,18 @@ places, so what has a line is whole; what has none is made again.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
+from rich.table import Table
 
 from finetune.fingerprints import with_weights
+from finetune.paired import paired_interval
 from rl.checkpoints import BESIDE, RUN_CONFIG, check_writable, differing_keys, written_beside
 from rl.folder_lock import FolderInUseError, check_free, taken
 
@@ -111,6 +115,51 @@ class Results:
                     (beside / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
                 else:
                     content.save(beside / name)
+
+
+def changes(rows: Sequence[Mapping[str, Any]], before: str, after: str) -> dict[str, dict[str, Any]]:
+    """What became of each figure that lines of `results.jsonl` hold under the keys `before` and `after`.
+
+    Pictures of one prompt are no independent ones, so each prompt counts once, as the mean of its pictures.
+
+    Returns:
+        figure -> `before` and `after` (those keys: means), `change`, `interval` ([low, high], 95%, over prompts; None
+        where there is one prompt), and `worse`, the share of pictures of which the figure fell at all.
+    """
+    places = defaultdict(list)
+    for place, row in enumerate(rows):
+        places[row["prompt"]].append(place)
+
+    def by_prompt(values: np.ndarray) -> np.ndarray:
+        return np.array([values[these].mean() for these in places.values()])
+
+    found = {}
+    for name in (name for name, value in rows[0][after].items() if not isinstance(value, str)):
+        old, new = (np.array([row[side][name] for row in rows], dtype=float) for side in (before, after))
+        differences = by_prompt(new - old)
+        found[name] = {
+            before: float(by_prompt(old).mean()),
+            after: float(by_prompt(new).mean()),
+            "change": float(differences.mean()),
+            "interval": list(paired_interval([differences])[1:]) if len(differences) > 1 else None,
+            "worse": float((new < old).mean()),
+        }
+    return found
+
+
+def change_table(title: str, figures: Mapping[str, Mapping[str, Any]], before: str, after: str) -> Table:
+    """What `changes` found, to be printed."""
+    table = Table(title=title)
+    for heading in ("", before, after, "change (95% interval)", "got worse"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, one in figures.items():
+        ends = "" if one["interval"] is None else " ({:+.4f} .. {:+.4f})".format(*one["interval"])
+        table.add_row(
+            name, f"{one[before]:.4f}", f"{one[after]:.4f}", f"{one['change']:+.4f}{ends}", f"{one['worse']:.1%}"
+        )
+    if any(one["interval"] is None for one in figures.values()):
+        table.caption = "no intervals: they are over prompts, and there is one"
+    return table
 
 
 def _whole_lines(path: Path) -> list[dict]:

@@ -9,10 +9,22 @@ from PIL import Image
 
 from finetune.predictions import MAP_SIDE, Predictions
 from reward.feedback import HEATMAPS, SCORES, tokenize
+from rl.policy import StableDiffusionPolicy
 from tests.reward.conftest import make_config, model, model_folder, predictor, tokenizer  # noqa: F401
 from tests.rl.conftest import make_pipeline
 
 PROMPTS = ["a red circle", "a blue square", "a red square"]
+
+
+def write_lora(pipeline_folder, folder, seed=0):
+    """A LoRA for a pipeline that shows in its pictures; its folder."""
+    policy = StableDiffusionPolicy.load(pipeline_folder, lora_rank=2, lora_alpha=8.0)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in policy.network.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    policy.save_adapter(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -215,6 +215,9 @@ class Faint:
     config = SimpleNamespace(scaling_factor=1.0, get=lambda name: None)
     dtype = torch.float32
 
+    def parameters(self):
+        return iter(())
+
     def decode(self, latents, return_dict=True, generator=None):
         pictures = 0.05 * latents[:, :3]
         return SimpleNamespace(sample=pictures) if return_dict else (pictures,)
@@ -466,3 +469,28 @@ def test_the_callback_refuses_what_it_cannot_do(pipeline):
             PROMPTS[:2], num_inference_steps=3, callback_on_step_end=callback,
             callback_on_step_end_tensor_inputs=callback.tensor_inputs(pipeline),
         )  # fmt: skip
+
+
+def test_the_callback_keeps_nothing_for_gradients_of_weights(pipeline):
+    """Those of a pipeline that was just loaded require them; they are frozen for the call, and given back."""
+
+    def kept(reward):
+        callback, sizes = GuidanceCallback(reward, PROMPTS[:1], Guidance(0.1)), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda one: sizes.append(one.numel()) or one, lambda one: one):
+            pipeline(
+                PROMPTS[:1], num_inference_steps=2, generator=generators(1), guidance_scale=1.0,
+                callback_on_step_end=callback, callback_on_step_end_tensor_inputs=callback.tensor_inputs(pipeline),
+            )  # fmt: skip
+        return sum(sizes)
+
+    def require(value):
+        return [part.requires_grad_(value) for part in (pipeline.unet, pipeline.vae)]
+
+    require(False)
+    frozen = kept(Redness())
+    parts = require(True)
+    assert kept(Redness()) == frozen > 0
+    assert all(weight.requires_grad for part in parts for weight in part.parameters())
+    with pytest.raises(RewardError):
+        kept(Redness(nan_after=0))
+    assert all(weight.requires_grad for part in parts for weight in part.parameters())

@@ -3,6 +3,8 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +14,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from finetune import guide
+from finetune.paired import paired_interval
 from reward.arguments import ArgumentsError
 from reward.feedback import Reward
 from rl.checkpoints import RUN_CONFIG
 from rl.folder_lock import FolderInUseError, taken
 from rl.rollout import keyed_generator
+from tests.finetune.conftest import write_lora
 from tests.rl.conftest import make_pipeline
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 
@@ -131,6 +137,7 @@ def test_a_pipeline_whose_own_scheduler_cannot_be_guided(folder, tmp_path):
         (["--resolution", "30"], "resolution is 30; this pipeline needs a multiple of 4"),
         (["--recurrence", "-1"], "recurrence is -1"),
         (["--pipeline", "nowhere"], "no pipeline folder nowhere"),
+        (["--base_adapters", "nowhere"], "there is no LoRA folder nowhere"),
     ],
 )
 def test_bad_input_is_refused(folder, tmp_path, more, complaint, monkeypatch):
@@ -191,6 +198,116 @@ def test_results_of_a_pipeline_that_was_trained_anew_are_not_gone_on_with(folder
     with pytest.raises(ValueError, match=rf"holds results of other settings \(weights of {pipeline}: "):
         guide.main(argv)
     config = json.loads((tmp_path / "out" / RUN_CONFIG).read_text())
-    before = {name: value for name, value in config.items() if "weights of" not in name}  # as before they were noted
+    unknown = ("weights of", "base_adapters")  # in earlier versions
+    before = {name: value for name, value in config.items() if not name.startswith(unknown)}
     (tmp_path / "out" / RUN_CONFIG).write_text(json.dumps(before))
     guide.main(argv)
+
+
+def test_intervals_are_over_prompts_and_not_over_their_pictures(folder, tmp_path, capsys):
+    argv = command(folder, tmp_path / "out", "--num_generations", "3")
+    guide.main(argv)
+    changes = [row["with"]["red"] - row["without"]["red"] for row in lines(tmp_path / "out").values()]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["n"], summary["prompts"]) == (9, 3)
+    assert summary["figures"]["red"]["interval"] == pytest.approx(
+        paired_interval([np.array(changes).reshape(3, 3).mean(axis=1)])[1:]
+    )
+    assert "their rise is no evidence of better pictures; name others in eval_rewards" in capsys.readouterr().out
+    guide.main(command(folder, tmp_path / "one", "--prompts", "a red circle", "--num_generations", "2"))
+    assert "no intervals: they are over prompts, and there is one" in capsys.readouterr().out
+
+
+def test_another_number_of_pictures_in_the_sheet_makes_it_anew(folder, tmp_path, capsys, monkeypatch):
+    guide.main(command(folder, tmp_path))
+    three, rows = pixels(tmp_path / "sheet.png").shape[1], lines(tmp_path)
+    monkeypatch.setattr(guide, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
+    guide.main(command(folder, tmp_path, "--num_sheet", "1"))
+    assert pixels(tmp_path / "sheet.png").shape[1] < three / 2
+    assert lines(tmp_path) == rows
+    capsys.readouterr()
+    guide.main(command(folder, tmp_path, "--num_sheet", "1"))
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_no_prompts_are_refused_before_anything_is_begun(folder, tmp_path):
+    config = tmp_path / "none.yaml"
+    config.write_text("prompts: []\n")
+    argv = command(folder, tmp_path / "out")
+    place = argv.index("--prompts")
+    with pytest.raises(ValueError, match="prompts is empty; give at least one"):
+        guide.main(["--config", str(config), *argv[:place], *argv[place + 4 :]])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tuned_policy_is_guided(folder, tmp_path):
+    lora = write_lora(folder, tmp_path / "lora")
+    argv = command(folder, tmp_path / "out", "--base_adapters", lora, "--prompts", "a red circle")
+    guide.main(argv)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = [keyed_generator(0, "guide", 0)]
+    how = {"num_inference_steps": 3, "guidance_scale": 1.0, "output_type": "pt"}
+    plain = pipeline(["a red circle"], generator=generator, **how).images[0]
+    pipeline.load_lora_weights(lora)
+    tuned = pipeline(["a red circle"], generator=[keyed_generator(0, "guide", 0)], **how).images[0]
+    ours = pixels(tmp_path / "out" / "without" / "00000.png")
+    off = [np.abs(ours - (one * 255).permute(1, 2, 0).numpy()).max() for one in (tuned, plain)]
+    assert off[0] <= 1 < 5 < off[1]
+
+    with pytest.raises(ValueError, match=r"holds results of other settings \(base_adapters: \['.*lora'\] -> None"):
+        guide.main(command(folder, tmp_path / "out", "--prompts", "a red circle"))
+    write_lora(folder, tmp_path / "lora", seed=1)
+    with pytest.raises(ValueError, match=rf"holds results of other settings \(weights of {lora}: "):
+        guide.main(argv)
+
+
+@pytest.mark.parametrize(
+    ("more", "changed"),
+    [
+        (["--scale", "0.7"], {"scale": 0.7}),
+        (["--norm", "raw"], {"norm": "raw"}),
+        (["--max_norm", "0.5"], {"max_norm": 0.5}),
+        (["--schedule", "falling"], {"schedule": "falling"}),
+        (["--guided_steps", "1:2"], {"first": 1, "last": 2}),
+        (["--recurrence", "2"], {"recurrence": 2}),
+        (["--through_network", "false"], {"through_network": False}),
+        (["--eta", "0.5"], {"eta": 0.5}),
+        (["--num_inference_steps", "4"], {"steps": 4}),
+        (["--resolution", "32"], {"size": (32, 32)}),
+        (["--guidance_scale", "3"], {"guidance_scale": 3.0}),
+        (["--guidance_scale", "3", "--negative_prompt", "a cat"], {"guidance_scale": 3.0, "negative_prompt": "a cat"}),
+        (["--num_generations", "2"], {"prompts": ["a", "a", "b", "b"], "distinct": 4}),
+    ],
+)
+def test_an_option_reaches_the_sampler_and_changes_nothing_else(folder, tmp_path, monkeypatch, more, changed):
+    def what_reaches_it(name, *more):
+        reached = {}
+
+        def sample(pipeline, prompts, generators, steps, reward, guidance, **settings):
+            if guidance:
+                distinct = len({one.initial_seed() for one in generators})
+                reached.update(settings, **asdict(guidance), steps=steps, prompts=prompts, distinct=distinct)
+            return torch.rand(len(prompts), 3, 16, 16)
+
+        monkeypatch.setattr(guide, "sample", sample)
+        guide.main(command(folder, tmp_path / name, "--batch_size", "4", "--prompts", "a", "b", *more))
+        return reached
+
+    assert what_reaches_it("changed", *more) == what_reaches_it("plain") | changed
+
+
+def test_rich_feedback_guides(tmp_path):
+    """Scores, a heatmap and words, by the predictor of the small world; other rewards here are toys."""
+    settings = {
+        "model": str(ROOT / "tinyworld/assets/rahf"), "score_weights": {"plausibility": 0.5, "alignment": 1.0},
+        "penalty_weights": {"implausibility": 1.0}, "word_weight": 1.0,
+    }  # fmt: skip
+    guide.main([
+        "--pipeline", str(ROOT / "tinyworld/assets/sd"), "--output_dir", str(tmp_path), "--scale", "0.1",
+        "--reward", "reward.rich:RichReward", "--reward_kwargs", json.dumps(settings), "--num_inference_steps", "4",
+        "--guidance_scale", "1", "--prompts", "a red circle above a blue square", "a green triangle",
+    ])  # fmt: skip
+    for row in lines(tmp_path).values():
+        assert not np.array_equal(*(pixels(tmp_path / row[side]["file"]) for side in ("without", "with")))
+        assert row["with"]["reward"] > row["without"]["reward"] + 0.01

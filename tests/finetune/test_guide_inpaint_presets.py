@@ -26,5 +26,19 @@ def test_the_command_in_a_preset_parses(job, model, monkeypatch):
     choice.check(differentiable=job == "guide")
     assert run.output_dir == f"outputs/{job}_{model}"
     assert (run.device == "cpu") == (model == "tinyworld")
+    if job == "guide" and model != "tinyworld":  # the whole graph of two rows of the U-Net is more than such GPUs have
+        assert (run.batch_size, run.activation_checkpointing) == (1, True)
     if job == "inpaint":
         assert set(run.thresholds) <= set(choice.reward_kwargs["penalty_weights"])
+
+
+def test_a_candidate_must_gain_as_much_by_the_same_reward_everywhere():
+    """0.1 was needed where it was measured; the rewards' weights, so its unit, are the same."""
+    arguments = {}
+    for model in ("tinyworld", "sd15", "sdxl"):
+        config = ["--config", str(ROOT / f"configs/inpaint_{model}.yaml")]
+        arguments[model] = parse_arguments([InpaintArguments, RewardArguments], config)
+    measured, unit = arguments.pop("tinyworld")
+    for run, choice in arguments.values():
+        weights = {**choice.reward_kwargs, "model": unit.reward_kwargs["model"]}
+        assert (run.min_gain, weights) == (measured.min_gain, unit.reward_kwargs)

@@ -4,12 +4,15 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DiffusionPipeline,
     EulerDiscreteScheduler,
     StableDiffusionInpaintPipeline,
     StableDiffusionXLInpaintPipeline,
@@ -19,12 +22,15 @@ from PIL import Image
 from finetune import inpaint
 from finetune.inpaint import FIXED, NO_BETTER, NOTHING, TOO_LARGE, InpaintArguments, mend
 from finetune.inpainter import Inpainter
+from finetune.paired import paired_interval
 from finetune.pictures_to_fix import check_source, each_once
 from reward.arguments import ArgumentsError
 from reward.feedback import Reward
 from reward.sources import Picture
+from rl.checkpoints import RUN_CONFIG
 from rl.folder_lock import FolderInUseError, taken
 from rl.rollout import keyed_generator
+from tests.finetune.conftest import write_lora
 from tests.rl.conftest import make_pipeline, make_unet, make_xl_pipeline
 
 REWARD = ["--reward", "tests.finetune.test_inpaint:Blue"]
@@ -103,20 +109,42 @@ def test_a_picture_is_never_kept_that_is_not_better():
 
 
 class RoundsByBatch(Blue):
-    """A reward that a picture gets more of in larger company, as rounding may have it."""
+    """A reward that a picture gets more of, or less, in larger company, as rounding may have it."""
+
+    def __init__(self, sign):
+        self.sign, self.asked = sign, []
 
     def __call__(self, images, prompts):
+        self.asked.append(images)
         said = super().__call__(images, prompts)
-        return replace(said, total=said.total + 1e-4 * len(images))
+        return replace(said, total=said.total + self.sign * 1e-4 * len(images))
 
 
-def test_larger_company_alone_makes_no_candidate_better():
-    picture = blue_spot()
-    same = picture[2, 4, 4].item() / 255
-    drawn = mend(picture, "a", "one", arguments(), RoundsByBatch(), lambda picture, *_: torch.stack([picture] * 3))
-    assert same == 1.0
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("batch_size", "sizes"), [(8, [6]), (6, [6]), (5, [4, 4]), (3, [3, 3, 3]), (1, [2] * 5)])
+def test_other_company_alone_makes_no_candidate_better(sign, batch_size, sizes):
+    """Candidates are compared in questions of one size, each of which holds the picture."""
+    picture, reward = blue_spot(), RoundsByBatch(sign)
+    run = arguments(num_candidates=5, batch_size=batch_size)
+    drawn = mend(picture, "a", "one", run, reward, lambda picture, *_: torch.stack([picture] * 5))
     assert drawn.status == NO_BETTER
-    assert drawn.rounds[0].scores == (float(drawn.before.objective),) * 3
+    assert drawn.rounds[0].scores == (float(drawn.before.objective),) * 5
+    assert [len(images) for images in reward.asked[1:]] == sizes  # the first one asks where it is wrong
+    assert all(torch.equal(images[0], picture / 255) for images in reward.asked)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 4, 8])
+@pytest.mark.parametrize("best", [0, 2, 4])
+def test_the_best_is_found_in_whichever_question_it_was(batch_size, best):
+    shades = [0.9] * 5
+    shades[best] = 0.2
+    run = arguments(num_candidates=5, batch_size=batch_size, rounds=1)
+    mended = mend(blue_spot(), "a", "one", run, Blue(), Painter(shades))
+    assert mended.rounds[0].kept == best
+    assert mended.rounds[0].scores == pytest.approx([1 - shade / 16 for shade in shades], abs=1e-3)
+    assert (mended.picture[2, 4:8, 4:8] == 51).all()
+    assert float(mended.after.objective) == mended.rounds[0].scores[best]
+    assert float(mended.before.objective) == pytest.approx(1 - 1 / 16)
 
 
 def test_min_gain_and_a_second_round_that_is_no_better():
@@ -211,6 +239,31 @@ def test_latents_outside_the_mask_are_the_pictures_own(folders):
     assert changed[:8, :8].max() > 20 * changed[40:, 40:].max()
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
+@pytest.mark.parametrize("family", ["sd", "sd9", "xl", "xl9"])
+def test_a_lora_of_the_text_to_image_pipeline_is_added(folders, tmp_path, family):
+    trained_on = folders[family.removesuffix("9")]
+    lora = write_lora(trained_on, tmp_path / "lora")
+    tuned = DiffusionPipeline.from_pretrained(trained_on)
+    before = {name: weight.clone() for name, weight in tuned.unet.state_dict().items()}
+    tuned.load_lora_weights(lora)
+    tuned.fuse_lora()
+    tuned.unload_lora_weights()
+    added = {name: weight - before[name] for name, weight in tuned.unet.state_dict().items()}
+    assert sum(bool(change.any()) for change in added.values()) > 8
+
+    how = {"dtype": torch.float32, "device": "cpu", "steps": 2}
+    folder = shutil.copytree(folders[family], tmp_path / "pipeline")
+    DDIMScheduler(clip_sample=True, steps_offset=1).save_pretrained(folder / "scheduler")  # text to image unsets it
+    plain, ours = (Inpainter.load(str(folder), base_adapters=ones, **how).pipeline for ones in ([], [lora]))
+    for name, weight in plain.unet.state_dict().items():
+        change = ours.unet.state_dict()[name] - weight
+        expected = added[name] if added[name].shape == weight.shape else torch.zeros_like(weight)  # but conv_in
+        assert torch.allclose(change, expected, atol=1e-6), name
+    assert ours.scheduler.config == plain.scheduler.config
+    assert type(ours) is type(plain)
+
+
 # ---- Bad input ----
 
 
@@ -295,6 +348,17 @@ def test_pictures_without_prompts_are_named(folders, album, tmp_path):
         inpaint.main(command(folders, album, tmp_path / "out", source=images))
 
 
+def test_a_table_whose_columns_do_not_fit_says_what_can_be_done(folders, album, tmp_path):
+    (album / "metadata.jsonl").unlink()
+    (album / "prompts.csv").write_text("file_name,words\nspot.png,a red circle\nclean.png,a\nwide.png,a\n")
+    complaint = r"has the columns file_name, words; it needs file_name .* --prompt_column"
+    with pytest.raises(ValueError, match=complaint) as refused:
+        inpaint.main(command(folders, album, tmp_path / "out"))
+    assert "--uid_column" not in str(refused.value)
+    inpaint.main(command(folders, album, tmp_path / "out", "--prompt_column", "words"))
+    assert lines(tmp_path / "out")["spot"]["prompt"] == "a red circle"
+
+
 def test_an_unreadable_picture_is_named(folders, album, tmp_path):
     (album / "clean.png").write_bytes((album / "clean.png").read_bytes()[:40])
     with pytest.raises(ValueError, match="the picture clean cannot be used"):
@@ -349,6 +413,13 @@ def test_an_unsupported_family_is_named_with_those_that_work(folders, album, tmp
     (other / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
     with pytest.raises(ValueError, match=r"is a FluxPipeline; what works here is StableDiffusionPipeline .*XLInpaint"):
         inpaint.main(command(folders, album, tmp_path / "out", "--pipeline", str(other)))
+
+
+def test_a_lora_that_is_not_there_is_refused_before_a_model_is_loaded(folders, album, tmp_path, monkeypatch):
+    monkeypatch.setattr(InpaintArguments, "inpainter", lambda run: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match="there is no LoRA folder nowhere"):
+        inpaint.main(command(folders, album, tmp_path / "out", "--base_adapters", "nowhere"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_setting_and_missing_maps_are_refused(folders, album, tmp_path):
@@ -455,3 +526,166 @@ def test_single_pictures_are_mended_as_in_a_folder(folders, album, tmp_path):
     inpaint.main(command(folders, album, tmp_path / "single", source=single))
     file = Path("pictures/spot.png")
     assert (tmp_path / "single" / file).read_bytes() == (tmp_path / "folder" / file).read_bytes()
+
+
+def test_results_of_another_lora_are_not_gone_on_with(folders, album, tmp_path):
+    lora = write_lora(folders["sd"], tmp_path / "lora")
+    argv = command(folders, album, tmp_path / "out")
+    inpaint.main(argv)
+    with pytest.raises(ValueError, match=r"holds results of other settings \(base_adapters: None -> \['.*lora'\]"):
+        inpaint.main([*argv, "--base_adapters", lora])
+    inpaint.main(command(folders, album, tmp_path / "tuned", "--base_adapters", lora))
+    drawn = [pixels(tmp_path / out / "pictures/spot.png") for out in ("out", "tuned")]
+    assert not np.array_equal(*drawn)
+    write_lora(folders["sd"], tmp_path / "lora", seed=1)
+    with pytest.raises(ValueError, match=rf"holds results of other settings \(weights of {lora}: "):
+        inpaint.main(command(folders, album, tmp_path / "tuned", "--base_adapters", lora))
+    config = tmp_path / "out" / RUN_CONFIG  # of a version without this setting
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "base_adapters"}))
+    inpaint.main(argv)
+
+
+class Redness:
+    """Another opinion, of which a picture loses where it is drawn black."""
+
+    def __call__(self, images, prompts):
+        return Reward(total=images[:, 0].mean(dim=(1, 2)))
+
+
+def test_what_got_worse_by_a_reward_that_looks_on_is_told(folders, album, tmp_path, monkeypatch, capsys):
+    def black(run):
+        return lambda picture, share, prompt, generators: torch.zeros(len(generators), *picture.shape)
+
+    monkeypatch.setattr(InpaintArguments, "inpainter", black)
+    looking_on = ["--eval_rewards", '{"redness": "tests.finetune.test_inpaint:Redness"}']
+    (album / "metadata.jsonl").write_text(
+        "\n".join(json.dumps({"file_name": f"{name}.png", "prompt": name}) for name in ("spot", "clean", "wide"))
+    )
+    inpaint.main(command(folders, album, tmp_path, *looking_on))
+    said = capsys.readouterr().out
+    rows = lines(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for name, sign, worse in (("reward", 1, 0), ("redness.total", -1, 2 / 3)):
+        changes = np.array([row["after"][name] - row["before"][name] for row in rows.values()])
+        figure = summary["figures"][name]
+        assert sign * figure["change"] > 0
+        assert figure["change"] == pytest.approx(changes.mean())
+        assert figure["interval"] == pytest.approx(paired_interval([changes])[1:])
+        assert figure["worse"] == pytest.approx(worse)
+    assert "redness.total" in said
+    assert "66.7%" in said
+    assert "2 fixed" in said
+    assert "it cannot fall, and its rise is no evidence of better pictures; what redness say does" in said
+
+
+# ---- Data sets ----
+
+
+def data_set(album, **columns):
+    """The album as a `datasets` data set without uids, and `columns` of three values beside."""
+    names = ("spot", "clean", "wide")
+    rows = {
+        "picture": [{"bytes": (album / f"{name}.png").read_bytes(), "path": None} for name in names],
+        "text": ["a red circle", "a blue circle", "a green circle"],
+    }
+    return datasets.Dataset.from_dict(rows | columns).cast_column("picture", datasets.Image())
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "splits"])
+def test_a_data_set_without_uids_is_mended_row_by_row(folders, album, tmp_path, kind):
+    rows, place, more = data_set(album), tmp_path / "data", []
+    if kind == "parquet":
+        place.mkdir()
+        rows.to_parquet(str(place / "train-00000-of-00001.parquet"))
+    elif kind == "saved":
+        rows.save_to_disk(str(place))
+    else:
+        datasets.DatasetDict({"dev": rows}).save_to_disk(str(place))
+        with pytest.raises(ValueError, match="no split 'train'; it has dev"):
+            inpaint.main(command(folders, place, tmp_path / "out"))
+        more = ["--split", "dev"]
+    inpaint.main(command(folders, place, tmp_path / "out", *more))
+    found = lines(tmp_path / "out")
+    assert [(uid, row["prompt"]) for uid, row in found.items()] == [
+        ("00000000", "a red circle"), ("00000001", "a blue circle"), ("00000002", "a green circle"),
+    ]  # fmt: skip
+    assert [row["status"] for row in found.values()] == [FIXED, NOTHING, FIXED]
+    assert pixels(tmp_path / "out/pictures/00000002.png").shape == (16, 24, 3)
+
+
+def test_what_a_data_set_lacks_is_named_with_options_that_there_are(folders, album, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    data_set(album).rename_column("text", "words").to_parquet(str(data / "0.parquet"))
+    for place, complaint in (
+        (data, "no column text or prompt or caption, only picture, words; name the column by --prompt_column"),
+        (data / "0.parquet", r"has no columns uid and image \(it has picture, words\).*name the folder that it is in"),
+    ):
+        with pytest.raises(ValueError, match=complaint) as refused:
+            inpaint.main(command(folders, place, tmp_path / "out"))
+        assert "--uid_column" not in str(refused.value)
+    inpaint.main(command(folders, data, tmp_path / "out", "--prompt_column", "words"))
+    assert len(lines(tmp_path / "out")) == 3
+
+
+def test_a_data_set_with_uids_goes_by_them_whatever_its_prompts_are_called(folders, album, tmp_path, caplog):
+    data = tmp_path / "data"
+    data_set(album, uid=["s", "c", "w"]).rename_column("picture", "image").save_to_disk(str(data))
+    inpaint.main(command(folders, data, tmp_path / "out", "--split", "test"))
+    assert {uid: row["prompt"] for uid, row in lines(tmp_path / "out").items()} == {
+        "s": "a red circle", "c": "a blue circle", "w": "a green circle",
+    }  # fmt: skip
+    assert "split='test' is ignored" in caplog.text
+    with pytest.raises(ValueError, match=r"has no column of prompts words; it has .*; name it by --prompt_column"):
+        inpaint.main(command(folders, data, tmp_path / "other", "--prompt_column", "words"))
+
+
+def test_pick_a_pics_prompts_are_in_its_own_column_and_that_is_said(album, tmp_path, caplog):
+    file = tmp_path / "pairs.parquet"
+    spot = (album / "spot.png").read_bytes()
+    pairs = {"image_0_uid": ["a"], "image_1_uid": ["b"], "jpg_0": [spot], "jpg_1": [spot], "caption": ["a red circle"]}
+    datasets.Dataset.from_dict(pairs).to_parquet(str(file))
+    how = {"pictures": str(file), "images": [], "prompts": []}
+    assert list(check_source(arguments(**how).source())) == ["a", "b"]
+    assert "is ignored" not in caplog.text
+    arguments(**how, prompt_column="words").source()
+    assert "prompt_column='words' is ignored: Pick-a-Pic's prompts are in caption" in caplog.text
+
+
+# ---- Options ----
+
+
+@pytest.mark.parametrize(
+    ("more", "changed"),
+    [
+        (["--strength", "0.5"], {"strength": 0.5}),
+        (["--eta", "0.5"], {"eta": 0.5}),
+        (["--num_inference_steps", "4"], {"num_inference_steps": 4}),
+        (["--guidance_scale", "3"], {"guidance_scale": 3.0}),
+        (
+            ["--guidance_scale", "3", "--negative_prompt", "a cat"],
+            {"guidance_scale": 3.0, "negative_prompt": ["a cat"] * 4},
+        ),
+        (["--resolution", "32"], {"height": 32, "width": 32, "image": (4, 3, 32, 32), "mask_image": (1, 1, 32, 32)}),
+        (["--batch_size", "2"], {"drawn": [2, 2], "prompt": ["a red circle"] * 2, "image": (2, 3, 16, 16)}),
+        (["--num_candidates", "2"], {"drawn": [2], "prompt": ["a red circle"] * 2, "image": (2, 3, 16, 16)}),
+    ],
+)
+def test_an_option_reaches_the_pipeline_and_changes_nothing_else(folders, album, tmp_path, monkeypatch, more, changed):
+    def what_reaches_it(name, *more):
+        reached, drawn = {}, []
+
+        def call(pipeline, prompt, *, generator, **settings):
+            drawn.append(len(generator))
+            shapes = {name: tuple(settings.pop(name).shape) for name in ("image", "mask_image")}
+            reached.update(settings, **shapes, prompt=prompt, drawn=drawn)
+            return SimpleNamespace(images=torch.rand(len(prompt), 3, settings["height"], settings["width"]))
+
+        monkeypatch.setattr(StableDiffusionInpaintPipeline, "__call__", call)
+        single = ["--images", str(album / "spot.png"), "--prompts", "a red circle"]
+        inpaint.main(
+            command(folders, album, tmp_path / name, "--num_candidates", "4", "--rounds", "1", *more, source=single)
+        )
+        return reached
+
+    assert what_reaches_it("changed", *more) == what_reaches_it("plain") | changed
