@@ -3,9 +3,9 @@
     python benchmarks/draft_proof.py [--seeds N] [--jobs N] [--budget_minutes M] [--quick] [--json FILE]
 
 Runs once a seed: DDPO's demo, back-propagation by its config and with a fifth of the demo's pictures, and
-back-propagation with the region constraint. All are compared with the base on the same held-out prompts and noise, by a
-judge that no training saw. Goals: DDPO's gain with at most a fifth of its pictures; with the constraint, a third of the
-change outside the problem regions at most, at no less than 0.9 of the gain.
+back-propagation with the region constraint. All are compared with the base on the same held-out prompts, the last 192,
+and the same noise, by a judge that no training saw. Goals: DDPO's gain with at most a fifth of its pictures; with the
+constraint, a third of the change outside the problem regions at most, at no less than 0.9 of the gain.
 
 Parts are kept in `--work`, which `uses.py` shares; what is there is not done again, and seeds that are not complete
 yet are left out.
@@ -29,6 +29,7 @@ from report import Row, flags, publish
 from use_drawing import PICTURES, to_images
 from use_parts import (
     BASE,
+    BY_DDPO,
     DRAFT_K,
     HELD_TO_REGIONS,
     REGION,
@@ -48,7 +49,7 @@ from rl.folder_lock import taken
 
 FIFTH = ("--num_train_epochs", "16")
 """So many updates of 32 pictures see a fifth of those that DDPO's run sees."""
-BY_DDPO, SHORTER = "DDPO, credit image", "DRaFT-K, a fifth of DDPO's pictures"
+SHORTER = "DRaFT-K, a fifth of DDPO's pictures"
 
 
 @dataclass(frozen=True)

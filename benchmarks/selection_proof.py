@@ -5,8 +5,8 @@
 For each seed a pool is drawn and predicted (`configs/select_tinyworld.yaml`), and the same pipeline is tuned twice,
 with the same settings and as many updates (`configs/sft_tinyworld.yaml`): on what the rules chose, and on as many of
 the pool's pictures at random. A judge that neither has seen compares them with each other and with the base, on the
-same held-out prompts and noise. Pairs of tuned and original are counted as the paper counts them (Liang et al. 2024,
-section 5.1: its tuned model was preferred in 51.8% of pairs, the original in 16.8%).
+same held-out prompts, the last 192, and the same noise. Pairs of tuned and original are counted as the paper counts
+them (Liang et al. 2024, section 5.1: its tuned model was preferred in 51.8% of pairs, the original in 16.8%).
 
 To tune the two configs, judge by other prompts than the proof reports, and give settings of `finetune.sft` behind them:
 

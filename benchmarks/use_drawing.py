@@ -21,7 +21,7 @@ from diffusers import StableDiffusionPipeline
 from parts import RESULT, Task
 from use_training import RUN
 
-from finetune.guide import GuideArguments
+from finetune.guide import GuideArguments, prepare
 from finetune.guided_sampling import sample as guided_sample
 from finetune.inpaint import InpaintArguments, mend
 from finetune.reward_choice import RewardArguments
@@ -73,16 +73,29 @@ def draw(task: Task) -> dict[str, Any]:
 
 def pipeline_of(task: Task) -> StableDiffusionPipeline:
     """The base, with the LoRA of the training that is needed, if any, loaded as any user of diffusers would."""
-    pipeline = StableDiffusionPipeline.from_pretrained(task.how["policy"], safety_checker=None)
+    return tuned(StableDiffusionPipeline.from_pretrained(task.how["policy"], safety_checker=None), task)
+
+
+def tuned(pipeline: StableDiffusionPipeline, task: Task) -> StableDiffusionPipeline:
     if task.how["tuned"]:
         pipeline.load_lora_weights(str(task.needs[0] / RUN))
     return pipeline
 
 
+def guidance_of(task: Task) -> float:
+    """Scale of classifier-free guidance."""
+    return task.how.get("guidance", 1.0)
+
+
+def guidance_flags(task: Task) -> list[str]:
+    """Of a config's command: its own scale, unless the part is told one."""
+    return ["--guidance_scale", str(task.how["guidance"])] if "guidance" in task.how else []
+
+
 def plain(task: Task, captions: list[str]) -> Iterator[np.ndarray | None]:
     pipeline = pipeline_of(task)
     yield
-    yield sample(pipeline, captions, seed=task.seed, guidance=task.how.get("guidance", 1.0), batch=BATCH)
+    yield sample(pipeline, captions, seed=task.seed, guidance=guidance_of(task), batch=BATCH)
 
 
 def best_of(task: Task, captions: list[str]) -> Iterator[np.ndarray | None]:
@@ -91,7 +104,9 @@ def best_of(task: Task, captions: list[str]) -> Iterator[np.ndarray | None]:
     yield
     best, record = np.empty(0), torch.full((len(captions),), -torch.inf)
     for number in range(task.how["count"]):
-        pictures = sample(pipeline, captions, seed=task.seed + OTHER_NOISE * number, batch=BATCH)
+        pictures = sample(
+            pipeline, captions, seed=task.seed + OTHER_NOISE * number, guidance=guidance_of(task), batch=BATCH
+        )
         with torch.no_grad():
             value = score(reward, to_images(pictures), captions, BATCH).objective
         better = (value > record).numpy()
@@ -101,11 +116,12 @@ def best_of(task: Task, captions: list[str]) -> Iterator[np.ndarray | None]:
 
 
 def guide(task: Task, captions: list[str]) -> Iterator[np.ndarray | None]:
-    """By the gradient of the reward, with a config of `finetune.guide`."""
-    run, choice = parse_arguments([GuideArguments, RewardArguments], ["--config", task.how["config"]])
-    pipeline, (reward, _) = pipeline_of(task), choice.make(run.device, differentiable=True)
-    for part in (pipeline.unet, pipeline.vae):
-        part.requires_grad_(False)
+    """By the gradient of the reward, with a config of `finetune.guide`, whose prompts and noise are the table's."""
+    flags = ["--config", task.how["config"], "--pipeline", task.how["policy"], *guidance_flags(task)]
+    run, choice = parse_arguments([GuideArguments, RewardArguments], flags)
+    reward, _ = choice.make(run.device, differentiable=True)
+    pipeline = tuned(prepare(run), task)
+    pipeline.unet.requires_grad_(False)  # a LoRA that was added too
     yield
     drawn = []
     for first in range(0, len(captions), run.batch_size):
@@ -113,13 +129,15 @@ def guide(task: Task, captions: list[str]) -> Iterator[np.ndarray | None]:
         drawn.append(guided_sample(
             pipeline, [captions[row] for row in rows], [keyed(4, task.seed, row) for row in rows],
             run.num_inference_steps, reward, run.guidance(), eta=run.eta, guidance_scale=run.guidance_scale,
+            negative_prompt=run.negative_prompt,
+            size=None if run.resolution is None else (run.resolution, run.resolution),
         ))  # fmt: skip
-    yield (torch.cat(drawn) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    yield (torch.cat(drawn).cpu() * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def inpaint(task: Task, captions: list[str]) -> Iterator[np.ndarray | None]:
     """The problem regions of what is drawn already, drawn again, with a config of `finetune.inpaint`."""
-    flags = ["--config", task.how["config"], "--seed", str(task.seed)]
+    flags = ["--config", task.how["config"], "--seed", str(task.seed), *guidance_flags(task)]
     run, choice = parse_arguments([InpaintArguments, RewardArguments], flags)
     (reward, _), inpainter = choice.make(run.device), run.inpainter()
     pictures = torch.from_numpy(np.load(task.needs[0] / PICTURES)["pictures"]).permute(0, 3, 1, 2)

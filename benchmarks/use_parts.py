@@ -3,7 +3,7 @@ in the same `--work`, is done once.
 """
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,9 +22,12 @@ SELECT, SFT, GUIDE, INPAINT = (f"configs/{name}_tinyworld.yaml" for name in ("se
 HELD_OUT, TRAINED_ON = "tinyworld/assets/prompts_held_out.txt", "tinyworld/assets/prompts_train.txt"
 QUIET = ("--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true", *UNSEEN)
 """A run's own looks would draw more pictures than it trains on, and nobody reads them here."""
+JUDGED = 192
+"""So many held-out prompts are judged, the last ones: guidance was tuned on 48 of the 64 before them (see `uses.py`).
+"""
 BASE = "base"
 DRAFT_K, HELD_TO_REGIONS = "DRaFT-K, K = 1", "DRaFT-K, held to problem regions"
-SFT_ON_SELECTED = "SFT on selected"
+SFT_ON_SELECTED, BY_DDPO = "SFT on selected", "DDPO, credit image"
 VARIANTS = {
     "DRaFT": ["--variant", "draft"],
     DRAFT_K: ["--variant", "draft_k"],
@@ -37,9 +40,24 @@ VARIANTS = {
 def add_use_flags(parser: ArgumentParser) -> None:
     """What all of them take; and the further flags of each kind of command, which only a quick run sets."""
     add_flags(parser, WORK)
-    parser.add_argument("--prompts", type=int, default=256, metavar="N", help="held-out prompts (default 256)")
-    parser.add_argument("--generations", type=int, default=2, metavar="N", help="pictures of each (default 2)")
+    parser.add_argument(
+        "--prompts", type=at_least_two, default=JUDGED, metavar="N",
+        help=f"the last so many of the held-out prompts (default {JUDGED}: guidance was tuned on some of the others)",
+    )  # fmt: skip
+    parser.add_argument("--generations", type=at_least_two, default=2, metavar="N", help="pictures of each (default 2)")
     parser.set_defaults(judged=HELD_OUT, ddpo_flags=[], draft_flags=[], select_flags=[], sft_flags=[])
+
+
+def at_least_two(text: str) -> int:
+    """A count given on the command line, of what only several have an interval or a diversity of.
+
+    Raises:
+        ArgumentTypeError: it is less than 2.
+    """
+    count = int(text)
+    if count < 2:
+        raise ArgumentTypeError(f"{text} is too few; it must be at least 2")
+    return count
 
 
 def make_quick(options: Namespace, pool: int = 2) -> None:
@@ -118,12 +136,12 @@ def drawing(
     """Pictures, judged.
 
     Args:
-        options: `judged`, a file of prompts, how many of them, and how many pictures of each.
+        options: `judged`, a file of prompts, how many of them, the last ones, and how many pictures of each.
         by: see `use_drawing.draw`.
         needs: the training whose LoRA draws; or the pictures that are to be mended.
         config: of the use.
     """
-    told = {"by": by, "policy": POLICY, "prompts": read_prompt_file(options.judged)[: options.prompts],
+    told = {"by": by, "policy": POLICY, "prompts": read_prompt_file(options.judged)[-options.prompts :],
             "generations": options.generations, "tuned": bool(needs) and needs[0].script == TRAINING, "config": config,
             **how}  # fmt: skip
     return Part(f"pictures of {name}", seed, DRAWING, told, needs, (config,) if config else ())

@@ -72,7 +72,7 @@ def test_both_kinds_are_tuned_alike_on_as_many_pictures(quick, tmp_path):
     assert differ <= {"output_dir", "logging_dir"}
     assert (settings.seed, settings.learning_rate) == (2, 0.5)
     judged = parts["pictures of SFT on selected"].how["prompts"]
-    assert judged == parts["pictures of base"].how["prompts"] == read_prompt_file(TRAINED_ON)[: len(judged)]
+    assert judged == parts["pictures of base"].how["prompts"] == read_prompt_file(TRAINED_ON)[-len(judged) :]
     kinds = [SelectArguments, GenerationArguments]
     (first, pool), (second, again) = told("selection", kinds), told("selection at random", kinds)
     assert pool == again

@@ -2,22 +2,40 @@
 
 import json
 
+import draft_proof
 import numpy as np
 import pytest
+import selection_proof
 import torch
+import use_drawing
 import uses
+import yaml
 from demo_proof import TERMS
+from diffusers import StableDiffusionPipeline
 from long_runs import ROOT
 from parts import Task, with_needs
+from peft import LoraConfig, get_peft_model_state_dict
 from use_drawing import PICTURES, draw
-from use_parts import DDPO, DRAFT_K, GUIDE, HELD_TO_REGIONS, INPAINT, POLICY, SFT_ON_SELECTED, TRAINING, VARIANTS
-from use_training import at_home
+from use_parts import (
+    DDPO,
+    DRAFT_K,
+    GUIDE,
+    HELD_OUT,
+    HELD_TO_REGIONS,
+    INPAINT,
+    POLICY,
+    SFT_ON_SELECTED,
+    TRAINING,
+    VARIANTS,
+)
+from use_training import RUN, at_home
 
 from finetune import draft, select, sft
 from finetune.draft_config import DraftConfig
 from finetune.generate import GenerationArguments
+from finetune.guide import prepare
 from finetune.sft_config import SftConfig
-from reward.arguments import parse_arguments
+from reward.arguments import parse_arguments, read_prompt_file
 from reward.feedback import Reward
 from rl.ddpo import DDPOConfig
 from run_ddpo import RunArguments
@@ -122,9 +140,77 @@ def test_gains_are_over_the_base_of_the_same_seeds_and_costs_are_of_all_steps(op
     assert rows["mended: pictures drawn for training"].value == 0
     assert rows["SFT on selected, then DDPO: pictures drawn for training"].value == 300
     assert rows["SFT on selected, then DDPO: seconds of training"].value == 30
-    text = uses.markdown(uses.page(found))
-    assert len(text.splitlines()) == 2 + len(plans[0])
-    assert "| mended | 1 | 0 | 0 | 50 | 0.550, +0.050 (0.050 .. 0.050) |" in text
+    text = uses.markdown(uses.tables(found))
+    first = text[: text.index("At guidance 2")]
+    assert len(first.splitlines()) == 5 + len(plans[0])
+    assert "| mended | 1 | 0 | 0 | 50 | 0.550, +0.050 (0.050 .. 0.050) |" in first
+    assert first.count("| 1.00 (1.00 .. 1.00) |\n") == len(plans[0]) - 1
+
+
+def test_lines_at_guidance_are_told_against_guidance_alone(options):
+    plans = {seed: uses.uses_of(seed, options) for seed in (0, 1)}
+    names = [use.name for use in plans[0] if use.rival]
+    assert names == [f"{name}, at guidance 2" for name in ("best of 4", "guided by the reward", "mended", DRAFT_K,
+                                                           "DDPO, credit image", SFT_ON_SELECTED)]  # fmt: skip
+    done = {}
+    for plan in plans.values():
+        for use in plan:
+            for part in with_needs([use.draw]):
+                gain = 0.0 if part.name == "pictures of base" else 0.25 if "at guidance" in part.name else 0.2
+                done[part] = result_of(part, gain)
+            if "guidance 2" in use.name:
+                assert use.draw.how["guidance"] == 2
+    mended = next(use for use in plans[0] if use.name == "mended, at guidance 2")
+    assert [part.name for part in mended.draw.needs] == ["pictures of classifier-free guidance 2"]
+    del done[next(use for use in plans[1] if use.name == uses.RIVAL).draw]  # a seed without it says nothing of gains
+    found = uses.figures_of(plans, done)
+    rows = {row.name: row for row in uses.rows_of(found)}
+    for name in names:
+        assert rows[f"{name}: satisfied, gain"].value == pytest.approx(0.25)
+        over = rows[f"{name}: satisfied, gain over classifier-free guidance 2"]
+        assert (over.value, over.n) == (pytest.approx(0.05), 1)
+        assert rows[f"{name}: diversity, of that of classifier-free guidance 2"].value == pytest.approx(1)
+    assert sum("gain over" in name for name in rows) == len(names) * len(TERMS)
+    shown = uses.tables(found)
+    assert [line[0] for line in shown["at guidance 2: gains over classifier-free guidance 2"]] == [uses.RIVAL, *names]
+    text = uses.markdown(shown)
+    assert text.count("| mended, at guidance 2 | 1 | 0 | 0 | 50 | 0.750, +0.250 (0.250 .. 0.250) |") == 1
+    assert text.count("| mended, at guidance 2 | 1 | 0 | 0 | 50 | 0.750, +0.050 (0.050 .. 0.050) |") == 1
+    options.only = ["mended, at guidance 2"]
+    assert [use.name for use in uses.uses_of(0, options)] == ["base", uses.RIVAL, "mended, at guidance 2"]
+
+
+def test_prompts_are_the_last_ones(options):
+    every = read_prompt_file(HELD_OUT)
+    assert uses.uses_of(0, options)[0].draw.how["prompts"] == every[-192:] == every[64:]
+    options.prompts = 5
+    assert {tuple(use.draw.how["prompts"]) for use in uses.uses_of(0, options)} == {tuple(every[-5:])}
+    options.prompts = 1000
+    assert uses.uses_of(0, options)[0].draw.how["prompts"] == every
+
+
+@pytest.mark.parametrize("module", [uses, draft_proof, selection_proof])
+@pytest.mark.parametrize("flag", ["--prompts", "--generations"])
+def test_counts_without_interval_or_diversity_are_refused_at_once(module, flag, capsys):
+    with pytest.raises(SystemExit):
+        module.make_parser().parse_args([flag, "1"])
+    assert f"{flag}: 1 is too few; it must be at least 2" in capsys.readouterr().err
+    assert vars(module.make_parser().parse_args([flag, "2"]))[flag[2:]] == 2
+
+
+def test_the_page_has_its_folder_made_and_comes_after_the_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(uses, "finish", lambda parts, *_, failures: {part: result_of(part) for part in parts})
+    page, figures = tmp_path / "new" / "page.md", tmp_path / "uses.json"
+    argv = ["uses.py", "--work", str(tmp_path / "work"), "--seeds", "1", "--json", str(figures), "--page", str(page)]
+    monkeypatch.setattr("sys.argv", argv)
+    uses.main()
+    assert page.read_text().startswith("Gains over the base:\n\n| use |")
+    figures.unlink()
+    page.unlink()
+    page.mkdir()  # cannot be written
+    with pytest.raises(IsADirectoryError):
+        uses.main()
+    assert figures.is_file()
 
 
 def test_uses_that_are_not_done_are_left_out(options):
@@ -136,7 +222,7 @@ def test_uses_that_are_not_done_are_left_out(options):
 
 
 def task_of(tmp_path, by, needs=(), seed=0, **how):
-    folder = tmp_path / f"{by}{seed}"
+    folder = tmp_path / f"{by}{len(list(tmp_path.iterdir()))}"
     folder.mkdir()
     told = {"by": by, "policy": POLICY, "prompts": ["a red circle", "a blue square"],
             "generations": 2, "tuned": False, "config": None, **how}  # fmt: skip
@@ -171,6 +257,71 @@ def test_pictures_of_every_use_start_from_the_bases_noise(tmp_path, base, monkey
     said = draw(mended)
     assert np.array_equal(pictures(mended), pictures(base))
     assert said["ms"] > json.loads((base.folder / "part.json").read_text())["ms"]
+
+
+def changed(config, path, **settings):
+    """A config with some of its settings changed."""
+    path.write_text(yaml.safe_dump(yaml.safe_load((ROOT / config).read_text()) | settings))
+    return str(path)
+
+
+def drawn(task):
+    """What a use draws, not judged."""
+    captions = [prompt for prompt in task.how["prompts"] for _ in range(task.how["generations"])]
+    work = getattr(use_drawing, task.how["by"])(task, captions)
+    next(work)
+    return next(work)
+
+
+def differ(some, others):
+    """By more than rounding."""
+    return np.abs(some.astype(int) - others).max() > 8
+
+
+def test_pictures_of_every_use_are_other_ones_where_it_acts(tmp_path, base):
+    assert differ(drawn(task_of(tmp_path, "guide", config=GUIDE)), pictures(base))
+    eager = {"thresholds": {"implausibility": 0.01}, "min_gain": 0.0, "max_area": 1.0}
+    config = changed(INPAINT, tmp_path / "eager.yaml", **eager)
+    assert differ(drawn(task_of(tmp_path, "inpaint", [base.folder], config=config)), pictures(base))
+
+
+@pytest.mark.parametrize("by", ["plain", "best_of", "guide"])
+def test_a_lora_and_classifier_free_guidance_change_what_is_drawn(by, tmp_path):
+    """Of a use that does nothing else."""
+    still = changed(GUIDE, tmp_path / "still.yaml", scale=0.0)
+    how = {"plain": {}, "best_of": {"config": DDPO, "count": 1}, "guide": {"config": still}}[by]
+    without = drawn(task_of(tmp_path, by, **how))
+    assert differ(drawn(task_of(tmp_path, by, guidance=2.0, **how)), without)
+    pipeline = StableDiffusionPipeline.from_pretrained(ROOT / POLICY, safety_checker=None)
+    torch.manual_seed(0)
+    pipeline.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    layers = get_peft_model_state_dict(pipeline.unet)
+    pipeline.save_lora_weights(tmp_path / "tuned" / RUN, unet_lora_layers=layers)
+    assert differ(drawn(task_of(tmp_path, by, [tmp_path / "tuned"], tuned=True, **how)), without)
+
+
+def test_mending_draws_with_the_guidance_of_the_pictures(tmp_path, base):
+    eager = {"thresholds": {"implausibility": 0.01}, "min_gain": 0.0, "max_area": 1.0}
+    how = {"needs": [base.folder], "config": changed(INPAINT, tmp_path / "eager.yaml", **eager)}
+    assert differ(*(drawn(task_of(tmp_path, "inpaint", guidance=scale, **how)) for scale in (1.0, 2.0)))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' DPM++ on a new NumPy
+def test_guidance_follows_every_setting_of_its_config(tmp_path, monkeypatch):
+    def by(**settings):
+        settings = {"scale": 0.0} | settings
+        return drawn(task_of(tmp_path, "guide", config=changed(GUIDE, tmp_path / "other.yaml", **settings)))
+
+    without = by()
+    assert differ(by(scheduler="dpmpp", eta=0.0), by(eta=0.0))
+    led = by(guidance_scale=2.0)
+    assert differ(led, without)
+    assert differ(by(guidance_scale=2.0, negative_prompt="a red circle"), led)
+    assert by(resolution=128).shape == (4, 128, 128, 3)
+    runs = []
+    monkeypatch.setattr("use_drawing.prepare", lambda run: runs.append(prepare(run)) or runs[-1])
+    by(activation_checkpointing=True)
+    assert runs[0].unet.is_gradient_checkpointing
 
 
 def test_the_best_of_several_is_chosen_by_the_reward(tmp_path, base, monkeypatch):
