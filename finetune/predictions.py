@@ -1,12 +1,17 @@
 """Rich feedback of a pool's pictures, predicted once and kept as parquet beside them.
 
-A part holds `PART` consecutive pictures of the pool and is one file, written when it is whole, so that a run that was
-interrupted loses no more than a part, and processes share parts without talking to each other. The folder's name holds
-the predictor's fingerprint: another predictor's feedback does not replace this one's.
+What is kept is found again by a picture's name, prompt and stamp, wherever in its pool it stands now: a picture that is
+taken away or added costs no prediction of another. So pools, and splits of one, may share a folder.
+
+A pool is looked at in parts of `PART` consecutive pictures. What of a part is not known yet becomes one file, written
+when it is whole, so that a run that was interrupted loses no more than a part, and processes share parts without
+talking to each other. A file is called after the pictures it holds, and none replaces one of others. The folder's name
+holds the predictor's fingerprint: another predictor's feedback is not mistaken for this one's.
 
 Shapes: N pictures of the pool, D features of the predictor's vision encoder, S = `MAP_SIDE`.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -34,6 +39,7 @@ AT_ONCE = 32
 """Pictures of a part that are in memory together, or a batch if that is more: 256 of a camera's would not fit."""
 MAP_SIDE = 32
 _FACTS = b"rich_feedback"
+_KEY = ("name", "prompt", "stamp")
 
 
 @dataclass(frozen=True)
@@ -76,15 +82,25 @@ class Store:
     def __init__(self, pool: Pool, model: str | Path, folder: str | Path | None = None):
         self.pool = pool
         self.folder = feedback_place(pool.place, folder) / fingerprint(model)
+        self._damaged: set[Path] = set()
 
-    def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
-        """The parts that are not there, or of pictures that have changed; of every `world_size` the one of `rank`."""
-        parts = range(rank, -(-len(self.pool.entries) // PART), world_size)
-        return [part for part in parts if not self._is_valid(part)]
+    def missing(self, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+        """What of each part is not known yet, as places in the pool; of every `world_size` parts the one of `rank`.
+
+        Parts go by the pool alone, not by what is known: what another process has written since does not change who
+        does what. With parts of 4 and the pictures 1, 2 and 9 of 10 unknown: [1, 2] and [9], of two processes the first
+        one's both.
+        """
+        known, entries = self._known(), self.pool.entries
+        parts = (
+            [place for place in range(first, min(first + PART, len(entries))) if _key(entries[place]) not in known]
+            for first in range(rank * PART, len(entries), world_size * PART)
+        )
+        return [part for part in parts if part]
 
     def predict(
         self,
-        parts: Sequence[int],
+        parts: Sequence[Sequence[int]],
         predictor: RichFeedbackPredictor,
         batch_size: int,
         on_picture: Callable[[int], None] = lambda count: None,
@@ -92,6 +108,7 @@ class Store:
         """Predict and write `parts`.
 
         Args:
+            parts: places in the pool, as `missing` gives them.
             batch_size: pictures judged at once, where they are of one size.
             on_picture: called with the number of pictures that are done.
 
@@ -101,8 +118,8 @@ class Store:
         """
         facts = {"word_threshold": predictor.word_threshold}
         for part in parts:
-            places, rows = self.places(part), []
-            for some in _in_runs(places, max(AT_ONCE, batch_size)):
+            rows = []
+            for some in _in_runs(part, max(AT_ONCE, batch_size)):
                 entries = [self.pool.entries[place] for place in some]
                 rows += _predict(predictor, read_pictures(self.pool, some), entries, batch_size, on_picture)
             table = pa.Table.from_pylist(rows, schema=_schema(len(rows[0]["features"])))
@@ -112,10 +129,18 @@ class Store:
             write_whole(self._file(part), sink.getvalue().to_pybytes())
 
     def load(self) -> Predictions:
-        """All parts, which must be there."""
-        tables = [pyarrow.parquet.read_table(self._file(part)) for part in range(-(-len(self.pool.entries) // PART))]
+        """The feedback of all pictures, which must be there."""
+        known = self._known()
+        found = [known[_key(entry)] for entry in self.pool.entries]
+        rows_of = defaultdict(list)
+        for file, row in found:
+            rows_of[file].append(row)
+        tables, place_of = [], {}
+        for file, rows in rows_of.items():
+            place_of |= {(file, row): len(place_of) + index for index, row in enumerate(rows)}
+            tables.append(pyarrow.parquet.read_table(file).take(rows))
         facts = json.loads(tables[0].schema.metadata[_FACTS])
-        table = pa.concat_tables(tables)
+        table = pa.concat_tables(tables).take([place_of[one] for one in found])
 
         def column(name: str) -> np.ndarray:
             return table[name].combine_chunks().to_numpy(zero_copy_only=False)
@@ -134,24 +159,28 @@ class Store:
             word_threshold=facts["word_threshold"],
         )
 
-    def places(self, part: int) -> range:
-        """The pictures of a part."""
-        return range(part * PART, min((part + 1) * PART, len(self.pool.entries)))
+    def _file(self, part: Sequence[int]) -> Path:
+        keys = [_key(self.pool.entries[place]) for place in part]
+        return self.folder / f"part-{hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]}.parquet"
 
-    def _file(self, part: int) -> Path:
-        return self.folder / f"part-{part:05d}.parquet"
+    def _known(self) -> dict[tuple[str, ...], tuple[Path, int]]:
+        """Key of a picture -> the file with its feedback, and the row there."""
+        known = {}
+        for file in sorted(self.folder.glob("part-*.parquet")):
+            try:
+                table = pyarrow.parquet.read_table(file, columns=list(_KEY))
+            except (pa.ArrowInvalid, OSError):
+                if file not in self._damaged:
+                    logger.warning("%s is damaged; what it held is predicted again", file)
+                self._damaged.add(file)
+                continue
+            keys = zip(*(table[name].to_pylist() for name in _KEY), strict=True)
+            known |= {key: (file, row) for row, key in enumerate(keys)}
+        return known
 
-    def _is_valid(self, part: int) -> bool:
-        file = self._file(part)
-        if not file.is_file():
-            return False
-        try:
-            known = pyarrow.parquet.read_table(file, columns=["name", "prompt", "stamp"]).to_pylist()
-        except (pa.ArrowInvalid, OSError):
-            logger.warning("%s is damaged; what it held is predicted again", file)
-            return False
-        entries = [self.pool.entries[place] for place in self.places(part)]
-        return known == [{"name": one.name, "prompt": one.prompt, "stamp": one.stamp} for one in entries]
+
+def _key(entry: Entry) -> tuple[str, ...]:
+    return entry.name, entry.prompt, entry.stamp
 
 
 def feedback_place(pictures: str | Path, folder: str | Path | None = None) -> Path:
@@ -163,7 +192,7 @@ def feedback_place(pictures: str | Path, folder: str | Path | None = None) -> Pa
     return place.with_name(place.name + "_feedback")
 
 
-def _in_runs(places: range, most: int) -> Iterator[range]:
+def _in_runs(places: Sequence[int], most: int) -> Iterator[Sequence[int]]:
     return (places[first : first + most] for first in range(0, len(places), most))
 
 

@@ -14,6 +14,8 @@ A rule is one of (VALUE is a name of `VALUES`, or several with weights, `{plausi
     {distinct: D, by: VALUE, within: prompt}      none nearer than D to a better one (of its prompt; or `within: pool`)
     {random: N, seed: 0}                          N of them
     {any: [RULE, ...]}, {all: [RULE, ...]}        or; and
+
+`rules: {}` keeps everything, as for a training that weighs pictures by their scores instead.
 """
 
 import difflib
@@ -27,6 +29,7 @@ from finetune.rules import (
     BestOf,
     Combined,
     Distinct,
+    Everything,
     FewMisaligned,
     MapShare,
     Quantile,
@@ -51,16 +54,18 @@ _OPTIONS = {
 
 
 def read_rules(spec: Mapping[str, Any]) -> dict[str, Rule]:
-    """The rules of a YAML's mapping of names to rules, in its order.
+    """The rules of a YAML's mapping of names to rules, in its order; of an empty one, one that keeps everything.
 
     Raises:
         ValueError: not understood; the rule is named, and for an unknown name the nearest one.
     """
-    if not isinstance(spec, Mapping) or not spec:
+    if not isinstance(spec, Mapping):
         raise ValueError(
             "rules: there is none; give a mapping of names to rules, e.g. {best: {best_of: overall}} "
-            "(finetune/rule_reading.py lists them)"
+            "(finetune/rule_reading.py lists them), or {} to keep every picture"
         )
+    if not spec:
+        return {"all": Everything()}
     return {str(name): _read(rule, f"rules: `{name}`") for name, rule in spec.items()}
 
 

@@ -61,6 +61,17 @@ class Rule(Protocol):
 
 
 @dataclass(frozen=True)
+class Everything:
+    """What there is."""
+
+    def __str__(self) -> str:
+        return "every picture"
+
+    def keep(self, predictions: Predictions, asked: np.ndarray) -> np.ndarray:
+        return np.ones(len(asked), dtype=bool)
+
+
+@dataclass(frozen=True)
 class Threshold:
     """Values in [at_least, at_most]."""
 

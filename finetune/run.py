@@ -156,7 +156,7 @@ def judge(
     Args:
         phase: "before" or "after", for the console.
         prompts: held-out ones.
-        rewards: name -> reward function; one is called `TRAINING_REWARD`.
+        rewards: name -> reward function; the one trained on, if there is one, is called `TRAINING_REWARD`.
     """
     args, held_out = trainer.args, how.held_out(prompts, rewards)
     console.print(f"[bold]evaluating[/] {phase} training on {len(prompts)} held-out prompts")

@@ -134,7 +134,7 @@ class EvaluationArguments(_Part):
             )
 
     def held_out(self, prompts: Sequence[str], rewards: Mapping[str, RewardFn]) -> HeldOut:
-        """What the policy is judged on; `rewards` has one called `TRAINING_REWARD`."""
+        """What the policy is judged on; `rewards` has one called `TRAINING_REWARD`, if one is trained on."""
         return HeldOut(prompts, rewards, self.eval_generations, self.eval_seed, self.num_before_after)
 
     @property

@@ -6,19 +6,21 @@ Pictures with prompts are taken from a folder or a `datasets` data set, or drawn
 once and kept beside them; rules choose (`finetune/rule_reading.py` lists them). The paper's own use of its predictor
 (Liang et al. 2024, arXiv 2312.10240, section 5.1): eight pictures a prompt, the best kept if its score passes.
 
-`output_dir` gets `data`, an image folder with `metadata.jsonl` (columns file_name, text, and the predicted feedback)
-that diffusers' `train_text_to_image` scripts read, and a report. `datasets.load_dataset("imagefolder",
-data_files={"train": "DATA/**"})` reads it as they do; given `data_dir` alone, it guesses splits from pictures' names.
-Another run with other rules predicts nothing again. Several processes share the drawing and predicting: `accelerate
-launch -m finetune.select ...`.
+`output_dir` gets `data`, an image folder with `metadata.jsonl` (columns file_name, text, the predicted feedback, and
+what else the pictures' own table says of them) that diffusers' `train_text_to_image` scripts read, and a report.
+`datasets.load_dataset("imagefolder", data_files={"train": "DATA/**"})` reads it as they do; given `data_dir` alone, it
+guesses splits from pictures' names. Another run with other rules predicts nothing again. Several processes share the
+drawing and predicting: `accelerate launch -m finetune.select ...`.
 """
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import transformers
@@ -42,6 +44,8 @@ from reward.predict import RichFeedbackPredictor, check_model_folder  # noqa: E4
 from reward.rahf_config import RahfConfig  # noqa: E402
 from rl.policy_checks import warn_of_ignored  # noqa: E402
 
+logger = logging.getLogger(__name__)
+
 DATA = "data"
 PARTS = (REPORT, DATA, HISTOGRAMS, KEPT, REJECTED)
 """All that a selection writes to `output_dir`; where there is a report, the others are its own."""
@@ -61,7 +65,7 @@ class SelectArguments:
     rules: dict = field(
         metadata={
             "help": "Name -> rule, gone through in this order: e.g. {best: {best_of: overall}, good: {score: overall, "
-            "at_least: 0.8}}. finetune/rule_reading.py lists them all."
+            "at_least: 0.8}}. finetune/rule_reading.py lists them all. {} keeps every picture."
         }
     )
     output_dir: str = field(metadata={"help": "Folder for what is chosen, and the report."})
@@ -74,7 +78,10 @@ class SelectArguments:
     split: str = field(default="train", metadata={"help": "Which split of a saved data set or of parquet files."})
     feedback_dir: str | None = field(
         default=None,
-        metadata={"help": "Where predictions are kept; default: beside `pictures`, in `<pictures>_feedback`."},
+        metadata={
+            "help": "Where predictions are kept, of several pools if you like; default: beside `pictures`, in "
+            "`<pictures>_feedback`."
+        },
     )
     prediction_batch_size: int = field(default=64, metadata={"help": "Pictures that the predictor judges at once."})
     use_cpu: bool = field(default=False, metadata={"help": "Use no GPU."})
@@ -132,8 +139,9 @@ def predict_missing(store: Store, arguments: SelectArguments, state: PartialStat
     """Predict what is not there yet, shared among the processes."""
     parts = store.missing(state.process_index, state.num_processes)
     if parts:
-        count = sum(map(len, map(store.places, parts)))
-        console.print(f"[bold]predicting[/] the rich feedback of {len(store.pool.entries)} pictures")
+        count = sum(map(len, parts))
+        everything = sum(map(len, store.missing()))
+        console.print(f"[bold]predicting[/] the rich feedback of {everything} of {len(store.pool.entries)} pictures")
         predictor = RichFeedbackPredictor.from_pretrained(arguments.model, state.device)
         with shared_bar(count, state) as bar:
             store.predict(parts, predictor, arguments.prediction_batch_size, bar.update)
@@ -183,7 +191,8 @@ def write_selection(arguments: SelectArguments, pool: Pool, predictions: Predict
     """Write the chosen pictures as an image folder, and the report, in place of an earlier selection."""
     with replaced_parts(Path(arguments.output_dir), PARTS) as folder:
         lines, taken = [], set()
-        for place in steps[-1].kept:
+        own = own_columns(pool, steps[-1].kept, predictions.values)
+        for place, columns in zip(steps[-1].kept, own, strict=True):
             entry, read = pool.entries[place], pool.read(place)
             data = as_rgb_file(read)  # as it was judged: what trains on it may show what is transparent
             suffix = suffix_of(read, entry.name) if data is read else ".png"
@@ -192,9 +201,44 @@ def write_selection(arguments: SelectArguments, pool: Pool, predictions: Predict
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(data)
             said = {value: round(float(numbers[place]), 6) for value, numbers in predictions.values.items()}
-            lines.append(json.dumps({"file_name": name, "text": entry.prompt, **said}, ensure_ascii=False))
+            lines.append(json.dumps({"file_name": name, "text": entry.prompt, **said, **columns}, ensure_ascii=False))
         (folder / DATA / TABLE).write_text("\n".join(lines) + "\n", encoding="utf-8")
         write_report(folder, pool, predictions, steps, asdict(arguments), arguments.num_examples)
+
+
+def own_columns(pool: Pool, places: Sequence[int], predicted: Iterable[str]) -> list[dict[str, Any]]:
+    """What the pool's own table says of the pictures at `places`, column -> cell, as the table of a selection can hold
+    it. What is not a finite number there becomes null; columns that are left out are warned of.
+
+    Args:
+        predicted: names of the columns with the predicted feedback.
+    """
+    columns = [pool.entries[place].columns for place in places]
+    left_out = {}
+    for name in dict.fromkeys(name for row in columns for name in row):
+        if name in ("file_name", "text", "image", *predicted):  # `image` is what `datasets` calls the picture
+            left_out[name] = "the selection has a column of that name; rename yours to keep it"
+        elif name.endswith(("_file_name", "_file_names")):
+            left_out[name] = "`datasets` would look for these files beside the pictures"
+        elif not all(_fits_json(row.get(name)) for row in columns):
+            left_out[name] = "JSON cannot hold it"
+    for name, why in left_out.items():
+        logger.warning("the column %s of %s is left out of the selection: %s", name, pool.place, why)
+    return [
+        {name: None if _is_odd(cell) else cell for name, cell in row.items() if name not in left_out} for row in columns
+    ]
+
+
+def _is_odd(cell: Any) -> bool:
+    return isinstance(cell, float) and not math.isfinite(cell)
+
+
+def _fits_json(cell: Any) -> bool:
+    try:
+        json.dumps(cell, ensure_ascii=False, allow_nan=_is_odd(cell)).encode()
+    except (TypeError, ValueError):  # of no type that it has, or NaN within a list, or half a character
+        return False
+    return True
 
 
 def _free_name(wanted: Path, taken: set[str]) -> str:

@@ -2,9 +2,9 @@
 
     python -m finetune.sft --config configs/sft_tinyworld.yaml [--any_setting value]
 
-A LoRA, or the whole U-Net, learns to draw what it is shown; before and after, held-out prompts are judged. Pictures may
-count by their predicted scores (`weight_by`) instead of, or besides, being filtered by them. A YAML names code
-(`reward: package.module:Attribute`): run only those you trust.
+A LoRA, or the whole U-Net, learns to draw what it is shown; before and after, held-out prompts are drawn, and judged if
+there is a reward. Pictures may count by their predicted scores (`weight_by`) instead of, or besides, being filtered by
+them. A YAML names code (`reward: package.module:Attribute`): run only those you trust.
 """
 
 import logging
@@ -76,7 +76,7 @@ class SftArguments(EvaluationArguments, PolicyArguments):
         default=None,
         metadata={
             "help": "What the pictures were chosen by, `package.module:Attribute`; nothing is trained on it, but what "
-            "is drawn before and after is judged by it, and its overlays are drawn."
+            "is drawn before and after is judged by it, and its overlays are drawn. None: pictures without its figures."
         },
     )
     reward_kwargs: dict = field(default_factory=dict, metadata={"help": "Arguments of the reward's class."})
@@ -84,19 +84,22 @@ class SftArguments(EvaluationArguments, PolicyArguments):
     def __post_init__(self):
         super().__post_init__()
         self.reward_kwargs = self.reward_kwargs or {}
-        if self.eval_prompts and not self.reward:
-            raise ValueError("eval_prompts are to be judged before and after, but by what? name a `reward`")
         if not self.eval_prompts:
             warn_of_ignored(self, ("reward", "reward_kwargs"), "there are no eval_prompts")
+        elif not self.reward:
+            warn_of_ignored(self, ("reward_kwargs",), "there is no reward")
 
     def make_rewards(self) -> dict[str, RewardFn]:
-        """What the policy is judged by; none is made before all are known to be. Empty without `eval_prompts`.
+        """What the policy is judged by; none is made before all are known to be. Empty without `eval_prompts`, and
+        without a `reward` those of `eval_rewards` alone.
 
         Raises:
             ValueError: see `reward.by_name`.
         """
         if not self.eval_prompts:
             return {}
+        if not self.reward:
+            return self.make_eval_rewards()
         check_reward_name(self.reward, self.reward_kwargs)
         self.check_eval_rewards()
         return {TRAINING_REWARD: make_reward(self.reward, self.reward_kwargs)} | self.make_eval_rewards()

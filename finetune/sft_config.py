@@ -13,8 +13,8 @@ from rl.policy_config import PolicyConfig
 class SftConfig(PolicyConfig):
     """`PolicyConfig` with what learning from pictures needs besides; defaults are the small world's recipe.
 
-    An epoch is a pass over the pictures. How pictures are sampled (`num_inference_steps` and its like) matters to the
-    evaluation before and after alone.
+    An epoch is a pass over the pictures. How pictures are sampled (`num_inference_steps`, `start_timestep` and their
+    like) matters to evaluations alone.
     """
 
     command: ClassVar[str] = "-m finetune.sft"
@@ -29,6 +29,15 @@ class SftConfig(PolicyConfig):
         metadata={"help": "epoch: a checkpoint after each pass; steps: every `save_steps` updates; no."},
     )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many updates."})
+
+    # What is trained
+    lora_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of its input that the U-Net's LoRA does not see in an update, so that few pictures are not "
+            "learnt by heart; usually 0 to 0.1. Text encoders' LoRAs see all."
+        },
+    )
 
     # The loss
     noise_offset: float = field(
@@ -100,5 +109,7 @@ class SftConfig(PolicyConfig):
             "ZeRO-3 is not supported: it has not been tried here; ZeRO-2 shards gradients and optimizer: use "
             "configs/deepspeed/zero2.json",
         )
+        told = ("original_size", "crops_coords_top_left", "target_size")
+        warn_of_ignored(self, told, "XL is told of each picture how it was cut; the evaluation alone goes by this")
         if not self.weight_by:
             warn_of_ignored(self, ("weight_temperature",), "there is no weight_by")

@@ -5,21 +5,24 @@ Shapes: B pictures of a micro-batch, C latent channels, h x w the latent grid.
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler
 from torch import nn
 from transformers import TrainerCallback
 
 from finetune.sft_config import SftConfig
 from finetune.sft_data import BucketBatches, BucketLoader, TrainingPictures, Visit, collate
 from finetune.sft_loss import min_snr_weights, noised, offset_noise, sft_loss, target
-from rl.evaluate import HeldOut
+from reward.feedback import RewardFn
+from rl.evaluate import TRAINING_REWARD, Evaluation, HeldOut
 from rl.pipelines import Conditioning
 from rl.policy import StableDiffusionPolicy
-from rl.policy_trainer import PolicyTrainer
+from rl.policy_trainer import Judged, PolicyTrainer
 from rl.rollout import keyed_generator
 from rl.watch import Watch
 from rl.watch_limits import MONITORS
@@ -39,8 +42,8 @@ class EveryUpdate:
 class SftTrainer(PolicyTrainer):
     """Teaches a diffusion policy to draw what it is shown.
 
-    All noise, timesteps and dropped prompts are keyed by the seed and the picture's visit, so a resumed run goes on to
-    the same bits.
+    All noise, timesteps and dropped prompts are keyed by the seed and the picture's visit, and what a LoRA's dropout
+    drops by those of the micro-batch, so a resumed run goes on to the same bits.
 
     Args:
         policy: what is trained.
@@ -48,6 +51,9 @@ class SftTrainer(PolicyTrainer):
         args: the settings.
         callbacks: as the Trainer's.
         eval_on: what it is judged on in the midst of training, where `args.eval_strategy` says so.
+
+    Attributes:
+        alphas: (T,) float32, cumulative alphas of all timesteps that the network knows, whichever sampling starts at.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class SftTrainer(PolicyTrainer):
         eval_on: HeldOut | None = None,
     ):
         self.pictures = pictures
+        self.alphas = DDIMScheduler.from_config(policy.scheduler.config).alphas_cumprod
         watch = Watch(dict.fromkeys(MONITORS), speaks=False)  # no reward is trained on, so none is gamed
         super().__init__(policy, args, args.make_schedule(policy.scheduler), EveryUpdate(), watch, callbacks, eval_on)
 
@@ -90,9 +97,10 @@ class SftTrainer(PolicyTrainer):
         clean = inputs["latents"] if "latents" in inputs else policy.encode_images(inputs["pixels"])
         drawn = self._draws(inputs["visit"], clean.shape)
         noise = offset_noise(drawn["noise"], drawn["shift"], args.noise_offset)
-        alphas = self.scheduler.alphas_cumprod.to(clean.device)[drawn["timestep"]].float()
+        alphas = self.alphas.to(clean.device)[drawn["timestep"]].float()
         conditioning = self._conditioning(inputs["prompt"], inputs["time_ids"], drawn["drop"] < args.prompt_dropout)
-        output = policy.predict(model, noised(clean, noise, alphas), drawn["timestep"], conditioning)
+        with self._keyed_dropout(inputs["visit"]):
+            output = policy.predict(model, noised(clean, noise, alphas), drawn["timestep"], conditioning)
         weights = inputs["weight"]
         if args.snr_gamma is not None:
             weights = weights * min_snr_weights(alphas, args.snr_gamma, kind)
@@ -103,7 +111,7 @@ class SftTrainer(PolicyTrainer):
     def _draws(self, visits: Sequence[Visit], shape: torch.Size) -> dict[str, torch.Tensor]:
         """What is random about these pictures: `noise` (B, C, h, w), `shift` (B, C), `timestep` and `drop`
         (B,)."""
-        timesteps, rows = self.scheduler.config.num_train_timesteps, []
+        timesteps, rows = len(self.alphas), []
         for visit in visits:
             source = keyed_generator(self.args.seed, "sft", *visit)  # on the CPU, the same on every machine
             rows.append(
@@ -115,6 +123,24 @@ class SftTrainer(PolicyTrainer):
                 }
             )
         return {name: torch.stack([row[name] for row in rows]).to(self.args.device) for name in rows[0]}
+
+    @contextmanager
+    def _keyed_dropout(self, visits: Sequence[Visit]) -> Iterator[None]:
+        """Inside, what is dropped depends on the seed and the micro-batch alone; torch's own draws go on behind it."""
+        if self.args.lora_dropout == 0:
+            yield
+            return
+        device = self.args.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(keyed_generator(self.args.seed, "dropout", *visits[0]).initial_seed())
+            yield
+
+    def judge(self, held_out: HeldOut, on_batch: Callable[[int], None] = lambda pictures: None) -> Judged:
+        self.policy.network.eval()  # nothing is dropped; the next update switches back
+        return super().judge(held_out, on_batch)
+
+    def watch_evaluation(self, figures: Evaluation, rewards: Mapping[str, RewardFn]) -> dict[str, float]:
+        return super().watch_evaluation(figures, rewards) if TRAINING_REWARD in rewards else {}
 
     def _conditioning(self, prompts: list[str], time_ids: torch.Tensor, dropped: torch.Tensor) -> Conditioning:
         conditioning = self.policy.drop_prompts(self.policy.encode(prompts), dropped)

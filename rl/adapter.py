@@ -56,12 +56,7 @@ class AdapterSettings:
         require(self.lora_alpha > 0, f"lora_alpha is {self.lora_alpha}; it must be above 0")
         for name in ("lora_target_modules", "text_lora_target_modules"):
             require(len(getattr(self, name)) > 0, f"{name} is empty; name at least one layer")
-        require(
-            self.lora_dropout == 0,
-            f"lora_dropout is {self.lora_dropout}; it is not supported: in DDPO an update would not drop what the "
-            "rollout dropped, so the ratio of the first pass would not be 1; leave it at 0, and hold the LoRA back by "
-            "weight_decay, a smaller lora_rank or, where there is a KL term, beta",
-        )
+        require(0 <= self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout}; it must lie in [0, 1)")
         require(self.init_adapter != "", "init_adapter is empty; name a LoRA's folder, or leave it out")
         name = str(self.init_lora_weights).lower()
         require(
@@ -80,6 +75,11 @@ class AdapterSettings:
             not (self.starts_from_base and self.use_dora),
             f"init_lora_weights {name} with use_dora could not be saved as a LoRA of the unchanged base model; "
             "use one of the two",
+        )
+        require(
+            not (self.starts_from_base and self.lora_dropout > 0),
+            f"init_lora_weights {name} with lora_dropout would not start as the base model: what it starts as and what "
+            "is taken away for that would drop different things; use one of the two",
         )
         require(
             self.tune == "lora" or self.init_adapter is None,

@@ -26,8 +26,8 @@ class Evaluation:
 
     Attributes:
         prompts: the P prompts.
-        values: name -> (P, G) float32: `reward` (the objective trained on), `reward.<term>` its terms, and for every
-            other reward `<name>.total` and `<name>.<term>`; `edge_energy`, how much is drawn.
+        values: name -> (P, G) float32: `reward` (the objective trained on, if there is one), `reward.<term>` its terms,
+            and for every other reward `<name>.total` and `<name>.<term>`; `edge_energy`, how much is drawn.
         diversity: (P,) mean pairwise distance of a prompt's pictures (see `rl.monitors`); NaN where G = 1.
     """
 
@@ -44,7 +44,7 @@ class Evaluation:
         """Means over all pictures, `diversity` (None where G = 1), `n` prompts and `generations` of each."""
         means = {name: float(value.mean()) for name, value in sorted(self.values.items())}
         spread = float(self.diversity.mean())
-        generations = self.values[TRAINING_REWARD].shape[1]
+        generations = next(iter(self.values.values())).shape[1]
         return {**means, "diversity": None if generations < 2 else spread, "n": len(self.prompts),
                 "generations": generations}  # fmt: skip
 
@@ -55,7 +55,7 @@ class HeldOut:
 
     Attributes:
         prompts: that it is not trained on.
-        rewards: name -> reward function; one is called `TRAINING_REWARD`, the one trained on.
+        rewards: name -> reward function; the one trained on, if there is one, is called `TRAINING_REWARD`.
         generations: pictures of each prompt.
         seed: of the noise.
         num_samples: pictures to look at.
@@ -92,7 +92,7 @@ def evaluate(
     from the same noise.
 
     Args:
-        rewards: name -> reward function; one is called `reward`, the one trained on.
+        rewards: name -> reward function; the one trained on, if there is one, is called `reward`.
         rank, world_size: the ranks share the prompts among them.
         gather: (B, ...) -> (B * ranks, ...), the ranks' tensors one after another.
         on_batch: called after each batch with its number of pictures.
@@ -101,7 +101,6 @@ def evaluate(
     Raises:
         DivergedError, RewardError: what the policy draws, or what a reward says of it, is not finite.
     """
-    assert TRAINING_REWARD in rewards, list(rewards)
     share = -(-len(prompts) // world_size)  # the last rank repeats the last prompt where prompts do not divide
     mine = [min(place, len(prompts) - 1) for place in range(rank * share, (rank + 1) * share)]
     pictures = [prompt * generations + generation for prompt in mine for generation in range(generations)]
@@ -124,7 +123,7 @@ def look(
     policy: StableDiffusionPolicy,
     schedule: Schedule,
     prompts: Sequence[str],
-    reward_fn: RewardFn,
+    reward_fn: RewardFn | None,
     *,
     count: int,
     generations: int,
@@ -133,7 +132,8 @@ def look(
     batch_size: int = 64,
     reward_batch_size: int | None = None,
 ) -> Samples:
-    """The first picture of `count` prompts spread evenly over `prompts`: the same pictures `evaluate` judges."""
+    """The first picture of `count` prompts spread evenly over `prompts`: the same pictures `evaluate` judges. Without a
+    `reward_fn` nothing is said of them."""
     count = min(count, len(prompts))
     chosen = [place * len(prompts) // count for place in range(count)]
     chosen_prompts = [prompts[place] for place in chosen]
@@ -142,7 +142,8 @@ def look(
     images = torch.cat(
         [_images(policy, schedule, chosen_prompts[rows], pictures[rows], seed, guidance_scale) for rows in batches]
     )
-    return Samples.of(images, chosen_prompts, score(reward_fn, images, chosen_prompts, reward_batch_size), count)
+    reward = None if reward_fn is None else score(reward_fn, images, chosen_prompts, reward_batch_size)
+    return Samples.of(images, chosen_prompts, reward, count)
 
 
 def _images(

@@ -41,17 +41,18 @@ class Samples:
     Attributes:
         images: (n, 3, H, W) in [0, 1], on the CPU.
         prompts: n prompts.
-        reward: of these n pictures.
+        reward: of these n pictures; None where nobody was asked.
     """
 
     images: torch.Tensor
     prompts: Sequence[str]
-    reward: Reward
+    reward: Reward | None
 
     @classmethod
-    def of(cls, images: torch.Tensor, prompts: Sequence[str], reward: Reward, count: int) -> "Samples":
+    def of(cls, images: torch.Tensor, prompts: Sequence[str], reward: Reward | None, count: int) -> "Samples":
         """The first `count` pictures of a batch."""
-        return cls(images[:count].cpu(), list(prompts[:count]), reward.first(count).cpu())
+        reward = None if reward is None else reward.first(count).cpu()
+        return cls(images[:count].cpu(), list(prompts[:count]), reward)
 
 
 @dataclass(frozen=True)

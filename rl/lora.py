@@ -239,7 +239,8 @@ def _read_adapter(
             )
         # diffusers has just lost its magnitudes.
         require(part == UNET or not config.use_dora, f"init_adapter {folder} has a DoRA on the {part}, {NO_TEXT_DORA}")
-        config.inference_mode, config.lora_dropout, config.init_lora_weights = False, 0.0, True
+        config.inference_mode, config.init_lora_weights = False, True
+        config.lora_dropout = settings.lora_dropout
     return found
 
 

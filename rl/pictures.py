@@ -38,13 +38,15 @@ def legend(names: Collection[str], width: int) -> list[list[Image.Image]]:
     return [[caption(f"below each picture: {', '.join(names)}", width)]] if names else []
 
 
-def shown_maps(reward: Reward) -> Mapping[str, torch.Tensor]:
+def shown_maps(reward: Reward | None) -> Mapping[str, torch.Tensor]:
     """What a sheet shows of a reward: its heatmaps, and its penalty maps of other names, as one of several rewards may
     have penalties alone."""
+    if reward is None:
+        return {}
     return {**reward.heatmaps, **{name: maps for name, maps in reward.penalties.items() if name not in reward.heatmaps}}
 
 
-def full_strength(rewards: Sequence[Reward]) -> dict[str, float]:
+def full_strength(rewards: Sequence[Reward | None]) -> dict[str, float]:
     """The value of every map that is drawn at full strength: 1 of heatmaps, the largest of penalty maps."""
     scale: dict[str, float] = {}
     for reward in rewards:
@@ -54,7 +56,7 @@ def full_strength(rewards: Sequence[Reward]) -> dict[str, float]:
 
 
 def picture_column(samples: Samples, index: int, scale: dict[str, float]) -> Image.Image:
-    """One picture, its overlays, its prompt and its reward, one below the other.
+    """One picture, its overlays, its prompt and its reward, if it has one, one below the other.
 
     Struck out are the words that the reward calls wrong (`Reward.wrong_words`), whatever they cost: a cost depends on
     the reward's weights and on the prompt's length, and says nothing by itself.
@@ -65,9 +67,10 @@ def picture_column(samples: Samples, index: int, scale: dict[str, float]) -> Ima
         strength = maps[index] / scale[name] if scale[name] > 0 else torch.zeros_like(maps[index])
         parts.append(overlay(image, strength, name, _HEIGHT))
     words = tokenize(samples.prompts[index])
-    wrong = None if reward.wrong_words is None else reward.wrong_words[index]
+    wrong = None if reward is None or reward.wrong_words is None else reward.wrong_words[index]
     struck = [0.0] * len(words) if wrong is None or len(wrong) != len(words) else wrong.float().tolist()
     width = parts[0].width
     parts.append(struck_text(words, struck, width))
-    parts.append(caption(f"{float(reward.objective[index]):.3f}", width))
+    if reward is not None:
+        parts.append(caption(f"{float(reward.objective[index]):.3f}", width))
     return grid([[part] for part in parts])

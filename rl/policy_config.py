@@ -280,6 +280,12 @@ class RewardedPolicyConfig(PolicyConfig):
             self.stop_on = [self.stop_on]
         check_watch(self.watch_limits, self.stop_on)
         super().__post_init__()
+        require(
+            self.lora_dropout == 0,
+            f"lora_dropout is {self.lora_dropout}; it is not supported: in DDPO an update would not drop what the "
+            "rollout dropped, so the ratio of the first pass would not be 1; leave it at 0, and hold the LoRA back by "
+            "weight_decay, a smaller lora_rank or, where there is a KL term, beta",
+        )
         check_measured(self.stop_on, self.never_measured)
         require(self.num_log_images >= 0, f"num_log_images is {self.num_log_images}; it must not be negative")
         if "tensorboard" not in self.report_to and self.num_log_images > 0:

@@ -148,7 +148,7 @@ class PolicyTrainer(ResumableTrainer):
                 on_batch=on_batch,
                 **how,
             )
-            reward_fn, count = held_out.rewards[TRAINING_REWARD], held_out.num_samples
+            reward_fn, count = held_out.rewards.get(TRAINING_REWARD), held_out.num_samples
             samples = look(self.policy, self.schedule, held_out.prompts, reward_fn, count=count, **how)
         return figures, samples
 

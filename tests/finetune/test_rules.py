@@ -128,7 +128,7 @@ def test_an_empty_selection_names_the_rule_and_how_far_off_the_last_ones_were(ma
         ({"r": {"any": {"score": "overall"}}}, "`any` takes a list of rules"),
         ({"r": {"any": [{"scor": 1}]}}, "rule 1 of `any`: there is no rule `scor`"),
         ({"r": 0.5}, "`r` is 0.5; a rule is a mapping"),
-        ({}, "rules: there is none"),
+        (None, "rules: there is none"),
     ],
 )
 def test_rules_that_are_not_understood(spec, message):

@@ -109,11 +109,11 @@ def test_few_pictures_are_in_memory_at_once(given, predictor, monkeypatch):
     monkeypatch.setattr(
         predictions, "read_pictures", lambda pool, some: read.append(list(some)) or read_pictures(pool, some)
     )
-    predictions.Store(pool, given["model"]).predict([0], predictor, batch_size=2)
+    predictions.Store(pool, given["model"]).predict([range(6)], predictor, batch_size=2)
     whole = predictions.Store(pool, given["model"]).load()
     assert read.pop() == [0, 1, 2, 3, 4, 5]
     monkeypatch.setattr(predictions, "AT_ONCE", 2)
-    predictions.Store(pool, given["model"]).predict([0], predictor, batch_size=2)
+    predictions.Store(pool, given["model"]).predict([range(6)], predictor, batch_size=2)
     assert read == [[0, 1], [2, 3], [4, 5]]
     apart = predictions.Store(pool, given["model"]).load()
     assert apart.names == whole.names
@@ -126,10 +126,112 @@ def test_only_what_changed_is_predicted_anew(given, monkeypatch):
     assert command(*flags(**given)) == 0
     (given["pictures"] / "3.png").write_bytes((given["pictures"] / "1.png").read_bytes())
     store = predictions.Store(select.open_pool(given["pictures"]), given["model"])
-    assert store.missing() == [1]
+    assert store.missing() == [[3]]
     config = given["model"] / "config.json"
     config.write_text(config.read_text() + "\n")
-    assert predictions.Store(store.pool, given["model"]).missing() == [0, 1, 2]  # another predictor's are kept apart
+    another = predictions.Store(store.pool, given["model"])  # another predictor's are kept apart
+    assert another.missing() == [[0, 1], [2, 3], [4, 5]]
+    assert another.missing(1, 2) == [[2, 3]]
+
+
+def lines_of(folder):
+    return (folder / "metadata.jsonl").read_text().splitlines()
+
+
+def take_away(folder, *numbers):
+    lines = [line for number, line in enumerate(lines_of(folder)) if number not in numbers]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    for number in numbers:
+        (folder / f"{number}.png").unlink()
+
+
+def test_what_is_known_of_a_picture_is_found_wherever_it_stands(given, predictor, monkeypatch):
+    """Behind one that is taken away, behind one that is put before it, and in another order."""
+    monkeypatch.setattr(predictions, "PART", 2)
+    assert command(*flags(**given)) == 0
+    whole = predictions.Store(select.open_pool(given["pictures"]), given["model"]).load()
+    folder = given["pictures"]
+    take_away(folder, 1)
+    lines = lines_of(folder)
+    (folder / "new.png").write_bytes((folder / "0.png").read_bytes())
+    new = json.dumps({"file_name": "new.png", "text": "a red circle"})
+    (folder / "metadata.jsonl").write_text("\n".join([new, *reversed(lines)]))
+    store = predictions.Store(select.open_pool(folder), given["model"])
+    assert store.missing() == [[0]]
+    assert store.missing(1, 2) == []
+    store.predict([[0]], predictor, batch_size=2)
+    found = store.load()
+    assert found.names == ["new.png", "5.png", "4.png", "3.png", "2.png", "0.png"]
+    before = [5, 4, 3, 2, 0]  # where the last five stood
+    assert found.prompts[1:] == [whole.prompts[place] for place in before]
+    assert found.tokens[1:] == [whole.tokens[place] for place in before]
+    assert np.array_equal(found.features[1:], whole.features[before])
+    for name, values in whole.values.items():
+        assert np.array_equal(found.values[name][1:], values[before]), name
+    for name, maps in whole.maps.items():
+        assert np.array_equal(found.maps[name][1:], maps[before]), name
+    assert [row.tolist() for row in found.misaligned[1:]] == [whole.misaligned[place].tolist() for place in before]
+
+
+def test_two_pools_may_keep_their_predictions_in_one_folder(given, write_pictures, tmp_path, monkeypatch):
+    given |= {"feedback_dir": tmp_path / "feedback"}
+    other = write_pictures(tmp_path / "other", sizes=((16, 16), (24, 16)))
+    assert command(*flags(**given)) == 0
+    assert command(*flags(**given | {"pictures": other, "output_dir": tmp_path / "second"})) == 0
+    monkeypatch.setattr(RichFeedbackPredictor, "from_pretrained", lambda *arguments: pytest.fail("predicts again"))
+    assert command(*flags(**given | {"overwrite_output_dir": True})) == 0
+
+
+def test_splits_of_a_data_set_keep_their_predictions_beside_each_other(given, tmp_path, monkeypatch):
+    pool = select.open_pool(given["pictures"])
+    rows = [{"image": {"bytes": pool.read(place), "path": None}, "text": "a red circle"} for place in range(6)]
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    for split, some in (("train", rows[:2]), ("test", rows[2:])):
+        datasets.Dataset.from_list(some, features=features).to_parquet(str(tmp_path / "data" / f"{split}.parquet"))
+    given |= {"pictures": tmp_path / "data", "rules": {}, "overwrite_output_dir": True}
+    assert command(*flags(**given)) == 0
+    assert command(*flags(**given, split="test")) == 0
+    monkeypatch.setattr(RichFeedbackPredictor, "from_pretrained", lambda *arguments: pytest.fail("predicts again"))
+    assert command(*flags(**given)) == 0
+    assert len(lines_of(given["output_dir"] / "data")) == 2
+
+
+def test_what_processes_predict_together_is_what_one_predicts(given, predictor, tmp_path, monkeypatch):
+    """Each asks for its own while another has begun to write."""
+    monkeypatch.setattr(predictions, "PART", 2)
+    pool = select.open_pool(given["pictures"])
+    one, two = (predictions.Store(pool, given["model"], tmp_path / name) for name in ("one", "two"))
+    one.predict(one.missing(), predictor, batch_size=2)
+    for rank in (1, 0):
+        two.predict(two.missing(rank, 2), predictor, batch_size=2)
+    assert files_of(two.folder) == files_of(one.folder)
+    assert len(files_of(one.folder)) == 3
+
+
+def test_no_rules_keep_everything_and_the_pools_own_columns_come_along(given, write_pictures, tmp_path, caplog):
+    rows = {
+        "uid": list("abcdef"), "rating": [1.0, 2.0, float("nan"), 4.0, 5.0, 6.0], "overall": [0] * 6,
+        "mask_file_name": ["m.png"] * 6, "notes": [[float("nan")]] * 6,
+    }  # fmt: skip
+    pictures = write_pictures(tmp_path / "rated", **rows)
+    assert command(*flags(**given | {"pictures": pictures, "rules": {}})) == 0
+    lines = [json.loads(line) for line in lines_of(given["output_dir"] / "data")]
+    assert [line["uid"] for line in lines] == list("abcdef")
+    assert [line["rating"] for line in lines] == [1.0, 2.0, None, 4.0, 5.0, 6.0]
+    assert all(0 < line["overall"] < 1 for line in lines)  # the predictor's
+    assert not any({"mask_file_name", "notes"} & line.keys() for line in lines)
+    for name, why in (
+        ("overall", "the selection has a column of that name; rename yours"),
+        ("mask_file_name", "`datasets` would look for these files"),
+        ("notes", "JSON cannot hold it"),
+    ):
+        assert f"the column {name} of {pictures} is left out of the selection: {why}" in caplog.text
+    report = json.loads((given["output_dir"] / "selection.json").read_text())
+    assert report["rules"] == [{"name": "all", "rule": "every picture", "of": 6, "kept": 6}]
+    loaded = datasets.load_dataset(
+        "imagefolder", data_files={"train": str(given["output_dir"] / "data" / "**")}, cache_dir=str(tmp_path / "cache")
+    )["train"]
+    assert loaded["rating"][:2] == [1.0, 2.0]
 
 
 def test_a_damaged_part_is_predicted_again(given, caplog):
@@ -257,7 +359,7 @@ def test_an_unreadable_picture_is_named_and_nothing_is_lost(given, monkeypatch, 
     assert "what has been done is kept" in error
     assert not given["output_dir"].exists()
     store = predictions.Store(select.open_pool(given["pictures"]), given["model"])
-    assert store.missing() == [1, 2]
+    assert store.missing() == [[2, 3], [4, 5]]
     broken.write_bytes(whole)
     assert command(*flags(**given)) == 0
 

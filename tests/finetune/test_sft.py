@@ -13,14 +13,17 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from finetune import sft
+from finetune import select, sft
 from finetune.pool import open_pool
+from finetune.run import train as run_train
 from finetune.sft_config import SftConfig
 from finetune.sft_data import TrainingPictures, Visit, collate, make_buckets, read_weights
 from finetune.sft_trainer import SftTrainer
 from reward.arguments import main_guard, parse_arguments
+from reward.by_name import check_reward_name
 from rl.adapter import AdapterSettings
 from rl.checkpoints import complete_checkpoints
+from rl.evaluate import HeldOut
 from rl.folder_lock import FolderInUseError, check_free, taken
 from rl.interrupt import RunInterrupted
 from rl.policy import StableDiffusionPolicy
@@ -163,9 +166,10 @@ def test_a_pretrained_pipeline_is_at_home_with_pictures_of_its_own_world(make_tr
     assert loss_of(trainer, [Visit(0, place, time) for place in range(8) for time in range(2)]) < 0.3
 
 
-def test_stopped_and_resumed_is_as_never_stopped(make_trainer, tmp_path):
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.5])
+def test_stopped_and_resumed_is_as_never_stopped(make_trainer, tmp_path, lora_dropout):
     """Six pictures in batches of 4 are two updates an epoch: the stop, behind the third, falls into one's middle."""
-    shape = {"max_steps": 5, "save_strategy": "no"}
+    shape = {"max_steps": 5, "save_strategy": "no", "lora_dropout": lora_dropout}
     whole = make_trainer(output_dir=tmp_path / "whole", **shape)
     whole.train()
     whole.save_model()
@@ -269,6 +273,122 @@ def test_xl_is_told_how_each_picture_was_cut(make_trainer, write_pictures, tmp_p
     assert sorted(told) == [((6, 12), [[24, 48, 0, 0, 12, 24]] * 2), ((8, 8), [[20, 20, 0, 0, 16, 16]] * 2)]
 
 
+def test_without_a_reward_there_are_pictures_all_the_same(settings, prompt_file, tmp_path, capsys):
+    how = {
+        "eval_prompts": prompt_file, "eval_generations": 1, "num_before_after": 2, "eval_strategy": "steps",
+        "eval_steps": 2, "save_strategy": "no",
+    }  # fmt: skip
+    assert command(*flags(**settings, **how)) == 0
+    run = tmp_path / "run"
+    with Image.open(run / "before_after.png") as sheet:
+        assert sheet.width > 2 * 128  # two pictures beside each other
+    assert sorted(file.name for file in (run / "samples").iterdir()) == ["rollout-000002.png", "rollout-000004.png"]
+    before = json.loads((run / "summary.json").read_text())["before"]
+    assert before.keys() == {"edge_energy", "diversity", "n", "generations"}
+    assert "looked at with" not in (run / "README.md").read_text()
+    assert "evaluating after" in capsys.readouterr().out
+
+    how |= {"eval_rewards": {"judge": "tests.rl.toy_rewards:Plain"}, "overwrite_output_dir": True}
+    assert command(*flags(**settings, **how)) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert "judge.satisfied" in summary["after"]
+    assert "reward" not in summary["after"]
+
+
+def test_pictures_weighed_instead_of_chosen(settings, write_pictures, model_folder, tmp_path, monkeypatch):
+    """From a table of people's ratings, through a selection that keeps all, to a training in which they count."""
+    rated = write_pictures(tmp_path / "rated", rating=[1, 2, 3, 4, 5, 9], uid=list("abcdef"))
+    chosen = {"pictures": rated, "model": model_folder, "output_dir": tmp_path / "chosen", "use_cpu": True, "rules": {}}
+    with pytest.raises(SystemExit) as caught:
+        main_guard(select.main, flags(**chosen))
+    assert caught.value.code == 0
+    trained = []
+    monkeypatch.setattr(sft, "train", lambda trainer, *rest: trained.append(trainer) or run_train(trainer, *rest))
+    settings |= {"data": tmp_path / "chosen" / "data", "max_steps": 1, "weight_by": {"rating": 1.0}}
+    assert command(*flags(**settings)) == 0
+    pictures = trained[0].pictures
+    assert [entry.columns["uid"] for entry in pictures.pool.entries] == list("abcdef")
+    assert pictures.weights.tolist() == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.25, 2.25])
+
+
+def test_where_sampling_starts_is_nothing_to_training(make_trainer, tmp_path):
+    """Of the many draws some are above the start; and the same pictures are noised alike."""
+    visits = [Visit(0, place, time) for place in range(6) for time in range(8)]
+    whole, cut = (
+        make_trainer(output_dir=tmp_path / str(start), **({} if start is None else {"start_timestep": start}))
+        for start in (None, 499)
+    )
+    assert cut.scheduler.config.num_train_timesteps == 500
+    drawn = cut._draws(visits, torch.Size([len(visits), 4, 8, 8]))["timestep"]
+    assert drawn.max() > 900
+    assert drawn.min() < 100
+    first = [Visit(0, place, 0) for place in range(6)]
+    assert loss_of(cut, first) == loss_of(whole, first)
+
+
+def test_dropout_depends_on_the_seed_and_the_pictures_only_and_not_at_all_where_it_draws(make_trainer, prompt_file):
+    trainer = make_trainer(lora_dropout=0.5, use_dora=True, max_steps=2, save_strategy="no")  # a DoRA is not folded
+    trainer.train()
+    network, visits = trainer.policy.network, [Visit(9, place, 0) for place in range(4)]
+
+    def loss(seed, visits, training=True):
+        network.train(training)
+        torch.manual_seed(seed)
+        found = loss_of(trainer, visits)
+        assert torch.initial_seed() == seed  # torch's own draws go on as if nothing had been
+        return found
+
+    assert loss(1, visits) == loss(2, visits)
+    assert loss(1, visits) != loss(1, visits, training=False)
+    assert abs(loss(1, visits) / loss(1, visits, training=False) - 1) < 0.5
+
+    pictures = []
+    for seed in (1, 2):
+        network.train()
+        torch.manual_seed(seed)
+        _, samples = trainer.judge(HeldOut(prompt_file.read_text().splitlines(), {}, generations=1))
+        pictures.append(samples.images)
+    assert torch.equal(*pictures)
+
+
+def test_what_is_dropped_is_dropped_again_where_activations_are_computed_anew(make_trainer, tmp_path):
+    found = []
+    for again in (False, True):
+        trainer = make_trainer(
+            output_dir=tmp_path / str(again), lora_dropout=0.5, activation_checkpointing=again, max_steps=3,
+            save_strategy="no", optim="sgd", learning_rate=1.0,
+        )  # fmt: skip
+        trainer.train()
+        found.append([weight.detach().clone() for weight in trainer.trained_weights()])
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
+
+
+def test_a_lora_that_was_trained_with_dropout_is_drawn_without(make_trainer, settings, tmp_path):
+    trainer = make_trainer(lora_dropout=0.5, max_steps=2, save_strategy="no")
+    assert trainer.policy.network.peft_config["default"].lora_dropout == 0.5
+    trainer.train()
+    trainer.save_model()
+    pipe = StableDiffusionPipeline.from_pretrained(
+        settings["policy"], safety_checker=None, requires_safety_checker=False
+    )
+    pipe.load_lora_weights(str(tmp_path / "run"))
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    embeds = trainer.policy.encode(["a red circle"]).embeds
+    with torch.no_grad():
+        first, second = (pipe.unet(latents, torch.tensor([500]), embeds).sample for _ in range(2))
+    assert torch.equal(first, second)
+    again = make_trainer(lora_dropout=0.25, init_adapter=tmp_path / "run", lora_rank=8, output_dir=tmp_path / "again")
+    assert again.policy.network.peft_config["default"].lora_dropout == 0.25
+
+
+def test_sizes_that_only_the_evaluation_is_told_are_warned_of(tmp_path, caplog):
+    SftConfig(output_dir=str(tmp_path), use_cpu=True)
+    assert "size" not in caplog.text
+    SftConfig(output_dir=str(tmp_path), use_cpu=True, target_size=[16, 16], crops_coords_top_left=[0, 4])
+    for setting in ("target_size=[16, 16]", "crops_coords_top_left=[0, 4]"):
+        assert f"{setting} is ignored: XL is told of each picture how it was cut" in caplog.text
+
+
 def test_it_is_judged_in_the_midst_too(settings, prompt_file, tmp_path):
     how = {
         "eval_prompts": prompt_file, "reward": "tests.rl.toy_rewards:Redness", "reward_kwargs": {"weight": 1.0},
@@ -302,7 +422,7 @@ def test_the_whole_unet_can_be_trained(make_trainer, tmp_path):
     assert all(not torch.equal(before[name], after[name]) for name in before if "conv_in" in name)
 
 
-def test_mistakes(settings, prompt_file, tmp_path, capsys):
+def test_mistakes(settings, tmp_path, capsys):
     (tmp_path / "flux").mkdir()
     (tmp_path / "flux" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     for changes, message in (
@@ -310,7 +430,6 @@ def test_mistakes(settings, prompt_file, tmp_path, capsys):
         ({"data": tmp_path / "none"}, "there is no folder of pictures"),
         ({"weight_by": {"overal": 1.0}}, "(nearest name: `overall`)"),
         ({"policy": tmp_path / "flux"}, "is a FluxPipeline; what works here is StableDiffusionPipeline"),
-        ({"eval_prompts": prompt_file}, "judged before and after, but by what? name a `reward`"),
         ({"eval_strategy": "epoch"}, "eval_strategy is epoch, but there are no eval_prompts to evaluate on"),
         ({"prompt_dropout": 2}, "prompt_dropout is 2.0; it must lie in [0, 1]"),
         ({"snr_gamma": 0}, "snr_gamma is 0.0; it must be above 0"),
@@ -334,6 +453,9 @@ def test_presets_are_valid(name, monkeypatch):
     assert f"--config configs/sft_{name}.yaml" in lines[0]
     run, args = parse_arguments([sft.SftArguments, SftConfig], ["--config", str(path), "--use_cpu", "true"])
     assert run.data == f"outputs/select_{name}/data"
+    assert run.eval_prompts, "who follows it sees pictures"
+    run.check_eval_strategy(args.eval_strategy.value)
+    check_reward_name(run.reward, run.reward_kwargs)
     assert args.max_steps > 0
 
 

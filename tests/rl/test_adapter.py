@@ -115,7 +115,8 @@ def test_lora_is_float32_on_a_base_that_is_not(pipeline_folder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora_dropout": 0.1}, r"0.1; .*ratio of the first pass.*leave it at 0.*weight_decay.*rank.*beta"),
+        ({"lora_dropout": 1.0}, r"lora_dropout is 1.0; it must lie in \[0, 1\)"),
+        ({"init_lora_weights": "pissa", "lora_dropout": 0.1}, "would not start as the base model"),
         ({"init_lora_weights": "eva"}, "init_lora_weights eva needs a pass over training data"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights loftq is for quantized"),
         ({"init_lora_weights": "zeros"}, "'zeros'; it must be one of default, gaussian"),

@@ -56,6 +56,15 @@ def test_penalties_without_a_heatmap_are_shown_beside_the_heatmaps_of_others(dra
     assert [round(float(one.max()), 3) for one in maps] == [0.4, 0.5, 0.4, 1.0]
 
 
+def test_pictures_that_nobody_judged_are_shown_with_their_prompts_alone(drawn):
+    struck, maps = drawn
+    plain = Samples.of(torch.rand(3, 3, 16, 16), [*PROMPTS, "one more"], None, count=2)
+    sheet = pictures.before_after_sheet(plain, plain)
+    assert (sheet.width, maps) == (pictures.sample_sheet(plain).width, [])
+    assert [len(words) for words in struck] == [1, 8] * 3
+    assert sheet.height < pictures.before_after_sheet(samples(None), samples(None)).height
+
+
 def test_maps_before_and_after_are_drawn_to_one_scale(drawn):
     _, maps = drawn
     before, after = samples(None, peak=2.0), samples(None, peak=1.0)
