@@ -128,6 +128,23 @@ def test_gradient_of_several_noisings_is_that_of_finite_differences(policy):
     assert float(slope) == pytest.approx(finite_difference(policy, value, direction), rel=1e-5)
 
 
+def test_gradient_of_an_estimated_picture_is_that_of_finite_differences(policy):
+    """ReFL's: the clean picture that one late step predicts, from a latent that is a constant."""
+    schedule, noise, prompts, step = schedule_of(policy), noise_of(policy), PROMPTS[:COUNT], STEPS - 2
+    sampler, direction = Sampler(policy, policy.network, schedule), direction_of(policy)
+    drawn = sampler.draw(prompts, noise, Reach(step, step, estimate=True))
+    slope = sum((g * d).sum() for g, d in zip(gradient(policy, drawn), direction, strict=True))
+    with torch.no_grad():
+        start = sampler.draw(prompts, noise, Reach(0, step - 1)).latents
+    late, rest = Sampler(policy, policy.network, behind(schedule, step)), torch.stack([start, noise[:, 1]], dim=1)
+
+    def value():
+        return objective(policy, late.draw(prompts, rest, Reach(0, 0, estimate=True)).latents)
+
+    assert abs(float(slope)) > 1e-4
+    assert float(slope) == pytest.approx(finite_difference(policy, value, direction), rel=1e-5)
+
+
 def test_gradient_of_the_guards_distance_is_that_of_finite_differences(policy):
     """The latents at which both networks are asked move with the weights, and that counts."""
     schedule, noise, prompts = schedule_of(policy), noise_of(policy), PROMPTS[:COUNT]

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from reward.predict import RichFeedbackPredictor
 from reward.rich import RichReward
 
 PROMPTS = ["a red circle", "blue", ""]
@@ -60,6 +61,30 @@ def test_it_is_differentiable(predictor, images):
     images.requires_grad_()
     reward_fn(images, PROMPTS).objective.sum().backward()
     assert (images.grad.abs().sum((1, 2, 3)) > 0).all()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"score_weights": {"alignment": 1.0}},
+        {"score_weights": {}, "penalty_weights": {"implausibility": 1.0}},
+        {"score_weights": {}, "penalty_weights": {"misalignment": 1.0}},
+        {"score_weights": {}, "word_weight": 1.0},
+    ],
+    ids=lambda settings: " ".join(settings),
+)
+def test_the_gradient_of_each_part_is_its_slope(model, tokenizer, settings):
+    """Of scores, of either map, and through the words' tagging head."""
+    reward_fn = RichReward(RichFeedbackPredictor(model.double(), tokenizer), **settings)
+    image = torch.rand(1, 3, 40, 48, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    direction = torch.randn(1, 3, 40, 48, generator=torch.Generator().manual_seed(4))
+    (slope,) = torch.autograd.grad(reward_fn(image, ["a red circle"]).objective.sum(), image)
+    step = 5e-4
+    with torch.no_grad():
+        up, down = (reward_fn(image + sign * step * direction, ["a red circle"]).objective for sign in (1, -1))
+    expected = (slope * direction).sum().item()
+    assert abs(expected) > 1e-6
+    assert ((up - down) / (2 * step)).item() == pytest.approx(expected, rel=0.03)
 
 
 def test_nan_is_not_hidden(predictor, images):
