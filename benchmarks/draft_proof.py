@@ -43,7 +43,7 @@ from use_parts import (
 )
 
 from finetune.paired import paired_interval, paired_ratio
-from finetune.region_constraint import problem_region
+from finetune.region_constraint import place_cost, problem_region
 from reward.rich import RichReward
 from rl.folder_lock import taken
 
@@ -89,8 +89,8 @@ def regions(pictures: np.ndarray, captions: Sequence[str], settings: Mapping[str
     for first in range(0, len(captions), 64):
         rows = slice(first, first + 64)
         penalties = reward(images[rows], captions[rows]).penalties
-        size = images.shape[-2:]
-        found.append(problem_region(penalties, size, settings["region_threshold"], settings["region_dilation"]))
+        cost = place_cost(penalties, images.shape[-2:])
+        found.append(problem_region(cost, settings["region_threshold"], settings["region_dilation"]))
     return torch.cat(found)
 
 

@@ -235,10 +235,9 @@ class DraftTrainer(PolicyTrainer):
             latents = self._sampler(model).draw(prompts, noise, reach, fresh).latents
         images = self.policy.decode(latents)
         penalties = self._reward(images, list(prompts) * reach.draws).penalties
-        size = images.shape[-2:]
-        region = problem_region(penalties, size, self.args.region_threshold, self.args.region_dilation)
-        largest = place_cost(penalties, size).amax(dim=(1, 2, 3))
-        return Before(images, region.to(images.device), largest.to(images.device))
+        cost = place_cost(penalties, images.shape[-2:]).to(images.device)
+        region = problem_region(cost, self.args.region_threshold, self.args.region_dilation)
+        return Before(images, region, cost.amax(dim=(1, 2, 3)))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As they are: numbers and prompts."""

@@ -36,18 +36,16 @@ def place_cost(penalties: Mapping[str, torch.Tensor], size: Sequence[int]) -> to
     return cost
 
 
-def problem_region(
-    penalties: Mapping[str, torch.Tensor], size: Sequence[int], threshold: float, dilation: float
-) -> torch.Tensor:
+def problem_region(cost: torch.Tensor, threshold: float, dilation: float) -> torch.Tensor:
     """M: where a picture has a problem, (B, 1, H, W) of 0 and 1.
 
     Args:
-        penalties, size: see `place_cost`.
-        threshold: a place is a problem if all maps together cost more than this there.
+        cost: (B, 1, H, W), see `place_cost`.
+        threshold: a place is a problem if it costs more than this.
         dilation: by so much the region grows in every direction, as a share of the picture's shorter side.
     """
-    region = (place_cost(penalties, size) > threshold).float()
-    reach = round(dilation * min(size))
+    region = (cost > threshold).float()
+    reach = round(dilation * min(cost.shape[-2:]))
     return F.max_pool2d(region, 2 * reach + 1, stride=1, padding=reach)
 
 

@@ -15,24 +15,24 @@ def test_region_is_where_all_maps_together_cost_more_than_the_threshold():
     """0.3 here and 0.3 there are none; at one place they are 0.6."""
     penalties = {"a": maps((2, 2), (5, 5), cost=0.3), "b": maps((2, 2), (7, 0), cost=0.3)}
     assert place_cost(penalties, (8, 8)).amax(dim=(1, 2, 3)).tolist() == pytest.approx([0.6])
-    region = problem_region(penalties, (8, 8), threshold=0.5, dilation=0.0)
+    region = problem_region(place_cost(penalties, (8, 8)), threshold=0.5, dilation=0.0)
     assert region.shape == (1, 1, 8, 8)
     assert region[0, 0].nonzero().tolist() == [[2, 2]]
-    assert problem_region(penalties, (8, 8), threshold=0.6, dilation=0.0).sum() == 0
+    assert problem_region(place_cost(penalties, (8, 8)), threshold=0.6, dilation=0.0).sum() == 0
 
 
 def test_region_grows_by_a_share_of_the_shorter_side_and_stops_at_the_edges():
-    inside = problem_region({"a": maps((4, 4))}, (8, 8), threshold=0.5, dilation=0.25)  # two pixels
+    inside = problem_region(place_cost({"a": maps((4, 4))}, (8, 8)), threshold=0.5, dilation=0.25)  # two pixels
     assert inside[0, 0].sum() == 25
     assert inside[0, 0, 2:7, 2:7].all()
-    corner = problem_region({"a": maps((0, 0))}, (8, 8), threshold=0.5, dilation=0.25)
+    corner = problem_region(place_cost({"a": maps((0, 0))}, (8, 8)), threshold=0.5, dilation=0.25)
     assert corner[0, 0].sum() == 9
-    wide = problem_region({"a": maps((4, 8), size=(1, 8, 16))}, (8, 16), threshold=0.5, dilation=0.25)
+    wide = problem_region(place_cost({"a": maps((4, 8), size=(1, 8, 16))}, (8, 16)), threshold=0.5, dilation=0.25)
     assert wide[0, 0].sum() == 25
 
 
 def test_maps_of_any_resolution_are_stretched():
-    region = problem_region({"coarse": maps((0, 0), size=(1, 2, 2))}, (8, 8), threshold=0.5, dilation=0.0)
+    region = problem_region(place_cost({"coarse": maps((0, 0), size=(1, 2, 2))}, (8, 8)), threshold=0.5, dilation=0.0)
     assert region[0, 0, :3, :3].all()
     assert region[0, 0, 5:, 5:].sum() == 0
 
