@@ -22,7 +22,8 @@ from report import Row, flags, publish
 from tqdm import tqdm
 
 from finetune.fingerprints import code
-from finetune.inpaint import FIXED, InpaintArguments, as_row, mend
+from finetune.inpaint_arguments import InpaintArguments
+from finetune.mending import FIXED, as_row, mend
 from finetune.paired import paired_interval
 from finetune.pictures_to_fix import Everything, read_picture
 from finetune.results import Results

@@ -23,7 +23,8 @@ from use_training import RUN
 
 from finetune.guide import GuideArguments, prepare
 from finetune.guided_sampling import sample as guided_sample
-from finetune.inpaint import InpaintArguments, mend
+from finetune.inpaint_arguments import InpaintArguments
+from finetune.mending import mend
 from finetune.reward_choice import RewardArguments
 from reward.arguments import parse_arguments
 from reward.rich import RichReward

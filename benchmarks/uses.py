@@ -5,9 +5,10 @@
 Without training: classifier-free guidance (the rival that needs no predictor), the best of N, guidance by the reward's
 gradient, mending. Trained: supervised fine-tuning on selected pictures, every variant of back-propagation, DDPO with
 three kinds of credit. And two combinations. What needs the predictor is drawn without classifier-free guidance; lines
-"at guidance 2" say what it adds to guidance, in a second table whose gains are over guidance alone. A seed is one of
-everything: of each training, and of the noise of the held-out prompts' pictures, which is the same for all uses. So
-gains are of pairs, and their intervals over prompts and seeds.
+"at guidance 2" say what it adds to guidance, in a second table whose gains are over guidance alone; "trained at
+guidance 2", what it adds if it was trained so too. A seed is one of everything: of each training, and of the noise of
+the held-out prompts' pictures, which is the same for all uses. So gains are of pairs, and their intervals over prompts
+and seeds.
 
 Every training is its preset's, on the same training prompts, but for what its name says. Settings that were chosen by
 the judge, and on what: the `scale` of guidance by the reward, on the first 48 held-out prompts; mending's `min_gain`,
@@ -92,6 +93,11 @@ def at_guidance(name: str) -> str:
     return f"{name}, at guidance {SCALE:g}"
 
 
+def trained_at_guidance(name: str) -> str:
+    """What the line of a use is called that is trained, and drawn, at the rival's guidance."""
+    return f"{name}, trained at guidance {SCALE:g}"
+
+
 # ---- What is done ----
 
 
@@ -121,7 +127,7 @@ def uses_of(seed: int, options: Namespace) -> list[Use]:
     trainings[HELD_TO_REGIONS] = by_draft(HELD_TO_REGIONS, seed, options, config=REGION)
     for credit in ("image", "scalar", options.place):
         name = f"DDPO, credit {credit}"
-        trainings[name] = by_ddpo(name, seed, options, credit)
+        trainings[name] = by_ddpo(name, seed, options, credit=credit)
     tuned = trainings[SFT_ON_SELECTED] = by_sft(SFT_ON_SELECTED, selection(seed, options), options)
     name = "SFT on selected, then DDPO"
     trainings[name] = by_ddpo(name, seed, options, after=tuned)
@@ -130,6 +136,10 @@ def uses_of(seed: int, options: Namespace) -> list[Use]:
         use(name, "plain", part)
         if name in (DRAFT_K, BY_DDPO, SFT_ON_SELECTED):
             beside_rival(name, "plain", part)
+    for name, train, more in ((DRAFT_K, by_draft, VARIANTS[DRAFT_K]), (BY_DDPO, by_ddpo, ())):
+        name = trained_at_guidance(name)
+        part = train(name, seed, options, *more, "--guidance_scale", f"{SCALE:g}")
+        use(name, "plain", part, rival=RIVAL, guidance=SCALE)
     use(f"DRaFT-K, best of {options.best_of}", "best_of", trainings[DRAFT_K], config=DDPO, count=options.best_of)
     if unknown := set(options.only or ()) - {one.name for one in found}:
         raise SystemExit(f"--only: there is no use {unknown.pop()!r}; there are {', '.join(one.name for one in found)}")

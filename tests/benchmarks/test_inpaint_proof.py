@@ -6,7 +6,7 @@ import pytest
 from inpaint_proof import BEHIND, by_caption, mended, natural, planted, table, verdict
 from long_runs import ROOT
 
-from finetune.inpaint import InpaintArguments
+from finetune.inpaint_arguments import InpaintArguments
 from finetune.paired import paired_interval
 from finetune.pictures_to_fix import Everything
 from finetune.reward_choice import RewardArguments

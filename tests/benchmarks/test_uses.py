@@ -73,6 +73,9 @@ def test_every_training_is_taken_by_its_command(options, quick, tmp_path):
     assert commands["SFT on selected"][0].data == str(tmp_path / "selection/selection/data")
     assert commands["SFT on selected"][1].tune == "lora"  # or DDPO could not start from it
     assert commands[HELD_TO_REGIONS][1].region_weight > 0
+    scales = {name: args.guidance_scale for name, (_, args) in commands.items() if hasattr(args, "guidance_scale")}
+    assert {name for name, scale in scales.items() if scale == 2} == {*map(trained_at_guidance, TRAINED)}
+    assert commands[trained_at_guidance(BY_DDPO)][1].train_guidance
     assert {commands[name][1].variant for name in VARIANTS} == {
         "draft",
         "draft_k",
@@ -150,8 +153,8 @@ def test_gains_are_over_the_base_of_the_same_seeds_and_costs_are_of_all_steps(op
 def test_lines_at_guidance_are_told_against_guidance_alone(options):
     plans = {seed: uses.uses_of(seed, options) for seed in (0, 1)}
     names = [use.name for use in plans[0] if use.rival]
-    assert names == [f"{name}, at guidance 2" for name in ("best of 4", "guided by the reward", "mended", DRAFT_K,
-                                                           "DDPO, credit image", SFT_ON_SELECTED)]  # fmt: skip
+    without = [at_guidance(name) for name in ("best of 4", "guided by the reward", "mended", *TRAINED, SFT_ON_SELECTED)]
+    assert names == [*without, *map(trained_at_guidance, TRAINED)]
     done = {}
     for plan in plans.values():
         for use in plan:

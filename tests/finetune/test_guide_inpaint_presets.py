@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from finetune.guide import GuideArguments
-from finetune.inpaint import InpaintArguments
+from finetune.inpaint_arguments import InpaintArguments
 from finetune.reward_choice import RewardArguments
 from reward.arguments import parse_arguments
 

@@ -20,8 +20,9 @@ from diffusers import (
 from PIL import Image
 
 from finetune import inpaint
-from finetune.inpaint import FIXED, NO_BETTER, NOTHING, TOO_LARGE, InpaintArguments, mend
+from finetune.inpaint_arguments import InpaintArguments
 from finetune.inpainter import Inpainter
+from finetune.mending import FIXED, NO_BETTER, NOTHING, TOO_LARGE, mend
 from finetune.paired import paired_interval
 from finetune.pictures_to_fix import check_source, each_once
 from reward.arguments import ArgumentsError
