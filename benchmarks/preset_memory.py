@@ -169,11 +169,8 @@ def memory_of(config: Path) -> Memory:
             sizes[name] = sum(fill(part, kinds.get(name, dtype)) for part in parts)
         trained = sum(weight.numel() for weight in policy.network.parameters() if weight.requires_grad)
         sizes["gradients, optimizer"] = trained * 4 * 3 / GIB  # whole: what ZeRO shards of a LoRA is little
-        if isinstance(args, DraftConfig):
-            del sizes["held out"]  # its presets name none
-            phases = phases_of_draft(policy, schedule, args, predictor)
-        else:
-            phases = phases_of(policy, schedule, args, predictor, watcher)
+        phases_by = phases_of_draft if isinstance(args, DraftConfig) else phases_of
+        phases = phases_by(policy, schedule, args, predictor, watcher)
     if not args.offload:
         return Memory(sizes, {}, phases)
     places = {"vae": "decode", "predictor": "reward", "held out": "held out", "text encoders": "rollout"}
@@ -208,9 +205,8 @@ def phases_of(
             pixels = nn.functional.interpolate(images, side, mode="bicubic", antialias=True)
             predictor(pixels, input_ids=words, attention_mask=words)
         with counted.of(phases, "held out"), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            small = nn.functional.interpolate(images, 224, mode="bicubic", antialias=True)
-            watcher.get_image_features(small.half())
-        del images, pixels, small
+            _look(watcher, images)
+        del images, pixels
         with counted.of(phases, "update"):
             batch = slice(0, args.per_device_train_batch_size)
             steps = torch.full((len(prompts[batch]),), TRAINED)
@@ -229,11 +225,11 @@ def phases_of(
 
 
 def phases_of_draft(
-    policy: StableDiffusionPolicy, schedule: Schedule, args: DraftConfig, predictor: RahfModel
+    policy: StableDiffusionPolicy, schedule: Schedule, args: DraftConfig, predictor: RahfModel, watcher: CLIPModel
 ) -> dict[str, float]:
     """GiB that a micro-batch of back-propagation needs on top of the weights: one phase, as one graph goes through."""
     counted, phases = Counted(), {}
-    for module in (policy.network, policy.pipeline.vae, *policy._text_encoders, predictor):
+    for module in (policy.network, policy.pipeline.vae, *policy._text_encoders, predictor, watcher):
         counted.ignore(module)
     rows, reach = args.per_device_train_batch_size, choose_reach(args, STEPS, 0)
     noise = torch.empty(rows, STEPS + 1, *policy.latent_shape)
@@ -262,9 +258,17 @@ def phases_of_draft(
             images = policy._decoded(sampler.draw(prompts, noise, reach, fresh).latents)
             asked = [checkpoint(judged, part, use_reentrant=False) if size < len(images) else judged(part)
                      for part in images.split(size)]  # fmt: skip
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):  # the trainer asks while the graph is there
+                for part in images[:rows].split(size):
+                    _look(watcher, part)
             trained = [weight for weight in policy.network.parameters() if weight.requires_grad]
             torch.autograd.grad(-torch.cat(asked).mean(), trained)
     return phases
+
+
+def _look(watcher: CLIPModel, images: torch.Tensor) -> None:
+    """What PickScore does with pictures."""
+    watcher.get_image_features(nn.functional.interpolate(images, 224, mode="bicubic", antialias=True).half())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

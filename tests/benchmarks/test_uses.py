@@ -17,6 +17,7 @@ from parts import Task, with_needs
 from peft import LoraConfig, get_peft_model_state_dict
 from use_drawing import PICTURES, draw
 from use_parts import (
+    BY_DDPO,
     DDPO,
     DRAFT_K,
     GUIDE,
@@ -29,6 +30,7 @@ from use_parts import (
     VARIANTS,
 )
 from use_training import RUN, at_home
+from uses import at_guidance, trained_at_guidance
 
 from finetune import draft, select, sft
 from finetune.draft_config import DraftConfig
@@ -46,6 +48,8 @@ PARTS = {
     "finetune.select": [select.SelectArguments, GenerationArguments],
     "finetune.sft": [sft.SftArguments, SftConfig],
 }
+TRAINED = (DRAFT_K, BY_DDPO)
+"""Lines that are trained at the rival's guidance too."""
 
 
 @pytest.fixture

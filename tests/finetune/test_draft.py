@@ -11,6 +11,7 @@ from finetune.draft_config import DraftConfig
 from finetune.sft_config import SftConfig
 from reward.arguments import main_guard, parse_arguments
 from reward.feedback import HEATMAPS, SCORES
+from reward.others import PickScore
 from reward.predict import RichFeedbackPredictor
 from tests.rl.conftest import PROMPTS, pipeline_folder, xl_folder  # noqa: F401
 
@@ -166,9 +167,11 @@ def test_presets_are_valid_and_their_rewards_can_be_built(path, monkeypatch):
     args.plan()
     draft.check_differentiable(run.named_rewards())
     monkeypatch.setattr(RichFeedbackPredictor, "from_pretrained", lambda folder: folder)
+    monkeypatch.setattr("reward.others.clip.check_folder", lambda *_, **__: None)
     reward = run.make_reward()
     assert reward.penalty_weights
     if "tinyworld" not in path.name:
+        assert isinstance(run.make_eval_rewards()[run.watch_reward], PickScore)
         assert set(reward.score_weights) == set(SCORES)
         assert set(reward.penalty_weights) == set(HEATMAPS)
 

@@ -26,7 +26,7 @@ from rl.interrupt import RunInterrupted
 from rl.policy import StableDiffusionPolicy
 from rl.rollout import DivergedError, sample
 from rl.scoring import RewardError
-from tests.rl.conftest import PROMPTS, pipeline_folder  # noqa: F401
+from tests.rl.conftest import PROMPTS, pipeline_folder, sd2_folder, xl_folder  # noqa: F401
 from tests.rl.toy_rewards import Plain, Redness
 
 ROOT = Path(__file__).parents[2]
@@ -47,12 +47,10 @@ def make_args(tmp_path):
 
 @pytest.fixture
 def make_trainer(pipeline_folder, make_args):  # noqa: F811
-    def make(reward=None, held_out=None, **changes):
+    def make(reward=None, held_out=None, folder=pipeline_folder, **changes):
         args = make_args(**changes)
         adapter = asdict(args.part(AdapterSettings))
-        policy = StableDiffusionPolicy.load(
-            pipeline_folder, seed=args.seed, keep_reference=args.needs_reference, **adapter
-        )
+        policy = StableDiffusionPolicy.load(folder, seed=args.seed, keep_reference=args.needs_reference, **adapter)
         return DraftTrainer(policy, reward or Redness(), args, PROMPTS, held_out=held_out)
 
     return make
@@ -104,9 +102,12 @@ def test_gradients_of_the_distance_are_kept_only_where_it_guards(make_trainer, m
     assert seen == ([True, True] if beta else [False, None])
 
 
+@pytest.mark.parametrize("family", ["pipeline_folder", "sd2_folder", "xl_folder"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_method_raises_the_reward(make_trainer, variant):
-    trainer = make_trainer(variant=variant, **VARIANTS[variant], num_train_epochs=5, learning_rate=1e-2)
+def test_every_method_raises_the_reward_of_every_family(make_trainer, variant, family, request):
+    """With guidance: the schedule of the second family begins in pure noise, from which noise tells no clean picture."""
+    how = {"num_train_epochs": 6, "learning_rate": 3e-2, "guidance_scale": 2.0, "beta": 1e-3}
+    trainer = make_trainer(folder=request.getfixturevalue(family), variant=variant, **VARIANTS[variant], **how)
     trainer.train()
     rewards = logged(trainer, "reward")
     assert rewards[-1] > rewards[0] + 0.01
