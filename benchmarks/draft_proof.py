@@ -44,8 +44,8 @@ from use_parts import (
 
 from finetune.paired import paired_interval, paired_ratio
 from finetune.region_constraint import place_cost, problem_region
+from reward.folder_lock import taken
 from reward.rich import RichReward
-from rl.folder_lock import taken
 
 FIFTH = ("--num_train_epochs", "16")
 """So many updates of 32 pictures see a fifth of those that DDPO's run sees."""

@@ -46,7 +46,7 @@ from finetune.paired import paired_interval
 from finetune.sft import SftArguments
 from finetune.sft_config import SftConfig
 from reward.arguments import parse_arguments
-from rl.folder_lock import taken
+from reward.folder_lock import taken
 
 GOALS = ("satisfied", "overall")
 TIE = 0.01  # of the judge's overall: a smaller difference is not seen

@@ -61,7 +61,7 @@ from use_parts import (
 )
 
 from finetune.paired import paired_interval, paired_ratio
-from rl.folder_lock import taken
+from reward.folder_lock import taken
 
 PLACES = ("mask", "focus", "paid", "words")
 SCALE = 2.0

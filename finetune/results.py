@@ -19,8 +19,8 @@ from rich.table import Table
 
 from finetune.fingerprints import with_weights
 from finetune.paired import paired_interval
+from reward.folder_lock import FolderInUseError, check_free, taken
 from rl.checkpoints import BESIDE, RUN_CONFIG, check_writable, differing_keys, written_beside
-from rl.folder_lock import FolderInUseError, check_free, taken
 
 RESULTS, SUMMARY = "results.jsonl", "summary.json"
 

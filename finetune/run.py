@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 
 from finetune.run_arguments import EvaluationArguments
 from reward.feedback import Reward, RewardError, RewardFn
+from reward.folder_lock import check_free, joined, open_to_ranks, taken
 from rl.adapter import AdapterSettings
 from rl.callbacks import show_at_end
 from rl.checkpoints import Start, claim_output_dir, explained, mark_finished, plan_start, restore_before
-from rl.folder_lock import check_free, joined, open_to_ranks, taken
 from rl.going_on import check_goes_on
 from rl.interrupt import RunInterrupted
 from rl.memory import MemorySettings, OffloadedReward

@@ -12,7 +12,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ from reward.data import (
     unread_words,
 )
 from reward.feedback import HEATMAPS, SCORES
+from reward.folder_lock import LOCK, check_free, joined, open_to_ranks, taken
 from reward.losses import IGNORE
 from reward.metrics import heatmap_metrics, score_metrics, word_metrics
 from reward.model import RahfModel, RahfOutput
@@ -166,6 +167,23 @@ class _StartAnew(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if args.should_save:
             forget(args.output_dir)
+
+
+@contextmanager
+def _folder_taken(trainer: Trainer) -> Iterator[None]:
+    """Inside, no other run may write to the output folder; on all ranks.
+
+    Raises:
+        FolderInUseError: another run has it.
+    """
+    args = trainer.args
+    with ExitStack() as stack:
+        if args.should_save:
+            open_to_ranks(stack.enter_context(taken(args.output_dir)))
+        trainer.accelerator.wait_for_everyone()
+        if not args.should_save:
+            stack.enter_context(joined(args.output_dir))
+        yield
 
 
 @contextmanager
@@ -363,7 +381,7 @@ def _check_output_dir(args: RahfTrainingArguments, checkpoint: str | None, model
             raise ValueError(
                 f"the output folder {folder} holds {model_files[0]}, but no checkpoint to go on from; {anew}"
             )
-    elif any(folder.iterdir()):
+    elif any(path.name != LOCK for path in folder.iterdir()):
         raise ValueError(f"the output folder {folder} is not empty; go on with --resume_from_checkpoint latest, {anew}")
 
 
@@ -387,6 +405,8 @@ def warn_of_empty_maps(metrics: Mapping[str, float]) -> None:
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """The command; returns the dev metrics of the model that it saved."""
     arguments, args = parse_arguments([RahfArguments, RahfTrainingArguments], argv)
+    if args.should_save:
+        check_free(args.output_dir)
     if args.overwrite_output_dir or args.resume_from_checkpoint:
         if args.should_save:
             bring_back(args.output_dir)  # what a training replaced that was killed before its first update
@@ -426,16 +446,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if arguments.panels:
         panels = ExamplePanels(dev, trainer.data_collator, arguments.panels, next(iter(boards), None))
         trainer.add_callback(panels)
-    with _nothing_lost(args):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    final = trainer.predict(dev, metric_key_prefix="eval")
-    if len(final.predictions) > 2:
-        model.config.word_threshold = best_word_threshold(final.predictions[2], final.label_ids[2])
-    weights = trainer.accelerator.get_state_dict(trainer.deepspeed) if trainer.is_deepspeed_enabled else None
-    if trainer.is_world_process_zero():
-        warn_of_empty_maps(final.metrics)
-        save_whole(model, tokenizer, Path(args.output_dir), weights)
-        write_whole(Path(args.output_dir) / METRICS, json.dumps(final.metrics, indent=1).encode())
+    with _folder_taken(trainer):
+        with _nothing_lost(args):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        final = trainer.predict(dev, metric_key_prefix="eval")
+        if len(final.predictions) > 2:
+            model.config.word_threshold = best_word_threshold(final.predictions[2], final.label_ids[2])
+        weights = trainer.accelerator.get_state_dict(trainer.deepspeed) if trainer.is_deepspeed_enabled else None
+        if trainer.is_world_process_zero():
+            warn_of_empty_maps(final.metrics)
+            save_whole(model, tokenizer, Path(args.output_dir), weights)
+            write_whole(Path(args.output_dir) / METRICS, json.dumps(final.metrics, indent=1).encode())
     return final.metrics
 
 

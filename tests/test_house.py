@@ -14,6 +14,7 @@ SHARED = {
     "reward.feedback",
     "reward.draw",
     "reward.arguments",
+    "reward.folder_lock",
     "reward.training_arguments",
 }  # what rl may know of reward
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))

@@ -30,8 +30,8 @@ from finetune.compare.results import read_results  # noqa: E402
 from finetune.compare.runs import Work, read_outcome  # noqa: E402
 from finetune.compare.sheet import KEYS, count_answers, read_answers, write_sheet  # noqa: E402
 from reward.arguments import main_guard, parse_arguments  # noqa: E402
+from reward.folder_lock import check_free, taken  # noqa: E402
 from rl.checkpoints import check_writable  # noqa: E402
-from rl.folder_lock import check_free, taken  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,7 +22,7 @@ from finetune.compare.rewards import Spec
 from finetune.compare.runs import last_words
 from finetune.generate import GenerationArguments
 from reward.arguments import parse_arguments
-from rl.folder_lock import FolderInUseError, check_free, taken
+from reward.folder_lock import FolderInUseError, check_free, taken
 from tests.finetune.compare_case import (
     HELD_OUT,
     JUDGE,

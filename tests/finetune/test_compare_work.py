@@ -21,7 +21,7 @@ from finetune.compare.results import read_results
 from finetune.compare.rewards import Spec
 from finetune.compare.runs import Failure, Step, Work, read_failures, read_outcome
 from finetune.fingerprints import code
-from rl.folder_lock import FolderInUseError, check_free
+from reward.folder_lock import FolderInUseError, check_free
 from tests.finetune.compare_case import HELD_OUT, Figures, comparison_of, write_agreement
 
 SAYS = 'import os; print(os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["OMP_NUM_THREADS"])'
@@ -295,7 +295,7 @@ def test_processes_that_outlive_their_comparison_keep_its_folder(tmp_path):
     """The lock is theirs too, so a second start is refused as long as one of them lives."""
     code = (
         "import subprocess, sys\n"
-        "from rl.folder_lock import taken\n"
+        "from reward.folder_lock import taken\n"
         "with taken(sys.argv[1]) as lock:\n"
         "    code = 'import time; time.sleep(60)'\n"
         "    child = subprocess.Popen([sys.executable, '-c', code], pass_fds=(lock.fileno(),), stdout=-3)\n"

@@ -105,7 +105,7 @@ def test_gradients_of_the_distance_are_kept_only_where_it_guards(make_trainer, m
 @pytest.mark.parametrize("family", ["pipeline_folder", "sd2_folder", "xl_folder"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_method_raises_the_reward_of_every_family(make_trainer, variant, family, request):
-    """With guidance: the schedule of the second family begins in pure noise, from which noise tells no clean picture."""
+    """With guidance. The second family's schedule begins in pure noise."""
     how = {"num_train_epochs": 6, "learning_rate": 3e-2, "guidance_scale": 2.0, "beta": 1e-3}
     trainer = make_trainer(folder=request.getfixturevalue(family), variant=variant, **VARIANTS[variant], **how)
     trainer.train()

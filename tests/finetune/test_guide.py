@@ -17,8 +17,8 @@ from finetune import guide
 from finetune.paired import paired_interval
 from reward.arguments import ArgumentsError
 from reward.feedback import Reward
+from reward.folder_lock import FolderInUseError, taken
 from rl.checkpoints import RUN_CONFIG
-from rl.folder_lock import FolderInUseError, taken
 from rl.rollout import keyed_generator
 from tests.finetune.conftest import write_lora
 from tests.rl.conftest import make_pipeline

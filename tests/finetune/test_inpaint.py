@@ -27,9 +27,9 @@ from finetune.paired import paired_interval
 from finetune.pictures_to_fix import check_source, each_once
 from reward.arguments import ArgumentsError
 from reward.feedback import Reward
+from reward.folder_lock import FolderInUseError, taken
 from reward.sources import Picture
 from rl.checkpoints import RUN_CONFIG
-from rl.folder_lock import FolderInUseError, taken
 from rl.rollout import keyed_generator
 from tests.finetune.conftest import write_lora
 from tests.rl.conftest import make_pipeline, make_unet, make_xl_pipeline

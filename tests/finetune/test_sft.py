@@ -21,10 +21,10 @@ from finetune.sft_data import TrainingPictures, Visit, collate, make_buckets, re
 from finetune.sft_trainer import SftTrainer
 from reward.arguments import main_guard, parse_arguments
 from reward.by_name import check_reward_name
+from reward.folder_lock import FolderInUseError, check_free, taken
 from rl.adapter import AdapterSettings
 from rl.checkpoints import complete_checkpoints
 from rl.evaluate import HeldOut
-from rl.folder_lock import FolderInUseError, check_free, taken
 from rl.interrupt import RunInterrupted
 from rl.policy import StableDiffusionPolicy
 from tests.rl.conftest import make_xl_pipeline

@@ -17,6 +17,7 @@ from reward import train
 from reward.data import FeedbackDataset
 from reward.evaluate import predict_examples
 from reward.feedback import HEATMAPS, SCORES
+from reward.folder_lock import FolderInUseError, check_free, taken
 from reward.metrics import score_metrics, word_metrics
 from reward.model import RahfModel
 from reward.predict import RichFeedbackPredictor
@@ -319,6 +320,31 @@ def test_an_output_folder_in_use_is_refused(command, raw_data):
     train.main(command("out", overwrite_output_dir=True, max_steps=2))
 
 
+def test_a_folder_that_another_training_writes_to_is_left_alone(command, raw_data, monkeypatch):
+    """It is looked at before what that one set aside could be brought back, and held from before the first update."""
+    out = raw_data / "out"
+    with taken(out):
+        (out / ".before").mkdir()
+        (out / ".before" / "config.json").touch()
+        for more in ({}, {"overwrite_output_dir": True}, {"resume_from_checkpoint": "auto"}):
+            with pytest.raises(FolderInUseError, match="in use by another run"):
+                train.main(command("out", **more))
+        assert files_in(out / ".before") == {"config.json": b""}
+    seen = []
+
+    def looks(self, *args, **kwargs):
+        with pytest.raises(FolderInUseError) as refused:
+            check_free(out)
+        seen.append(str(refused.value))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.RahfTrainer, "training_step", looks)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(command("out", overwrite_output_dir=True))
+    assert len(seen) == 1
+    check_free(out)
+
+
 def test_a_training_anew_leaves_nothing_that_passes_for_its_own(command, raw_data):
     """What is resumed is then never the run before; but until it begins, and a mistake is found before, all is kept."""
     train.main(command("out"))
@@ -353,7 +379,7 @@ def test_a_training_anew_that_fails_before_its_first_update_leaves_what_was_ther
     assert files_in(out) == before
     with stopping(monkeypatch, at=1, killed=True), pytest.raises(KeyboardInterrupt):
         train.main(command("out", **anew))
-    assert {path.name for path in out.iterdir()} == {".before", "notes.txt", "tensorboard"}
+    assert {path.name for path in out.iterdir()} == {".before", ".lock", "notes.txt", "tensorboard"}
     with pytest.raises(ValueError, match="not a RAHF checkpoint"):
         RichFeedbackPredictor.from_pretrained(out)
     with pytest.raises(ValueError, match="no data folder nowhere"):
@@ -361,7 +387,7 @@ def test_a_training_anew_that_fails_before_its_first_update_leaves_what_was_ther
     assert files_in(out) == before
     with stopping(monkeypatch, at=2, killed=True), pytest.raises(KeyboardInterrupt):
         train.main(command("out", **anew))
-    assert {path.name for path in out.iterdir()} == {"notes.txt", "tensorboard"}
+    assert {path.name for path in out.iterdir()} == {".lock", "notes.txt", "tensorboard"}
 
 
 def test_the_best_is_the_lowest_of_what_is_an_error(tmp_path):

@@ -23,8 +23,8 @@ import run_ddpo
 from finetune.run import judge
 from reward.arguments import main_guard
 from reward.feedback import HEATMAPS, SCORES, check_reward
+from reward.folder_lock import taken
 from reward.predict import RichFeedbackPredictor
-from rl.folder_lock import taken
 from rl.monitors import paired_fall
 from tests.reward.test_http import serving
 from tests.rl.conftest import PROMPTS, put_in_hub_cache

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from rl.folder_lock import FolderInUseError, check_free, joined, open_to_ranks, taken
+from reward.folder_lock import FolderInUseError, check_free, joined, open_to_ranks, taken
 
 HOLD = """
 import sys
 from contextlib import ExitStack
-from rl.folder_lock import joined, open_to_ranks, taken
+from reward.folder_lock import joined, open_to_ranks, taken
 
 with ExitStack() as stack:
     if sys.argv[2] == "first":
