@@ -37,9 +37,9 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from reward.checkpoints import COMPLETE
 from reward.feedback import SCORES
 from reward.predict import RichFeedbackPredictor
-from reward.train import COMPLETE
 from tinyworld import fresh_raters
 from tinyworld.rated import read_pictures
 

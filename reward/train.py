@@ -10,10 +10,12 @@ a pretrained vision encoder and T5 (`--vision_model`, `--text_model`). The outpu
 
 import json
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +33,16 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from reward.arguments import main_guard, parse_arguments
+from reward.checkpoints import (
+    abandon_later,
+    abandoned,
+    check_goes_on,
+    checkpoint_to_resume,
+    checkpoints,
+    mark_whole,
+    rotate,
+    unmark,
+)
 from reward.checks import check_labels, check_place
 from reward.data import (
     FeedbackCollator,
@@ -48,7 +60,7 @@ from reward.panels import EXAMPLES, ExamplePanels
 from reward.predict import SAVED, check_model_folder, load_tokenizer, save_whole
 from reward.rahf_config import LOSS_SETTINGS, RahfConfig
 from reward.t5_family import check_text_config
-from reward.train_config import RahfArguments, RahfTrainingArguments
+from reward.train_config import RahfArguments, RahfTrainingArguments, learning_settings
 from reward.training_arguments import whole_models
 from reward.vision import is_staged
 from reward.vocabulary import adopt_tokenizer
@@ -57,11 +69,13 @@ from reward.whole_files import bring_back, forget, set_aside, write_whole
 logger = logging.getLogger(__name__)
 
 _BACKBONE = ("vision.", "encoder.", "word_head.decoder.", "word_head.write.")
-COMPLETE = "complete"  # a file in a checkpoint whose other files are all there
 LOGS = "tensorboard"  # in the output folder
 METRICS = "dev_metrics.json"  # there too
-_NEWEST = ("latest", "last", "true")
 _LEARNED = 0.05  # CC of a heatmap on dev: an empty map's is about 0, that of the paper's worst one 0.21
+
+
+class DivergedError(ValueError):
+    """The loss is no number any more."""
 
 
 class RahfTrainer(Trainer):
@@ -69,12 +83,21 @@ class RahfTrainer(Trainer):
 
     Args:
         new: names of weights that nothing was pretrained for: they learn at the heads' rate, a decoder's too.
+        made_with: the settings that its checkpoints must be gone on with; see `learning_settings`.
     """
 
-    def __init__(self, model: RahfModel, args: RahfTrainingArguments, new: Collection[str] = (), **kwargs):
+    def __init__(
+        self,
+        model: RahfModel,
+        args: RahfTrainingArguments,
+        new: Collection[str] = (),
+        made_with: Mapping[str, Any] | None = None,
+        **kwargs,
+    ):
         for name in LOSS_SETTINGS:
             setattr(model.config, name, getattr(args, name))
         super().__init__(model=model, args=args, compute_metrics=dev_metrics, **kwargs)
+        self.made_with = dict(made_with or {})
         self._terms = defaultdict(list)
         self._new = frozenset(new)
 
@@ -116,8 +139,16 @@ class RahfTrainer(Trainer):
         """Every rank is here; the terms are means over all of them, as Trainer's own `loss` is."""
         if "loss" in logs:
             own = {name: torch.stack(values).mean() for name, values in self._terms.items()}
-            logs |= {name: float(self.accelerator.gather(mean).mean()) for name, mean in own.items()}
+            own = {name: float(self.accelerator.gather(mean).mean()) for name, mean in own.items()}
             self._terms.clear()
+            if not all(map(math.isfinite, own.values())):  # on all ranks alike; Trainer's own `loss` leaves it out
+                raise DivergedError(
+                    f"the training has diverged: at update {self.state.global_step} the loss is NaN or infinite "
+                    f"({', '.join(f'{name} {value}' for name, value in own.items())}); nothing of it is saved. "
+                    f"Checkpoints of before are in {self.args.output_dir}; give a lower learning_rate or "
+                    "max_grad_norm, a longer warm-up, or bf16 instead of fp16"
+                )
+            logs |= own
         super().log(logs, *args, **kwargs)
 
     def _issue_warnings_after_load(self, load_result) -> None:
@@ -129,12 +160,28 @@ class RahfTrainer(Trainer):
             )
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Trainer writes checkpoints in place; the marker written last tells a whole one from a torn one."""
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # each rank writes a part
+        """Trainer's checkpoint, marked when it is whole; only then may older ones go."""
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and folder.is_dir():
-            (folder / COMPLETE).touch()
+        if self.args.should_save:
+            unmark(folder)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # each rank writes a part
+        if self.args.should_save:
+            mark_whole(folder, self.made_with | {"engine": self.engine})
+            rotate(folder.parent, limit, self.state.best_model_checkpoint)
+
+    @property
+    def engine(self) -> str:
+        """Who holds the optimizer's state: Trainer would go on without it where another one does."""
+        if not self.is_deepspeed_enabled:
+            return "torch"
+        stage = self.accelerator.state.deepspeed_plugin.zero_stage
+        return f"DeepSpeed's ZeRO-{stage} on {self.args.world_size} processes"
 
 
 class _Epochs(TrainerCallback):
@@ -204,7 +251,14 @@ def dev_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
     `quality`, by which the best checkpoint is chosen, is the mean of the four SRCC, the two heatmaps' CC, and the F1 of
     the words (at probability 0.5).
+
+    Raises:
+        DivergedError: predictions are NaN.
     """
+    if any(np.isnan(part).any() for part in prediction.predictions):
+        raise DivergedError(
+            "the training has diverged: what the model says of the dev split is NaN; an earlier checkpoint may be good"
+        )
     scores, heatmaps, *words = prediction.predictions
     true_scores, true_heatmaps, true_words = prediction.label_ids
     found = {}
@@ -322,42 +376,14 @@ def load_data(folder: str | Path) -> DatasetDict:
     return data
 
 
-def _checkpoint_to_resume(args: RahfTrainingArguments) -> str | None:
-    """The checkpoint named by `--resume_from_checkpoint`: a folder; `latest` or `last`, the last whole one; or `auto`,
-    that one if there is any."""
-    wanted = args.resume_from_checkpoint
-    if wanted in (None, False):  # False is what YAML makes of `no`
-        return None
-    if str(wanted).lower() not in _NEWEST and not args.resumes_if_it_can:
-        if not (Path(wanted) / COMPLETE).is_file():
-            raise ValueError(
-                f"{wanted} is not a whole checkpoint; `--resume_from_checkpoint latest` finds the last one"
-            )
-        return wanted
-    whole = [path for path in _checkpoints(args.output_dir) if (path / COMPLETE).is_file()]
-    if not whole:
-        if args.resumes_if_it_can:
-            return None
-        raise ValueError(
-            f"{args.output_dir} has no whole checkpoint to resume from; leave --resume_from_checkpoint out, or let it "
-            "be auto"
-        )
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
-
-
-def _checkpoints(folder: str | Path) -> list[Path]:
-    """Folders `checkpoint-<step>` in the output folder, whole or not."""
-    return [path for path in Path(folder).glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
-
-
 def _left_by_training(folder: str | Path) -> list[Path]:
     """What a training leaves in its output folder, as far as it is there."""
     folder = Path(folder)
     files = [path for name in (*SAVED, METRICS, EXAMPLES) for path in sorted(folder.glob(name))]
-    return [*files, *_checkpoints(folder), *folder.glob(LOGS)]
+    return [*files, *checkpoints(folder), *abandoned(folder), *folder.glob(LOGS)]
 
 
-def _check_output_dir(args: RahfTrainingArguments, checkpoint: str | None, model: str | None) -> None:
+def _check_output_dir(args: RahfTrainingArguments, checkpoint: Path | None, model: str | None) -> None:
     """Refuse an output folder that is a file, one that is in use, or one that would be cleared of what it starts from.
 
     Args:
@@ -366,14 +392,15 @@ def _check_output_dir(args: RahfTrainingArguments, checkpoint: str | None, model
     """
     folder = Path(args.output_dir)
     check_place(folder, "output_dir")
-    cleared = {path.resolve() for path in (folder, *_checkpoints(folder))} if args.overwrite_output_dir else set()
+    cleared = {path.resolve() for path in (folder, *checkpoints(folder))} if args.overwrite_output_dir else set()
     for start in (checkpoint, model):
         if start is not None and Path(start).resolve() in cleared:
             raise ValueError(
                 f"--overwrite_output_dir would delete {start}, which the training is to start from; leave it out, or "
                 "give another --output_dir"
             )
-    if checkpoint is not None or args.overwrite_output_dir or not folder.is_dir():
+    goes_on = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
+    if goes_on or args.overwrite_output_dir or not folder.is_dir():
         return
     anew = "start anew with --overwrite_output_dir true, or give another --output_dir"
     if args.resumes_if_it_can:  # where it was stopped before the first checkpoint, there are logs
@@ -411,7 +438,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         if args.should_save:
             bring_back(args.output_dir)  # what a training replaced that was killed before its first update
         PartialState().wait_for_everyone()
-    checkpoint = _checkpoint_to_resume(args)
+    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     _check_output_dir(args, checkpoint, arguments.model)
     data = load_data(arguments.data)
     if missing := {"train", "dev"} - set(data):
@@ -420,6 +447,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         if not len(data[split]):
             raise ValueError(f"split {split!r} of {arguments.data} holds no picture; a training needs some")
         check_labels(data[split], f"{arguments.data}, {split}")
+    made_with = learning_settings(arguments, args, data["train"])
+    if checkpoint is not None:
+        check_goes_on(checkpoint, made_with)
     set_seed(args.seed)  # the new heads' weights depend on it
     with whole_models(args):
         model, tokenizer, new = build_model(arguments)
@@ -429,6 +459,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         model,
         args,
         new,
+        made_with,
         train_dataset=FeedbackDataset(
             data["train"], model.config, arguments.augmentation(args.seed), in_memory=arguments.in_memory
         ),
@@ -436,6 +467,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         data_collator=FeedbackCollator(tokenizer, model.config),
         processing_class=tokenizer,
     )
+    if checkpoint is not None:
+        check_goes_on(checkpoint, {**made_with, "engine": trainer.engine})
     warn_of_unread_words(data, tokenizer, model.config.max_text_length)
     boards = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TensorBoardCallback)]
     for board in boards:
@@ -447,8 +480,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         panels = ExamplePanels(dev, trainer.data_collator, arguments.panels, next(iter(boards), None))
         trainer.add_callback(panels)
     with _folder_taken(trainer):
+        if checkpoint is not None and args.should_save:
+            abandon_later(checkpoint, args.output_dir)
         with _nothing_lost(args):
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         final = trainer.predict(dev, metric_key_prefix="eval")
         if len(final.predictions) > 2:
             model.config.word_threshold = best_word_threshold(final.predictions[2], final.label_ids[2])

@@ -4,16 +4,24 @@ Every mistake that can be seen in the settings alone is an error here, before da
 """
 
 import difflib
+import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
+from datasets import Dataset
 from transformers import TrainingArguments
 
 from reward.augmentation import SIDED_WORDS, Augmentation
 from reward.feedback import HEATMAPS, SCORES
 from reward.rahf_config import LOSS_SETTINGS, check_options
-from reward.training_arguments import check_deepspeed_settings, check_one_gpu, check_training_arguments
+from reward.training_arguments import (
+    check_deepspeed_settings,
+    check_no_fsdp,
+    check_one_gpu,
+    check_training_arguments,
+)
 
 _MODEL_SETTINGS = (
     "variant", "heatmap_head", "score_head", "words", "head_width", "image_pooling", "max_text_length", "image_mean",
@@ -40,11 +48,24 @@ _FIXED = {
     "save_only_model": (False, "checkpoints are there to be resumed, which takes the optimizer too"),
     "eval_do_concat_batches": (True, "the metrics of dev are those of all its pictures together"),
     "batch_eval_metrics": (False, "the metrics of dev are those of all its pictures together"),
+    "bf16_full_eval": (False, "it would leave the model that is saved in half precision; bf16 evaluates in it too"),
+    "fp16_full_eval": (False, "it would leave the model that is saved in half precision; fp16 evaluates in it too"),
     "do_train": (True, "training is what the command does"),
     "do_eval": (True, "what was trained is evaluated on dev in any case; eval_strategy says when else"),
     "do_predict": (False, "the test split is for `python -m reward.evaluate`"),
 }
 """Settings that take one value only, and why."""
+
+_OF_LEARNING = (
+    "learning_rate", "backbone_learning_rate", "weight_decay", "optim", "optim_args", "optim_target_modules",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+    "max_grad_norm", "seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "neftune_noise_alpha",
+    "bf16", "fp16", *LOSS_SETTINGS,
+)  # fmt: skip
+"""What of Trainer's settings decides how a model learns, be it for longer or in other micro-batches."""
+
+_FREE = ("data", "in_memory", "panels")
+"""Of ours, what decides nothing: of the data, the pictures count."""
 
 _SAMPLING = ("random", "sequential")  # the others go by the lengths of examples
 
@@ -179,6 +200,7 @@ class RahfTrainingArguments(TrainingArguments):
                 "one of them"
             )
         check_deepspeed_settings(self.deepspeed)
+        check_no_fsdp(self)
         super().__post_init__()
         check_one_gpu(self, "-m reward.train")
         if self.label_names is not None:
@@ -221,6 +243,21 @@ class RahfTrainingArguments(TrainingArguments):
             )
         if self.greater_is_better is None:
             self.greater_is_better = not name.startswith(_LOWER_IS_BETTER)
+
+
+def learning_settings(arguments: RahfArguments, args: RahfTrainingArguments, train: Dataset) -> dict[str, Any]:
+    """What a training that goes on must have as the one that was stopped; how long it lasts is not among it.
+
+    Args:
+        train: the split; its pictures count, not where they lie.
+    """
+    uids = hashlib.sha256("\n".join(train["uid"]).encode()).hexdigest()
+    return {
+        **{name: value for name, value in asdict(arguments).items() if name not in _FREE},
+        **{name: getattr(args, name) for name in _OF_LEARNING},
+        "pictures an update": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "pictures (SHA-256 of their uids)": uids,
+    }
 
 
 def _check_least(settings: object, names: Sequence[str], least: int) -> None:

@@ -35,6 +35,19 @@ def check_one_gpu(args: TrainingArguments, command: str) -> None:
         )
 
 
+def check_no_fsdp(args: TrainingArguments) -> None:
+    """Complain about FSDP, by Trainer's settings or by `accelerate launch`'s.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    if args.fsdp or strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+        raise ValueError(
+            "fsdp is not supported: what is trained could not be saved; to shard over GPUs, use --deepspeed "
+            "configs/deepspeed/zero2.json"
+        )
+
+
 def check_deepspeed_settings(setting: object) -> None:
     """Complain about DeepSpeed's settings, before anything of DeepSpeed is started.
 

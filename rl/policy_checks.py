@@ -2,14 +2,13 @@
 
 import logging
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
 from typing import TYPE_CHECKING, Any
 
 from transformers import SchedulerType, TrainingArguments
 
-from reward.training_arguments import check_one_gpu
+from reward.training_arguments import check_no_fsdp, check_one_gpu
 from rl.adapter import require
 
 if TYPE_CHECKING:
@@ -41,11 +40,7 @@ _OF_LOADERS = (
 
 
 def check_names(args: "PolicyConfig") -> None:
-    require(
-        not args.fsdp and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("1", "true"),
-        "fsdp is not supported: the LoRA could not be saved; "
-        "to shard over GPUs, use --deepspeed configs/deepspeed/zero2.json",
-    )
+    check_no_fsdp(args)
     for name, valid in (
         ("save_strategy", STRATEGIES),
         ("eval_strategy", STRATEGIES),

@@ -10,8 +10,9 @@ import torch
 from rahf_variants import GOALS, VARIANTS, encoders_alone, metric_rows
 
 from reward.arguments import parse_arguments
+from reward.checkpoints import COMPLETE
 from reward.model import RahfModel
-from reward.train import COMPLETE, build_model
+from reward.train import build_model
 from reward.train_config import RahfArguments, RahfTrainingArguments
 from tests.test_house import ROOT
 

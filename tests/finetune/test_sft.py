@@ -460,10 +460,11 @@ def test_presets_are_valid(name, monkeypatch):
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
-def test_in_bfloat16_it_learns_as_in_float32(make_trainer, tune):
+def test_in_bfloat16_it_learns_as_in_float32(make_trainer, tune, tmp_path):
     found = []
     for bf16 in (False, True):
-        trainer = make_trainer(tune=tune, bf16=bf16, max_steps=6, save_strategy="no", output_dir=f"unused_{bf16}")
+        place = str(tmp_path / f"bf16_{bf16}")
+        trainer = make_trainer(tune=tune, bf16=bf16, max_steps=6, save_strategy="no", output_dir=place)
         trainer.train()
         assert {weight.dtype for weight in trainer.trained_weights()} == {torch.float32}
         found.append(losses(trainer))

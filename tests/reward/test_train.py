@@ -171,19 +171,6 @@ def test_figures_are_never_half_written(command, raw_data):
         assert (out / name).read_bytes() != old
 
 
-@pytest.mark.parametrize("word", ["last", "latest", "auto", "true"])
-def test_a_torn_checkpoint_is_passed_over(word, tmp_path):
-    for step in (2, 10, 12):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    for step in (2, 10):
-        (tmp_path / f"checkpoint-{step}" / "complete").touch()
-    args = RahfTrainingArguments(output_dir=str(tmp_path), resume_from_checkpoint=word, use_cpu=True)
-    assert train._checkpoint_to_resume(args) == str(tmp_path / "checkpoint-10")
-    args.resume_from_checkpoint = str(tmp_path / "checkpoint-12")
-    with pytest.raises(ValueError, match="not a whole checkpoint"):
-        train._checkpoint_to_resume(args)
-
-
 def test_the_best_checkpoint_is_what_is_saved(command, raw_data):
     """Half of the way is better than the whole at a rate that ruins everything; every layer must go back to it."""
     train.main(command("out", metric_for_best_model="eval_loss", learning_rate=0.3, lr_scheduler_type="constant"))
@@ -297,6 +284,9 @@ def test_several_gpus_are_not_shared_among_by_dataparallel(command, monkeypatch)
         ({"do_eval": False}, "do_eval must be true: .*eval_strategy says when"),
         ({"do_eval": False, "eval_strategy": "no"}, "do_eval must be true"),
         ({"resume_from_checkpoint": "auto", "overwrite_output_dir": True}, "give one of them"),
+        ({"bf16_full_eval": True}, "bf16_full_eval must be false: it would leave the model that is saved in half"),
+        ({"fp16_full_eval": True}, "fp16_full_eval must be false"),
+        ({"fsdp": True}, "fsdp is not supported: .*zero2.json"),
         ({"do_predict": True}, "do_predict must be false: the test split is for `python -m reward.evaluate`"),
     ],
     ids=str,
