@@ -23,7 +23,7 @@ $(STAMP): requirements.txt pyproject.toml
 
 # DeepSpeed compiles an op for CPU ranks, a minute's work: here, so that no test waits for it.
 $(OP): $(STAMP)
-	$(BIN)/python -c 'from rl.engines import prepare_deepspeed_on_cpu; prepare_deepspeed_on_cpu()'
+	$(BIN)/python -c 'from reward.engines import prepare_deepspeed_on_cpu; prepare_deepspeed_on_cpu()'
 	touch $@
 
 # A folder of its own: what the same config left elsewhere is not the demo's to delete.

@@ -121,7 +121,7 @@ def dry_run(
 ) -> None:
     """Say what the run would cost, on all ranks; its folder is not touched, whatever lies there."""
     with tempfile.TemporaryDirectory() as folder:  # a Trainer makes the one that it is given
-        args.output_dir = folder
+        args.output_dir, args.push_to_hub = folder, False
         trainer, _ = load(run, args, prompts, eval_prompts, console)
         print_costs(console, measure(trainer))
         trainer.accelerator.end_training()

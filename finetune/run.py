@@ -78,6 +78,10 @@ def begin(args: PolicyConfig, settings: Mapping[str, Any], updates: int, console
             "deepspeed trains in processes that a launcher starts, a single one too: accelerate launch, or torchrun "
             f"--nproc_per_node 1 {args.command} ..."
         )
+    if args.should_save:
+        check_free(args.output_dir)
+        restore_before(args.output_dir)  # of a run that was killed before its first update
+    PartialState().wait_for_everyone()
     start = plan_start(
         args.resume_from_checkpoint, args.output_dir, settings, args.overwrite_output_dir, thorough=args.should_save
     )
@@ -87,8 +91,6 @@ def begin(args: PolicyConfig, settings: Mapping[str, Any], updates: int, console
         return start
     if start.checkpoint is not None:
         check_goes_on(start.checkpoint, args, updates)
-    if args.should_save:
-        check_free(args.output_dir)
     return start
 
 

@@ -8,6 +8,8 @@ that others can reach. One question is answered at a time.
 
 import json
 import logging
+import select
+import socket
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -68,6 +70,9 @@ def make_server(
                 return self._say(400, {"error": str(error)})
             try:
                 with alone, torch.no_grad():
+                    if _has_left(self.connection):  # it asks again, and must not wait behind its own old question
+                        self.close_connection = True
+                        return None
                     reward = reward_fn(images.to(device), prompts)
                 check_reward(reward, prompts)
             except Exception as error:  # whatever it is, it is whoever asks that must hear of it
@@ -88,6 +93,16 @@ def make_server(
             """Nothing: a line for each question says little."""
 
     return ThreadingHTTPServer((host, port), Handler)
+
+
+def _has_left(connection: socket.socket) -> bool:
+    """Whether who asked has closed the connection, as after waiting in vain."""
+    if not select.select([connection], [], [], 0)[0]:
+        return False
+    try:
+        return not connection.recv(1, socket.MSG_PEEK)
+    except OSError:
+        return True
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from reward.augmentation import SIDED_WORDS, Augmentation
+from reward.engines import prepare_deepspeed_on_cpu
 from reward.feedback import HEATMAPS, SCORES
 from reward.rahf_config import LOSS_SETTINGS, check_options
 from reward.training_arguments import (
@@ -201,6 +202,8 @@ class RahfTrainingArguments(TrainingArguments):
             )
         check_deepspeed_settings(self.deepspeed)
         check_no_fsdp(self)
+        if self.deepspeed and self.use_cpu:
+            prepare_deepspeed_on_cpu()
         super().__post_init__()
         check_one_gpu(self, "-m reward.train")
         if self.label_names is not None:

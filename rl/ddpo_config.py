@@ -203,6 +203,7 @@ class DDPOConfig(RewardedPolicyConfig):
     def __post_init__(self):
         if isinstance(self.train_steps, str | int):
             self.train_steps = [self.train_steps]
+        require(bool(self.train_steps), "train_steps names no step; name some, such as 0 2, or say all or auto")
         self.train_steps = [str(step) for step in self.train_steps]
         super().__post_init__()
         check_ranges(self)

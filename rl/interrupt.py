@@ -5,7 +5,11 @@ import threading
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """The run was stopped on request after writing a checkpoint; the message says how to go on."""
+    """The run was stopped on request after writing a checkpoint, if there was an update; the message says how to go on.
+
+    In processes that torchrun or `accelerate launch` started there must be time for it: their agent passes the signal
+    on, and kills them after TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds, 30 unless it is told otherwise.
+    """
 
 
 class StopSignal:

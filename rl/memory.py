@@ -43,7 +43,7 @@ class OffloadedReward:
 
     def __init__(self, reward_fn: RewardFn, device: torch.device):
         self.reward_fn, self.device = reward_fn, device
-        self.differentiable = reward_fn.differentiable
+        self.differentiable = getattr(reward_fn, "differentiable", False)
         if hasattr(reward_fn, "ranges"):
             self.ranges = reward_fn.ranges
         if hasattr(reward_fn, "features"):

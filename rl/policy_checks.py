@@ -128,6 +128,7 @@ def warn_of_ignored_policy_settings(args: "PolicyConfig") -> None:
     warn_of_ignored(args, _OF_LABELS, "it is for other losses than this training's")
     checkpointing = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
     warn_of_ignored(args, checkpointing, "diffusers' blocks are computed again in their own way")
+    warn_of_ignored(args, ("enable_jit_checkpoint",), "SIGTERM is answered by a checkpoint in any case")
     warn_of_ignored(args, ("hub_strategy", "hub_always_push"), "what a run leaves is pushed once, when all is there")
     # TrainingArguments change pin_memory by themselves, where there is no GPU.
     unused = [name for name in _OF_LOADERS if name not in (*args.loader_settings, "dataloader_pin_memory")]

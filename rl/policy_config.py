@@ -6,9 +6,9 @@ from typing import ClassVar, Literal, TypeVar
 from diffusers import DDIMScheduler
 from transformers import TrainingArguments
 
+from reward.engines import prepare_deepspeed_on_cpu
 from reward.training_arguments import check_deepspeed_settings, check_training_arguments
 from rl.adapter import DEFAULT_LORA_TARGETS, DEFAULT_TEXT_LORA_TARGETS, AdapterSettings, require
-from rl.engines import prepare_deepspeed_on_cpu
 from rl.memory import MemorySettings
 from rl.policy import PictureSize
 from rl.policy_checks import (

@@ -73,7 +73,8 @@ class ResumableTrainer(Trainer):
         """As the Trainer's, from a checkpoint that is whole (a folder, `latest`, or `auto`: `latest` if there is one).
 
         Raises:
-            RunInterrupted: Ctrl-C or SIGTERM; a checkpoint was written, the message says where and how to go on.
+            RunInterrupted: Ctrl-C or SIGTERM; a checkpoint was written, the message says where and how to go on. Before
+                the first update there is nothing to write.
             RewardError: the reward is not finite; the last checkpoint is kept.
             DivergedError: the policy is not finite any more; the last checkpoint is kept.
             ValueError: no such checkpoint, a damaged one, or one of another LoRA, engine or with other rollouts.
@@ -97,6 +98,8 @@ class ResumableTrainer(Trainer):
                 self._conclude()
                 return result
             except StopAtBoundaryError:
+                if self.state.global_step == 0:  # else it would take the place of a run that it was to replace
+                    raise RunInterrupted("stopped before the first update; nothing is kept of it") from None
                 if self._saved_step != self.state.global_step:
                     self._save_checkpoint(self.model, None)
                 raise RunInterrupted(

@@ -22,9 +22,11 @@ def score(reward_fn: RewardFn, images: torch.Tensor, prompts: Sequence[str], bat
 
 
 def ask(reward_fn: RewardFn, images: torch.Tensor, prompts: Sequence[str], batch_size: int | None = None) -> Reward:
-    """The reward of N pictures, asked for at most `batch_size` at a time, with gradients if they are enabled, in the
-    reward's own precision, whatever autocast surrounds it: a run's bfloat16 would round away what tells the pictures of
-    a prompt from each other.
+    """The reward of N pictures, asked for at most `batch_size` at a time, with gradients if they are enabled.
+
+    It sees them contiguous, as a decoder's are not, so that it may `view` them; and works in its own precision,
+    whatever autocast surrounds it: a run's bfloat16 would round away what tells the pictures of a prompt from each
+    other.
 
     Args:
         images: (N, 3, H, W) in [0, 1].
@@ -39,7 +41,7 @@ def ask(reward_fn: RewardFn, images: torch.Tensor, prompts: Sequence[str], batch
     for first in range(0, len(prompts), batch_size):
         chunk = list(prompts[first : first + batch_size])
         with torch.autocast(images.device.type, enabled=False):
-            part = reward_fn(images[first : first + batch_size], chunk)
+            part = reward_fn(images[first : first + batch_size].contiguous(), chunk)
         check_reward(part, chunk)
         parts.append(part)
     return concatenate(parts)
@@ -56,7 +58,8 @@ def features(reward_fn: RewardFn, images: torch.Tensor, batch_size: int | None =
         return None
     batch_size = batch_size or len(images)
     with torch.autocast(images.device.type, enabled=False):
-        parts = [reward_fn.features(images[first : first + batch_size]) for first in range(0, len(images), batch_size)]
+        chunks = images.contiguous().split(batch_size)
+        parts = [reward_fn.features(chunk) for chunk in chunks]
     found = torch.cat(parts).float().to(images.device)
     if found.ndim != 2 or len(found) != len(images) or not found.isfinite().all():
         raise RewardError(

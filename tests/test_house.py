@@ -14,6 +14,7 @@ SHARED = {
     "reward.feedback",
     "reward.draw",
     "reward.arguments",
+    "reward.engines",
     "reward.folder_lock",
     "reward.training_arguments",
 }  # what rl may know of reward

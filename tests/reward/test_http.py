@@ -241,6 +241,28 @@ def test_who_asks_hears_why_the_served_reward_failed(reward, message, caplog):
     assert "the reward failed" in caplog.text
 
 
+def test_a_question_is_dropped_whose_client_has_left_while_it_waited():
+    """Else whoever tries again would stand behind its own old questions."""
+    begun, free, asked = threading.Event(), threading.Event(), []
+
+    def slow(images, prompts):
+        asked.append(prompts)
+        begun.set()
+        assert free.wait(20)
+        return Reward(images.mean((1, 2, 3)))
+
+    with serving(slow) as url:
+        first = threading.Thread(target=lambda: HttpReward(url)(IMAGES, ["first", "first"]))
+        first.start()
+        assert begun.wait(20)
+        with pytest.raises(RewardError, match="no answer in 1 try"):
+            HttpReward(url, timeout=0.3, tries=1)(IMAGES, ["left", "left"])
+        free.set()
+        first.join()
+        HttpReward(url)(IMAGES, ["last", "last"])
+    assert asked == [["first", "first"], ["last", "last"]]
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

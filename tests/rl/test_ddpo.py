@@ -189,7 +189,7 @@ def test_training_raises_the_reward(make_trainer):
 def test_without_a_compiler_deepspeeds_op_is_switched_off(monkeypatch, caplog):
     import deepspeed
 
-    from rl.engines import prepare_deepspeed_on_cpu
+    from reward.engines import prepare_deepspeed_on_cpu
 
     ops = dict(deepspeed.ops.__compatible_ops__)
     monkeypatch.setattr("shutil.which", lambda name: None)

@@ -130,6 +130,13 @@ def test_offloading_means_nothing_on_the_cpu(make_args, caplog):
     assert "offload=True is ignored: the run is on the CPU" in caplog.text
 
 
+@pytest.mark.parametrize("none", ["[]", "null"])
+def test_train_steps_that_name_no_step_are_refused(none, tmp_path):
+    (tmp_path / "none.yaml").write_text(f"train_steps: {none}\n")
+    with pytest.raises(ValueError, match="train_steps names no step; name some, such as 0 2, or say all or auto"):
+        parse_arguments([DDPOConfig], ["--config", str(tmp_path / "none.yaml"), "--use_cpu"])
+
+
 def test_train_steps_come_from_flags_and_yaml_alike(tmp_path):
     (tmp_path / "list.yaml").write_text("train_steps: [1, 2]\n")
     (tmp_path / "window.yaml").write_text('train_steps: "1:3"\n')

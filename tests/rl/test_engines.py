@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
 import run_ddpo
+from reward.engines import prepare_deepspeed_on_cpu
 from rl.adapter import LORA_WEIGHTS
 from rl.ddpo import DDPOConfig
-from rl.engines import prepare_deepspeed_on_cpu
 from tests.rl import ranks
 from tests.rl.conftest import PROMPTS
 
@@ -209,14 +210,16 @@ def test_zero_3_cannot_train_text_encoders(tmp_path):
         DDPOConfig(output_dir=str(tmp_path), use_cpu=True, deepspeed=zero3, train_text_encoder=True)
 
 
-@pytest.mark.parametrize("left", ["loading", ""])
-def test_lock_of_a_killed_process_is_removed_and_that_of_a_living_one_is_not(left, monkeypatch, tmp_path):
-    """What a process that was killed while it loaded DeepSpeed's op leaves: torch's lock, and a word in our own."""
+@pytest.mark.parametrize(("left", "age", "stays"), [("loading", 0, False), ("", 0, True), ("", 3600, False)])
+def test_lock_of_a_killed_process_is_removed_and_that_of_a_living_one_is_not(left, age, stays, monkeypatch, tmp_path):
+    """What a process that was killed while it loaded DeepSpeed's op leaves: torch's lock, and a word in our own; not
+    that word if it did so without us."""
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     folder, found = tmp_path / ShareMemCommBuilder.NAME, []
     folder.mkdir()
     (folder / "lock").write_text("")
+    os.utime(folder / "lock", (time.time() - age,) * 2)
     (folder / "loading").write_text(left)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
@@ -226,5 +229,5 @@ def test_lock_of_a_killed_process_is_removed_and_that_of_a_living_one_is_not(lef
 
     monkeypatch.setattr(ShareMemCommBuilder, "load", load)
     prepare_deepspeed_on_cpu()
-    assert found == [(not left, "loading")]
+    assert found == [(stays, "loading")]
     assert (folder / "loading").read_text() == ""

@@ -25,6 +25,8 @@ from reward.arguments import main_guard
 from reward.feedback import HEATMAPS, SCORES, check_reward
 from reward.folder_lock import taken
 from reward.predict import RichFeedbackPredictor
+from rl.adapter import LORA_WEIGHTS
+from rl.checkpoints import claim_output_dir
 from rl.monitors import paired_fall
 from tests.reward.test_http import serving
 from tests.rl.conftest import PROMPTS, put_in_hub_cache
@@ -335,7 +337,7 @@ def test_one_command_starts_goes_on_and_finds_that_nothing_is_left(config, tmp_p
     assert "prompts (SHA-256): '" in capsys.readouterr().err
 
 
-def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(config, tmp_path, capsys):
+def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(config, tmp_path, capsys, monkeypatch):
     assert command("--config", config, "--dry_run", "true") == 0
     said = capsys.readouterr().out
     assert "nothing was written" in said
@@ -343,7 +345,9 @@ def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(config, tmp_path, 
     assert not (tmp_path / "run").exists()
     assert command("--config", config, "--num_train_epochs", "1") == 0
     kept = sorted((tmp_path / "run").rglob("*"))
-    assert command("--config", config, "--dry_run", "true") == 0  # beside a run that is there, too
+    monkeypatch.setattr("transformers.trainer.hf_api", None)  # nor does it make a repository on the hub
+    pushed = ["--push_to_hub", "true"]
+    assert command("--config", config, "--dry_run", "true", *pushed) == 0  # beside a run that is there, too
     assert sorted((tmp_path / "run").rglob("*")) == kept
 
 
@@ -496,6 +500,30 @@ def test_a_run_that_cannot_start_deletes_nothing_of_the_one_before(config, tmp_p
     assert whole.exists()
     assert (tmp_path / "run/summary.json").exists()
     assert (tmp_path / "run/run_config.json").read_text() == "{}"
+
+
+def test_what_is_replaced_comes_back_where_the_run_ends_before_its_first_update(config, tmp_path, capsys):
+    """Stopped by Ctrl-C, at once; killed, with the next start, which then sees what it was to replace."""
+    folder, flags = tmp_path / "run", ["--config", config, "--num_train_epochs", "1", "--eval_prompts", ""]
+    flags += ["--eval_rewards", "{}"]
+    assert command(*flags) == 0
+    before = {path.name for path in folder.iterdir()}
+    weights = (folder / LORA_WEIGHTS).read_bytes()
+    stopped = ["--reward", "tests.rl.toy_rewards:CtrlC", "--reward_kwargs", "{}", "--overwrite_output_dir"]
+    assert command(*flags, *stopped) == 130
+    assert "stopped before the first update; nothing is kept of it" in capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} == before
+    claim_output_dir(folder, {"another": "run"}, resume=False)  # and then it is killed
+    assert not (folder / LORA_WEIGHTS).exists()
+    assert command(*flags) == 2
+    assert "holds a finished run of the same settings" in capsys.readouterr().err
+    assert (folder / LORA_WEIGHTS).read_bytes() == weights
+    assert {path.name for path in folder.iterdir()} == before
+
+
+def test_a_reward_may_view_its_pictures(config, tmp_path):
+    flags = ["--reward", "tests.rl.toy_rewards:Viewing", "--reward_kwargs", "{}", "--num_train_epochs", "1"]
+    assert command("--config", config, *flags) == 0
 
 
 @pytest.mark.parametrize("phase", ["before", "after"])

@@ -1,5 +1,8 @@
 """Reward functions for tests, named on command lines as `tests.rl.toy_rewards:<name>`."""
 
+import os
+import signal
+
 import torch
 
 from reward.feedback import Reward
@@ -30,6 +33,30 @@ class Redness:
 def brightness(images, prompts):
     """A reward that is a function."""
     return Reward(total=images.mean(dim=(1, 2, 3)))
+
+
+class CtrlC:
+    """Whoever asks for the third time, behind the trial and an evaluation or so, is stopped as by Ctrl-C."""
+
+    differentiable = False
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, images, prompts):
+        self.calls += 1
+        if self.calls == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return Reward(total=images.mean(dim=(1, 2, 3)))
+
+
+class Viewing:
+    """Takes its pictures apart as only contiguous ones can be."""
+
+    differentiable = False
+
+    def __call__(self, images, prompts):
+        return Reward(total=images.view(len(images), -1).mean(dim=1))
 
 
 class Uncallable:

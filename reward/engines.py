@@ -4,9 +4,13 @@ import logging
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
+
+_FORGOTTEN = 600.0
+"""Seconds after which a compiler's lock is nobody's: the op takes one minute."""
 
 
 def prepare_deepspeed_on_cpu() -> None:
@@ -32,7 +36,8 @@ def _load_op() -> None:
 
     torch guards the op's folder by a file `lock`. A process that is killed leaves it behind, and the next one would
     wait for ever. The kernel's own lock on our file `loading` dies with its process, and a process that dies while it
-    holds that one leaves a word in it: then `lock` is the dead one's, and goes.
+    holds that one leaves a word in it: then `lock` is the dead one's, and goes. So does one as old as nobody waits,
+    which a process left that did not know of ours.
     """
     import fcntl  # not on Windows
 
@@ -43,8 +48,9 @@ def _load_op() -> None:
     with (folder / "loading").open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        if file.read():
-            (folder / "lock").unlink(missing_ok=True)
+        lock = folder / "lock"
+        if file.read() or (lock.exists() and time.time() - lock.stat().st_mtime > _FORGOTTEN):
+            lock.unlink(missing_ok=True)
         file.truncate(0)
         file.write("loading")
         file.flush()
