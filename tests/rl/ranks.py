@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 WAYS = {
     "across": {"num_generations": 8, "share_noise": "before"},
     "mask": {"credit": "mask"},
+    "preset": {"bf16": True, "activation_checkpointing": True},
     "prompt": {"advantage_baseline": "prompt", "prompt_buffer_size": 8, "prompt_min_count": 2},
     "auto": {
         "train_steps": ["auto:2"], "probe_rollouts": 2, "num_inference_steps": 4, "generation_batch_size": 16,
@@ -36,7 +37,8 @@ WAYS = {
     },
 }  # fmt: skip
 """What of the algorithm looks at all ranks' pictures: a group that lies across them, the largest value of all maps,
-rewards by prompt, gradients; these of two rollouts, so that the third goes by them."""
+rewards by prompt, gradients; these of two rollouts, so that the third goes by them. And what the presets for GPUs
+set."""
 
 
 def settings(folder: Path, engine: str, world_size: int) -> dict:
