@@ -91,16 +91,13 @@ def training(name: str, seed: int, command: Sequence[object], config: str, *need
     return Part(name, seed, TRAINING, how, needs, (config, TRAINED_ON))
 
 
-def by_ddpo(
-    name: str, seed: int, options: Namespace, *more: str, credit: str = "image", after: Part | None = None
-) -> Part:
+def by_ddpo(name: str, seed: int, options: Namespace, credit: str = "image", after: Part | None = None) -> Part:
     """The demo's run.
 
     Args:
-        more: flags than the config's settings.
         after: the training whose LoRA it begins with.
     """
-    more = ["--credit", credit, *more]
+    more = ["--credit", credit]
     if credit == "paid":  # which has no ratio of a whole picture
         more += ["--importance_sampling_level", "location"]
     if after:

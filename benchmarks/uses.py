@@ -127,7 +127,7 @@ def uses_of(seed: int, options: Namespace) -> list[Use]:
     trainings[HELD_TO_REGIONS] = by_draft(HELD_TO_REGIONS, seed, options, config=REGION)
     for credit in ("image", "scalar", options.place):
         name = f"DDPO, credit {credit}"
-        trainings[name] = by_ddpo(name, seed, options, credit=credit)
+        trainings[name] = by_ddpo(name, seed, options, credit)
     tuned = trainings[SFT_ON_SELECTED] = by_sft(SFT_ON_SELECTED, selection(seed, options), options)
     name = "SFT on selected, then DDPO"
     trainings[name] = by_ddpo(name, seed, options, after=tuned)
@@ -136,10 +136,9 @@ def uses_of(seed: int, options: Namespace) -> list[Use]:
         use(name, "plain", part)
         if name in (DRAFT_K, BY_DDPO, SFT_ON_SELECTED):
             beside_rival(name, "plain", part)
-    for name, train, more in ((DRAFT_K, by_draft, VARIANTS[DRAFT_K]), (BY_DDPO, by_ddpo, ())):
-        name = trained_at_guidance(name)
-        part = train(name, seed, options, *more, "--guidance_scale", f"{SCALE:g}")
-        use(name, "plain", part, rival=RIVAL, guidance=SCALE)
+    name = trained_at_guidance(DRAFT_K)
+    part = by_draft(name, seed, options, *VARIANTS[DRAFT_K], "--guidance_scale", f"{SCALE:g}")
+    use(name, "plain", part, rival=RIVAL, guidance=SCALE)
     use(f"DRaFT-K, best of {options.best_of}", "best_of", trainings[DRAFT_K], config=DDPO, count=options.best_of)
     if unknown := set(options.only or ()) - {one.name for one in found}:
         raise SystemExit(f"--only: there is no use {unknown.pop()!r}; there are {', '.join(one.name for one in found)}")
@@ -288,7 +287,7 @@ def markdown(shown: Mapping[str, Sequence[Sequence[str]]]) -> str:
 def make_parser() -> ArgumentParser:
     parser = flags(__doc__.splitlines()[0])
     add_use_flags(parser)
-    parser.add_argument("--page", type=Path, metavar="FILE", help="also write the table to this file, as markdown")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="also write the tables to this file, as markdown")
     parser.add_argument("--only", nargs="+", metavar="USE", help="these lines of the table, and the base")
     parser.add_argument(
         "--best_of", type=at_least_two, default=4, metavar="N", help="of how many the best is kept (default 4)"
@@ -327,7 +326,7 @@ def main() -> None:
     publish(rows, began, options.json, options.quick, shown=False)
     if options.page:
         options.page.parent.mkdir(parents=True, exist_ok=True)
-        options.page.write_text(markdown(shown), encoding="utf-8")
+        options.page.write_text(f"# {__doc__}\n{markdown(shown)}", encoding="utf-8")
     if failures:
         raise SystemExit("\n".join(failures))
 

@@ -48,8 +48,6 @@ PARTS = {
     "finetune.select": [select.SelectArguments, GenerationArguments],
     "finetune.sft": [sft.SftArguments, SftConfig],
 }
-TRAINED = (DRAFT_K, BY_DDPO)
-"""Lines that are trained at the rival's guidance too."""
 
 
 @pytest.fixture
@@ -78,8 +76,7 @@ def test_every_training_is_taken_by_its_command(options, quick, tmp_path):
     assert commands["SFT on selected"][1].tune == "lora"  # or DDPO could not start from it
     assert commands[HELD_TO_REGIONS][1].region_weight > 0
     scales = {name: args.guidance_scale for name, (_, args) in commands.items() if hasattr(args, "guidance_scale")}
-    assert {name for name, scale in scales.items() if scale == 2} == {*map(trained_at_guidance, TRAINED)}
-    assert commands[trained_at_guidance(BY_DDPO)][1].train_guidance
+    assert {name for name, scale in scales.items() if scale == 2} == {trained_at_guidance(DRAFT_K)}
     assert {commands[name][1].variant for name in VARIANTS} == {
         "draft",
         "draft_k",
@@ -157,8 +154,8 @@ def test_gains_are_over_the_base_of_the_same_seeds_and_costs_are_of_all_steps(op
 def test_lines_at_guidance_are_told_against_guidance_alone(options):
     plans = {seed: uses.uses_of(seed, options) for seed in (0, 1)}
     names = [use.name for use in plans[0] if use.rival]
-    without = [at_guidance(name) for name in ("best of 4", "guided by the reward", "mended", *TRAINED, SFT_ON_SELECTED)]
-    assert names == [*without, *map(trained_at_guidance, TRAINED)]
+    others = ("best of 4", "guided by the reward", "mended", DRAFT_K, BY_DDPO, SFT_ON_SELECTED)
+    assert names == [*map(at_guidance, others), trained_at_guidance(DRAFT_K)]
     done = {}
     for plan in plans.values():
         for use in plan:
@@ -211,7 +208,8 @@ def test_the_page_has_its_folder_made_and_comes_after_the_figures(tmp_path, monk
     argv = ["uses.py", "--work", str(tmp_path / "work"), "--seeds", "1", "--json", str(figures), "--page", str(page)]
     monkeypatch.setattr("sys.argv", argv)
     uses.main()
-    assert page.read_text().startswith("Gains over the base:\n\n| use |")
+    assert page.read_text().startswith("# Every use of the predictor side by side")
+    assert "\nGains over the base:\n\n| use |" in page.read_text()
     figures.unlink()
     page.unlink()
     page.mkdir()  # cannot be written
