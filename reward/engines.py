@@ -1,4 +1,4 @@
-"""What distributed engines need of the machine."""
+"""What distributed engines are called, and what they need of the machine."""
 
 import logging
 import os
@@ -7,10 +7,20 @@ import sys
 import time
 from pathlib import Path
 
+from transformers import Trainer
+
 logger = logging.getLogger(__name__)
 
 _FORGOTTEN = 600.0
 """Seconds after which a compiler's lock is nobody's: the op takes one minute."""
+
+
+def engine_of(trainer: Trainer) -> str:
+    """Who holds the optimizer's state. Trainer would go on without it where another one does."""
+    if not trainer.is_deepspeed_enabled:
+        return "torch"
+    stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
+    return f"DeepSpeed's ZeRO-{stage} on {trainer.args.world_size} processes"
 
 
 def prepare_deepspeed_on_cpu() -> None:

@@ -51,6 +51,7 @@ from reward.data import (
     encode_prompts,
     unread_words,
 )
+from reward.engines import engine_of
 from reward.feedback import HEATMAPS, SCORES
 from reward.folder_lock import LOCK, check_free, joined, open_to_ranks, taken
 from reward.losses import IGNORE
@@ -144,7 +145,7 @@ class RahfTrainer(Trainer):
             if not all(map(math.isfinite, own.values())):  # on all ranks alike; Trainer's own `loss` leaves it out
                 raise DivergedError(
                     f"the training has diverged: at update {self.state.global_step} the loss is NaN or infinite "
-                    f"({', '.join(f'{name} {value}' for name, value in own.items())}); nothing of it is saved. "
+                    f"({', '.join(f'{name} {value}' for name, value in own.items())}); no model is saved. "
                     f"Checkpoints of before are in {self.args.output_dir}; give a lower learning_rate or "
                     "max_grad_norm, a longer warm-up, or bf16 instead of fp16"
                 )
@@ -172,16 +173,8 @@ class RahfTrainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # each rank writes a part
         if self.args.should_save:
-            mark_whole(folder, self.made_with | {"engine": self.engine})
+            mark_whole(folder, self.made_with | {"engine": engine_of(self)})
             rotate(folder.parent, limit, self.state.best_model_checkpoint)
-
-    @property
-    def engine(self) -> str:
-        """Who holds the optimizer's state: Trainer would go on without it where another one does."""
-        if not self.is_deepspeed_enabled:
-            return "torch"
-        stage = self.accelerator.state.deepspeed_plugin.zero_stage
-        return f"DeepSpeed's ZeRO-{stage} on {self.args.world_size} processes"
 
 
 class _Epochs(TrainerCallback):
@@ -468,7 +461,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
     )
     if checkpoint is not None:
-        check_goes_on(checkpoint, {**made_with, "engine": trainer.engine})
+        check_goes_on(checkpoint, {"engine": engine_of(trainer)})  # known only now
     warn_of_unread_words(data, tokenizer, model.config.max_text_length)
     boards = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TensorBoardCallback)]
     for board in boards:

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import Trainer
 
+from reward.engines import engine_of
 from rl.checkpoints import (
     BESIDE,
     abandon_later,
@@ -153,18 +154,11 @@ class ResumableTrainer(Trainer):
 
     def _check_engine(self, checkpoint: Path) -> None:
         """Complain if another engine holds the optimizer's state."""
-        if (engine := read_marker(checkpoint).get("engine", self._engine())) != self._engine():
+        if (engine := read_marker(checkpoint).get("engine", engine_of(self))) != engine_of(self):
             raise ValueError(
-                f"{checkpoint} holds the optimizer's state as {engine} leaves it, but this run has {self._engine()}; "
+                f"{checkpoint} holds the optimizer's state as {engine} leaves it, but this run has {engine_of(self)}; "
                 "give deepspeed and the number of processes the values they had"
             )
-
-    def _engine(self) -> str:
-        """Who holds the optimizer's state. The Trainer would go on without it where another one does."""
-        if not self.is_deepspeed_enabled:
-            return "torch"
-        stage = self.accelerator.state.deepspeed_plugin.zero_stage
-        return f"DeepSpeed's ZeRO-{stage} on {self.args.world_size} processes"
 
     def _checkpoint_place(self) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -196,7 +190,7 @@ class ResumableTrainer(Trainer):
         marker = {
             "global_step": self.state.global_step,
             "rollouts": self.state.global_step // self.plan.updates,
-            "engine": self._engine(),
+            "engine": engine_of(self),
             "optim": self.args.optim,
             "unlogged": gather_object([self._unlogged()]),
             "seconds": dict(self.clock.seconds),
