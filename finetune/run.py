@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from finetune.run_arguments import EvaluationArguments
 from reward.feedback import Reward, RewardError, RewardFn
-from reward.folder_lock import check_free, joined, open_to_ranks, taken
+from reward.folder_lock import check_free, held
 from rl.adapter import AdapterSettings
 from rl.callbacks import show_at_end
 from rl.checkpoints import Start, claim_output_dir, explained, mark_finished, plan_start, restore_before
@@ -189,19 +189,16 @@ def claimed(trainer: PolicyTrainer, settings: Mapping[str, Any], start: Start) -
         FolderInUseError: another run is still writing there.
         ValueError: a rank does not see the folder.
     """
-    output_dir = trainer.args.output_dir
-    with ExitStack() as stack:
-        if trainer.args.should_save:
-            lock = stack.enter_context(taken(output_dir))
-            claim_output_dir(output_dir, settings, resume=start.keep)
-            open_to_ranks(lock)
-        trainer.accelerator.wait_for_everyone()
-        if not trainer.args.should_save:
-            stack.enter_context(joined(output_dir))
+    output_dir, first = trainer.args.output_dir, trainer.args.should_save
+
+    def claim() -> None:
+        claim_output_dir(output_dir, settings, resume=start.keep)
+
+    with held(output_dir, first, trainer.accelerator.wait_for_everyone, claim):
         try:
             yield
         except BaseException:
-            if trainer.args.should_save:
+            if first:
                 restore_before(output_dir)
             raise
 

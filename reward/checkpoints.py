@@ -5,37 +5,21 @@ one from a torn one, and says what made it: Trainer would load the rest under ot
 """
 
 import json
-import logging
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reward.checkpoint_folders import ABANDONED, checkpoints, discard
 from reward.whole_files import write_whole
-
-logger = logging.getLogger(__name__)
 
 COMPLETE = "complete"
 """The marker. Before it said anything it was empty, and is understood so still."""
-ABANDONED = ".abandoned"
 _NEWEST = ("latest", "last", "true")
-
-
-def checkpoints(folder: str | Path) -> list[Path]:
-    """Folders `checkpoint-<step>` in the output folder, whole or not, by step."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
-    return sorted(found, key=step_of)
 
 
 def abandoned(folder: str | Path) -> list[Path]:
     """What `abandon_later` has left in the output folder."""
     return sorted(Path(folder).glob(f"checkpoint-*{ABANDONED}"))
-
-
-def step_of(checkpoint: Path) -> int:
-    """40 of `checkpoint-40`."""
-    return int(checkpoint.name[11:])
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -63,20 +47,7 @@ def rotate(folder: str | Path, limit: int | None, best: str | Path | None) -> No
         return
     kept = {found[-1], *([Path(best)] if best else [])}
     for checkpoint in [one for one in found if one not in kept][: len(found) - max(limit, len(kept))]:
-        _delete(checkpoint)
-
-
-def abandon_later(checkpoint: Path, folder: str | Path) -> None:
-    """Rename the checkpoints of the output folder that are later than the one of it from which a training goes on: they
-    are of another branch, and must neither be the newest nor be written into."""
-    if checkpoint.resolve().parent != Path(folder).resolve():
-        return
-    for later in checkpoints(folder):
-        if step_of(later) > step_of(checkpoint.resolve()):
-            place = later.with_name(later.name + ABANDONED)
-            _delete(place)
-            os.replace(later, place)
-            logger.warning("going on from %s: %s is of the branch left, now %s", checkpoint, later, place.name)
+        discard(checkpoint, COMPLETE)
 
 
 def checkpoint_to_resume(wanted: str | bool | None, folder: str | Path) -> Path | None:
@@ -122,10 +93,3 @@ def check_goes_on(checkpoint: Path, now: Mapping[str, Any]) -> None:
             f"{checkpoint} was made with other settings ({'; '.join(changed)}); go on with those, or begin anew from "
             f"its weights, --model {checkpoint} and another --output_dir"
         )
-
-
-def _delete(checkpoint: Path) -> None:
-    """The marker goes first, so that half a checkpoint never passes for a whole one."""
-    if checkpoint.is_dir():
-        unmark(checkpoint)
-        shutil.rmtree(checkpoint, ignore_errors=True)

@@ -8,11 +8,12 @@ longest prompt in the batch, T its words.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, load_from_disk
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
@@ -211,3 +212,22 @@ class FeedbackCollator:
             "heatmaps": torch.cat([resize_maps(example["maps"][None], config.map_size) for example in examples]),
             "word_labels": labels.masked_fill(text["word_positions"] < 0, IGNORE),
         }
+
+
+def load_data(folder: str | Path) -> DatasetDict:
+    """The splits that `reward.richhf` wrote.
+
+    Raises:
+        ValueError: the folder is not there, or holds something else, or a split that was saved without a row.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"there is no data folder {folder}; `python -m reward.richhf --out {folder} ...` makes it")
+    try:
+        data = load_from_disk(str(folder))
+    except IndexError as error:  # `datasets` saves a split without a row, and does not load it
+        raise ValueError(f"{folder} has a split without a picture; build the data anew") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} holds no data set; `python -m reward.richhf --out FOLDER ...` makes one") from error
+    if not isinstance(data, DatasetDict):
+        raise ValueError(f"{folder} holds a single data set; splits train, dev and test are needed")
+    return data

@@ -28,7 +28,7 @@ from reward import keywords
 from reward.arguments import main_guard, parse_arguments, read_prompt_file
 from reward.baselines import map_baselines, mean_maps
 from reward.checks import check_labels, check_place
-from reward.data import FeedbackDataset, describe_unread, encode_prompts, resize, resize_maps, unread_words
+from reward.data import FeedbackDataset, describe_unread, encode_prompts, load_data, resize, resize_maps, unread_words
 from reward.feedback import HEATMAPS, SCORES, RichFeedback
 from reward.fresh_raters import FreshRaters, load_fresh_raters
 from reward.metrics import map_metrics
@@ -47,7 +47,6 @@ from reward.tables import (
     row_of,
     share_row,
 )
-from reward.train import load_data
 from reward.whole_files import whole_file, write_whole
 
 logger = logging.getLogger(__name__)

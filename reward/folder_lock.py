@@ -8,8 +8,8 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -35,8 +35,7 @@ def check_free(output_dir: str | Path) -> None:
 
 @contextmanager
 def taken(output_dir: str | Path) -> Iterator[TextIO]:
-    """Inside, no other run may write to `output_dir`, which is made; for the first process of a run. Give what it gives
-    to `open_to_ranks` when the others may come.
+    """Inside, no other run may write to `output_dir`, which is made; for a run of one process. Gives the lock's file.
 
     Raises:
         FolderInUseError: another run has it.
@@ -49,19 +48,35 @@ def taken(output_dir: str | Path) -> Iterator[TextIO]:
         yield file
 
 
-def open_to_ranks(file: TextIO) -> None:
-    """Let the other processes of this run hold the lock too; other runs still may not."""
-    _lock(file, exclusive=False)
+@contextmanager
+def held(
+    output_dir: str | Path, first: bool, all_here: Callable[[], None], prepare: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """Inside, no other run may write to `output_dir`, which is made; on all ranks of one.
+
+    Args:
+        first: whether this is the rank that saves.
+        all_here: waits for the other ranks.
+        prepare: what the first one does to the folder before the others come.
+
+    Raises:
+        FolderInUseError: another run has it.
+        ValueError: the first rank's folder is not to be seen from here.
+    """
+    with ExitStack() as stack:
+        if first:
+            file = stack.enter_context(taken(output_dir))
+            if prepare is not None:
+                prepare()
+            _lock(file, exclusive=False)  # the other ranks may hold it too, other runs still may not
+        all_here()
+        if not first:
+            stack.enter_context(_joined(output_dir))
+        yield
 
 
 @contextmanager
-def joined(output_dir: str | Path) -> Iterator[None]:
-    """Inside, this process holds the lock with the first one, which has opened it to its ranks.
-
-    Raises:
-        ValueError: the first process' folder is not to be seen from here.
-        FolderInUseError: another run has it.
-    """
+def _joined(output_dir: str | Path) -> Iterator[None]:
     if not (Path(output_dir) / LOCK).is_file():
         raise ValueError(
             f"output_dir {output_dir} of the first process is not to be seen from {socket.gethostname()}; "

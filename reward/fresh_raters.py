@@ -16,10 +16,9 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from reward.checks import check_labels, read_row
-from reward.data import to_tensor
+from reward.data import load_data, to_tensor
 from reward.feedback import HEATMAPS, SCORES
 from reward.metrics import word_metrics
-from reward.train import load_data
 
 SHARES = "keyword_shares"
 MAJORITY = 0.5

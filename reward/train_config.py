@@ -37,7 +37,7 @@ DEV_METRICS = (
     *(f"{metric}_{name}" for name in HEATMAPS for metric in _OF_HEATMAPS),
     *(f"{metric}_words" for metric in ("precision", "recall", "f1")),
 )
-"""What the best checkpoint may be chosen by, with or without `eval_`: `reward.train.dev_metrics`, and the loss."""
+"""What the best checkpoint may be chosen by, with or without `eval_`: `reward.trainer.dev_metrics`, and the loss."""
 
 _LOWER_IS_BETTER = ("loss", "mse_", "kld_")  # how such names begin
 
@@ -181,7 +181,7 @@ class RahfTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = field(default=True, metadata={"help": "end with the best checkpoint, not the last"})
     metric_for_best_model: str | None = field(
         default="eval_quality",
-        metadata={"help": "see reward.train.dev_metrics; mse, kld and loss count as better the lower they are"},
+        metadata={"help": "see reward.trainer.dev_metrics; mse, kld and loss count as better the lower they are"},
     )
     report_to: None | str | list[str] = field(  # noqa: RUF036 the parser wants None first
         default="tensorboard", metadata={"help": "where figures are logged"}

@@ -1,14 +1,13 @@
 """What happens beside a run's updates: a progress bar with the reward, curves and pictures, averaged weights."""
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 from transformers import ProgressCallback, TrainerCallback
-from transformers.integrations import TensorBoardCallback
 
+from reward.curves import RunCurves, wait_until_newest
 from reward.draw import to_array
 from rl.checkpoints import LOGS, explained, forget_before
 
@@ -31,41 +30,23 @@ class RewardProgress(ProgressCallback):
             super().on_train_end(args, state, control, **kwargs)
 
 
-class RunCurves(TensorBoardCallback):
-    """The Trainer's curves, in one folder for the whole run: `output_dir/runs`, or what TENSORBOARD_LOGGING_DIR says.
+class GuardedCurves(RunCurves):
+    """The run's curves, in `output_dir/runs`; that they cannot be written is said as of the run's other files."""
 
-    A run that goes on from update k disowns whatever was logged of later updates before it was killed, so that every
-    reader shows each update once. What the Trainer logs at its end (`train_runtime`, ...) is of one process, not of
-    the run, and no curve.
-    """
+    def __init__(self):
+        super().__init__(LOGS)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        if self.logging_dir is None:
-            self.logging_dir = str(Path(args.output_dir) / LOGS)
-        with explained(f"logs to {self.logging_dir}", args.output_dir):
-            _wait_until_newest(Path(self.logging_dir))
-            resumed = state.global_step > 0
-            self.tb_writer = self._SummaryWriter(self.logging_dir, purge_step=state.global_step + 1 if resumed else 0)
-            if not resumed:
-                self.tb_writer.add_text("args", args.to_json_string())
+        with explained(f"logs to {self.logging_dir or Path(args.output_dir) / LOGS}", args.output_dir):
+            super().on_train_begin(args, state, control, **kwargs)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "train_runtime" not in logs:
-            with explained(f"logs to {self.logging_dir}", args.output_dir):
-                super().on_log(args, state, control, logs=logs, **kwargs)
+    def on_log(self, args, state, control, **kwargs):
+        with explained(f"logs to {self.logging_dir}", args.output_dir):
+            super().on_log(args, state, control, **kwargs)
 
     def on_train_end(self, args, state, control, **kwargs):
         with explained(f"logs to {self.logging_dir}", args.output_dir):
             super().on_train_end(args, state, control, **kwargs)
-
-
-def _wait_until_newest(folder: Path) -> None:
-    """Readers take a folder's event files in the order of the seconds in their names: make the next one the last."""
-    seconds = [int(file.name.split(".")[3]) for file in folder.glob("events.out.tfevents.[0-9]*")]
-    if seconds:
-        time.sleep(min(1.0, max(0.0, max(seconds) + 1 - time.time())))
 
 
 class ResumedLogs(TrainerCallback):
@@ -108,13 +89,13 @@ def show_at_end(trainer: "PolicyTrainer", name: str, sheet: Image.Image) -> None
     if curves is None or curves.logging_dir is None:
         return
     with explained(f"logs to {curves.logging_dir}", trainer.args.output_dir):
-        _wait_until_newest(Path(curves.logging_dir))
+        wait_until_newest(Path(curves.logging_dir))
         with curves._SummaryWriter(curves.logging_dir, purge_step=step) as writer:
             writer.add_image(name, to_array(sheet), step, dataformats="HWC")
 
 
-def run_curves(trainer: "PolicyTrainer") -> RunCurves | None:
-    found = [one for one in trainer.callback_handler.callbacks if isinstance(one, RunCurves)]
+def run_curves(trainer: "PolicyTrainer") -> GuardedCurves | None:
+    found = [one for one in trainer.callback_handler.callbacks if isinstance(one, GuardedCurves)]
     return found[0] if found else None
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from reward.checkpoint_folders import ABANDONED, checkpoints, discard, step_of
 from rl.manifest import damage
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ BESIDE = ".incomplete"
 BEFORE = ".before"  # what an earlier run left, until the one that takes its place has made an update
 LOGS = "runs"
 SAMPLES = "samples"
-REPLACED, ABANDONED = ".replaced", ".abandoned"  # behind the name of a checkpoint that is one no more
+REPLACED = ".replaced"  # behind the name of a checkpoint that another has taken the place of
 FINISHED = "finished.json"
 RESULTS = (
     *("summary.json", "evaluation.json", "before_after.png", "pytorch_lora_weights.safetensors", FINISHED),
@@ -51,17 +52,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 def complete_checkpoints(output_dir: str | Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    return list(filter(is_complete, _numbered(output_dir)))
-
-
-def _numbered(output_dir: str | Path) -> list[Path]:
-    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdigit()]
-    return sorted(folders, key=_number)
-
-
-def _number(folder: Path) -> int:
-    """40 for `checkpoint-40`."""
-    return int(folder.name[11:])
+    return list(filter(is_complete, checkpoints(output_dir)))
 
 
 def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -> Path | None:
@@ -151,41 +142,21 @@ def publish(beside: Path, place: Path, marker: Mapping[str, Any]) -> None:
     _sync(beside / MARKER)
     _sync(beside)
     replaced = place.with_name(place.name + REPLACED)
-    discard(replaced)
+    discard(replaced, MARKER)
     if place.exists():
         os.replace(place, replaced)
     os.replace(beside, place)
     _sync(place.parent)
-    discard(replaced)
-
-
-def discard(checkpoint: Path) -> None:
-    """Delete a checkpoint; its marker goes first, so that half a checkpoint never passes for a whole one."""
-    if checkpoint.is_dir():
-        (checkpoint / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(checkpoint, ignore_errors=True)
+    discard(replaced, MARKER)
 
 
 def rotate(output_dir: str | Path, save_total_limit: int | None, best: Path | None = None) -> None:
     """Keep the newest `save_total_limit` whole checkpoints (None or 0: all) and the `best`; nothing unfinished below
     them."""
     if save_total_limit and save_total_limit > 0 and (kept := complete_checkpoints(output_dir)[-save_total_limit:]):
-        for folder in _numbered(output_dir):
-            if _number(folder) < _number(kept[0]) and folder != best:
-                discard(folder)
-
-
-def abandon_later(step: int, output_dir: str | Path) -> None:
-    """Rename the checkpoints of `output_dir` that are later than `step`, from which a run goes on: they are of another
-    branch now, and must neither be the `latest` one nor push out new ones."""
-    for folder in complete_checkpoints(output_dir):
-        if _number(folder) > step:
-            place = folder.with_name(folder.name + ABANDONED)
-            discard(place)
-            os.replace(folder, place)
-            logger.warning(
-                "going on from update %d: %s is of the branch that is left, now %s", step, folder, place.name
-            )
+        for folder in checkpoints(output_dir):
+            if step_of(folder) < step_of(kept[0]) and folder != best:
+                discard(folder, MARKER)
 
 
 def discard_later_samples(rollouts: int, output_dir: str | Path) -> None:
@@ -445,7 +416,7 @@ def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _clear(folder: Path) -> None:
     for path in _written(folder):
-        discard(path) if path.is_dir() else path.unlink()
+        discard(path, MARKER) if path.is_dir() else path.unlink()
 
 
 def _written(folder: Path) -> Iterator[Path]:

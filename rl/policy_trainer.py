@@ -22,9 +22,9 @@ from rl.callbacks import (
     AverageWeights,
     EvaluationsBeforeCheckpoints,
     ForgetTheRunBefore,
+    GuardedCurves,
     ResumedLogs,
     RewardProgress,
-    RunCurves,
     SampleGrids,
     StopWhenOutOfTime,
     show,
@@ -102,7 +102,7 @@ class PolicyTrainer(ResumableTrainer):
         self.add_callback(ResumedLogs(self))
         self.add_callback(StopWhenOutOfTime(self))
         if self.pop_callback(TensorBoardCallback):
-            self.add_callback(RunCurves)
+            self.add_callback(GuardedCurves)
             self.add_callback(SampleGrids(self))
         if self.pop_callback(ProgressCallback):
             self.add_callback(RewardProgress)

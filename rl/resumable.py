@@ -11,10 +11,11 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import Trainer
 
+from reward.checkpoint_folders import abandon_later
 from reward.engines import engine_of
 from rl.checkpoints import (
     BESIDE,
-    abandon_later,
+    MARKER,
     check_intact,
     discard_later_samples,
     explained,
@@ -227,7 +228,7 @@ class ResumableTrainer(Trainer):
             else:
                 self.watch.best = None  # it lies in another folder, which is not this run's to keep
             if self.args.should_save:
-                abandon_later(marker["global_step"], self.args.output_dir)
+                abandon_later(marker["global_step"], self.args.output_dir, MARKER)
                 discard_later_samples(marker["rollouts"], self.args.output_dir)
             if self.args.should_save and own:  # a run that was killed behind its checkpoint may not have come to this
                 rotate(self.args.output_dir, self.args.save_total_limit, self.best_checkpoint)

@@ -14,6 +14,8 @@ SHARED = {
     "reward.feedback",
     "reward.draw",
     "reward.arguments",
+    "reward.checkpoint_folders",
+    "reward.curves",
     "reward.engines",
     "reward.folder_lock",
     "reward.training_arguments",

@@ -6,8 +6,10 @@ import shutil
 import pytest
 from transformers import Trainer
 
-from reward import checkpoints, train
+from reward import checkpoint_folders, train
 from reward.checkpoints import checkpoint_to_resume, is_whole, mark_whole, rotate
+from reward.train_config import RahfTrainingArguments
+from reward.trainer import DivergedError, RahfTrainer
 
 
 def names_in(folder):
@@ -119,7 +121,7 @@ def test_killed_while_an_old_one_is_deleted_the_new_one_is_whole(command, raw_da
 
     out, how = raw_data / "out", {"save_total_limit": 1, "load_best_model_at_end": False}
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.shutil, "rmtree", killed)
+        patch.setattr(checkpoint_folders.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             train.main(command("out", **how))
     assert [is_whole(out / f"checkpoint-{step}") for step in (2, 4)] == [False, True]
@@ -135,16 +137,16 @@ def test_killed_while_one_is_written_again_it_is_not_whole(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_save_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
-            train.RahfTrainer._save_checkpoint(saved_at(out, 2), None, None)
+            RahfTrainer._save_checkpoint(saved_at(out, 2), None, None)
     assert not is_whole(out / "checkpoint-2")
 
 
 def saved_at(out, step):
     """As much of a trainer as saving asks for before anything is written."""
 
-    class Waiting(train.RahfTrainer):
+    class Waiting(RahfTrainer):
         def __init__(self):
-            self.args = train.RahfTrainingArguments(output_dir=str(out), use_cpu=True)
+            self.args = RahfTrainingArguments(output_dir=str(out), use_cpu=True)
             self.state = type("State", (), {"global_step": step})
             self.accelerator = type("Accelerator", (), {"wait_for_everyone": staticmethod(lambda: None)})
 
@@ -157,5 +159,5 @@ def saved_at(out, step):
 def test_a_loss_that_is_no_number_ends_the_training(command, raw_data):
     """Trainer would leave it out of its own `loss`, and train on."""
     worse = {"learning_rate": 1e30, "max_grad_norm": 0, "lr_scheduler_type": "constant", "logging_steps": 1}
-    with pytest.raises(train.DivergedError, match=r"diverged: at update \d+ the loss is NaN or infinite \(score_loss"):
+    with pytest.raises(DivergedError, match=r"diverged: at update \d+ the loss is NaN or infinite \(score_loss"):
         train.main(command("other", **worse, eval_strategy="no", save_strategy="no", load_best_model_at_end=False))

@@ -9,18 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from reward.folder_lock import FolderInUseError, check_free, joined, open_to_ranks, taken
+from reward.folder_lock import FolderInUseError, check_free, held, taken
 
 HOLD = """
 import sys
-from contextlib import ExitStack
-from reward.folder_lock import joined, open_to_ranks, taken
+from reward.folder_lock import held
 
-with ExitStack() as stack:
-    if sys.argv[2] == "first":
-        open_to_ranks(stack.enter_context(taken(sys.argv[1])))
-    else:
-        stack.enter_context(joined(sys.argv[1]))
+with held(sys.argv[1], sys.argv[2] == "first", lambda: None):
     print("holds", flush=True)
     sys.stdin.read()
 """
@@ -66,10 +61,8 @@ def test_what_ends_gives_the_folder_back(tmp_path):
     with taken(tmp_path) as lock, pytest.raises(FolderInUseError):
         check_free(tmp_path)
     assert lock.closed
-    with taken(tmp_path) as lock:
-        open_to_ranks(lock)
-        with joined(tmp_path), pytest.raises(FolderInUseError):
-            check_free(tmp_path)
+    with held(tmp_path, True, lambda: None), held(tmp_path, False, lambda: None), pytest.raises(FolderInUseError):
+        check_free(tmp_path)
     check_free(tmp_path)
 
 
@@ -80,7 +73,10 @@ def test_a_free_folder_stays_as_it_is(tmp_path):
 
 
 def test_a_rank_that_does_not_see_the_folder_says_so(tmp_path):
-    with pytest.raises(ValueError, match="several machines need one on a disk that all of them see"), joined(tmp_path):
+    with (
+        pytest.raises(ValueError, match="several machines need one on a disk that all of them see"),
+        held(tmp_path, False, lambda: None),
+    ):
         pass
 
 

@@ -22,6 +22,7 @@ from reward.metrics import score_metrics, word_metrics
 from reward.model import RahfModel
 from reward.predict import RichFeedbackPredictor
 from reward.train_config import DEV_METRICS, RahfTrainingArguments
+from reward.trainer import RahfTrainer, best_word_threshold, dev_metrics
 
 
 def weights(folder):
@@ -35,7 +36,7 @@ def files_in(folder):
 @contextmanager
 def stopping(monkeypatch, at, killed=False):
     """Trainings stop in the update of that number; where they are killed, they no longer tidy up."""
-    step = train.RahfTrainer.training_step
+    step = RahfTrainer.training_step
 
     def stops(self, *args, **kwargs):
         if self.state.global_step == at - 1:
@@ -43,7 +44,7 @@ def stopping(monkeypatch, at, killed=False):
         return step(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.RahfTrainer, "training_step", stops)
+        patch.setattr(RahfTrainer, "training_step", stops)
         if killed:
             patch.setattr(train, "_nothing_lost", nullcontext)
         yield
@@ -115,14 +116,14 @@ def test_resuming_ends_where_an_uninterrupted_training_ends(
     settings |= {"crop_probability": 0.5, "jpeg_probability": 0.5, "eval_steps": stop, "save_steps": stop}
     settings |= {"metric_for_best_model": "eval_loss", "greater_is_better": higher}
     train.main(command("whole", **settings))
-    save = train.RahfTrainer._save_checkpoint
+    save = RahfTrainer._save_checkpoint
 
     def interrupted(self, model, trial):
         save(self, model, trial)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.RahfTrainer, "_save_checkpoint", interrupted)
+        patch.setattr(RahfTrainer, "_save_checkpoint", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train.main(command("halves", **settings))
     assert [path.name for path in (raw_data / "halves").glob("checkpoint-*")] == [f"checkpoint-{stop}"]
@@ -156,6 +157,26 @@ def test_one_command_begins_and_goes_on(command, raw_data, monkeypatch):
         (out / f"checkpoint-{step}" / "complete").unlink()
     with pytest.raises(ValueError, match=r"holds config\.json, but no checkpoint to go on from"):
         train.main(command("out", **auto))
+
+
+def test_each_update_is_in_the_curves_once(command, raw_data, monkeypatch):
+    """Killed behind the checkpoint of the second update, a training makes the third one twice."""
+    train.main(command("whole"))
+    with stopping(monkeypatch, at=4), pytest.raises(KeyboardInterrupt):
+        train.main(command("out"))
+    train.main(command("out", resume_from_checkpoint="latest"))
+    whole, resumed = (EventAccumulator(str(raw_data / name / "tensorboard")).Reload() for name in ("whole", "out"))
+    tags = resumed.Tags()["scalars"]
+    assert (
+        {"train/loss", "train/word_loss", "train/grad_norm", "eval/quality"}
+        <= set(tags)
+        == set(whole.Tags()["scalars"])
+    )
+    for tag in (tag for tag in tags if not tag.endswith(("runtime", "per_second", "epoch"))):  # epoch: of either log
+        both = [[(event.step, event.value) for event in events.Scalars(tag)] for events in (whole, resumed)]
+        assert [step for step, _ in both[0]] == ([2, 4] if tag.startswith("eval/") else [1, 2, 3, 4])
+        assert both[0] == both[1], tag
+    assert [image.step for image in resumed.Images("examples/raters_above_model")] == [2, 4]
 
 
 def test_figures_are_never_half_written(command, raw_data):
@@ -225,7 +246,7 @@ def test_backbone_and_heads_have_their_own_rates(model, tmp_path):
     args = train.RahfTrainingArguments(
         output_dir=str(tmp_path), learning_rate=1e-2, backbone_learning_rate=1e-4, use_cpu=True, report_to="none"
     )
-    trainer = train.RahfTrainer(model, args, train_dataset=[0], eval_dataset=[0], data_collator=list)
+    trainer = RahfTrainer(model, args, train_dataset=[0], eval_dataset=[0], data_collator=list)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     rates = {names[id(p)]: group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
     assert set(rates) == set(names.values())
@@ -328,7 +349,7 @@ def test_a_folder_that_another_training_writes_to_is_left_alone(command, raw_dat
         seen.append(str(refused.value))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.RahfTrainer, "training_step", looks)
+    monkeypatch.setattr(RahfTrainer, "training_step", looks)
     with pytest.raises(KeyboardInterrupt):
         train.main(command("out", overwrite_output_dir=True))
     assert len(seen) == 1
@@ -395,7 +416,7 @@ def test_metrics_of_dev_are_those_to_choose_the_best_by():
     rng = np.random.default_rng(0)
     said = rng.random((3, 4)), rng.random((3, 2, 8, 8)), rng.normal(size=(3, 5))
     true = rng.random((3, 4)), rng.random((3, 2, 8, 8)), rng.integers(0, 2, (3, 5))
-    assert {"loss", *train.dev_metrics(EvalPrediction(said, true))} == set(DEV_METRICS)
+    assert {"loss", *dev_metrics(EvalPrediction(said, true))} == set(DEV_METRICS)
 
 
 def test_the_real_command_says_what_is_wrong_in_one_line(command):
@@ -411,8 +432,8 @@ def test_the_real_command_says_what_is_wrong_in_one_line(command):
 def test_best_word_threshold():
     logits = np.log(np.array([[0.1, 0.3], [0.35, 0.9]]) / (1 - np.array([[0.1, 0.3], [0.35, 0.9]])))
     labels = np.array([[0, -100], [1, 1]])
-    assert train.best_word_threshold(logits, labels) == pytest.approx(0.3)
-    assert train.best_word_threshold(logits, np.array([[0, 0], [0, 1]])) == pytest.approx(0.5)
+    assert best_word_threshold(logits, labels) == pytest.approx(0.3)
+    assert best_word_threshold(logits, np.array([[0, 0], [0, 1]])) == pytest.approx(0.5)
 
 
 def test_another_head_is_new_and_the_encoders_are_kept(model, model_folder):
@@ -433,7 +454,7 @@ def test_a_new_decoder_learns_at_the_heads_rate(model_folder, tmp_path):
     )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for told, expected in ((new, 1e-2), ((), 1e-4)):
-        trainer = train.RahfTrainer(model, args, told, train_dataset=[0], eval_dataset=[0], data_collator=list)
+        trainer = RahfTrainer(model, args, told, train_dataset=[0], eval_dataset=[0], data_collator=list)
         rates = {
             names[id(p)]: group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]
         }
@@ -508,7 +529,7 @@ def test_rates_and_decay_go_to_the_right_weights(make_config, tmp_path):
         str(tmp_path), backbone_learning_rate=1e-5, weight_decay=0.1, use_cpu=True, report_to=[], eval_strategy="no",
         load_best_model_at_end=False,
     )  # fmt: skip
-    groups = train.RahfTrainer(model, args).create_optimizer().param_groups
+    groups = RahfTrainer(model, args).create_optimizer().param_groups
     found = {id(one): (group["lr"], group["weight_decay"]) for group in groups for one in group["params"]}
     by_name = {name: found[id(one)] for name, one in model.named_parameters()}
     backbone = (

@@ -15,9 +15,10 @@ from accelerate.state import AcceleratorState
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from reward import train
+from reward.trainer import RahfTrainer
 
 torch.set_num_threads(1)
-compute_loss = train.RahfTrainer.compute_loss
+compute_loss = RahfTrainer.compute_loss
 
 
 def noting(trainer, model, inputs, **how):
@@ -26,7 +27,7 @@ def noting(trainer, model, inputs, **how):
     return compute_loss(trainer, model, inputs, **how)
 
 
-train.RahfTrainer.compute_loss = noting
+RahfTrainer.compute_loss = noting
 for arguments in json.loads(Path(sys.argv[1]).read_text()):
     train.main(arguments)
     torch.distributed.barrier()

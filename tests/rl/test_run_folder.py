@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from reward.checkpoint_folders import abandon_later, discard
 from rl.checkpoints import (
     BEFORE,
     BESIDE,
@@ -11,12 +12,10 @@ from rl.checkpoints import (
     MARKER,
     RUN_CONFIG,
     Start,
-    abandon_later,
     check_output_dir,
     check_writable,
     claim_output_dir,
     complete_checkpoints,
-    discard,
     forget_before,
     is_complete,
     mark_finished,
@@ -146,7 +145,7 @@ def test_a_checkpoint_that_is_half_deleted_is_not_whole(tmp_path, monkeypatch, h
         checkpoint(tmp_path, 4)
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
     if how == "discard":
-        discard(doomed)
+        discard(doomed, MARKER)
     elif how == "rotate":
         rotate(tmp_path, 1)
     elif how == "publish":
@@ -186,7 +185,7 @@ def test_rotation_keeps_the_best_one(tmp_path):
 def test_checkpoints_of_the_branch_left_behind_are_neither_latest_nor_rotated_for(tmp_path, caplog):
     for step in (4, 6, 8):
         checkpoint(tmp_path, step)
-    abandon_later(4, tmp_path)
+    abandon_later(4, tmp_path, MARKER)
     assert resolve_checkpoint("latest", tmp_path).name == "checkpoint-4"
     assert "checkpoint-8.abandoned" in caplog.text
     assert resolve_checkpoint(str(tmp_path / "checkpoint-8.abandoned"), tmp_path)  # nothing is lost
