@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -317,17 +317,17 @@ def differences(reference: Path, folder: Path) -> list[str]:
 
 
 def kill_at_random(
-    child: Forked | Launched, phases: PhaseFile, chance: random.Random, importing: float, wanted: Sequence[str] = ()
+    child: Forked | Launched, phases: PhaseFile, chance: random.Random, importing: float, wanted: str | None = None
 ) -> str | None:
     """Kill a run at a random moment; returns the phase it was in, None if it ended before.
 
     Args:
         importing: seconds before `main` begins, in which a kill may fall too.
-        wanted: phases behind whose second beginning it falls, when there is a checkpoint; none: any phase, and some
+        wanted: the phase behind whose second beginning it falls, when there is a checkpoint; None: any phase, and some
             kills at any time.
     """
     if wanted or chance.random() < 0.8:
-        phase = chance.choice(wanted or (*PHASES, "checkpoint", "publish"))
+        phase = wanted or chance.choice((*PHASES, "checkpoint", "publish"))
         times = 1 if phase in ONCE else 2 if wanted else chance.randint(1, 4)
         delay = chance.uniform(0, LONGEST[phase] + (importing if phase == "start" else 0))
         reached = lambda: phase == "start" or phases.entered(phase) >= times  # noqa: E731
@@ -387,7 +387,8 @@ def main(options: argparse.Namespace, folder: Path) -> None:
         while sum(fell.values()) < options.kills:
             child = begin(output)
             importing = 0.0 if options.ranks == 1 else 8.0
-            phase = kill_at_random(child, phases, chance, importing, options.phases)
+            wanted = options.phases[sum(fell.values()) % len(options.phases)] if options.phases else None
+            phase = kill_at_random(child, phases, chance, importing, wanted)
             if phase is None:
                 break
             fell[phase] += 1
@@ -420,7 +421,7 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--rollouts", type=int, default=8, help="of a run")
     parser.add_argument(
-        "--phases", nargs="+", choices=PHASES, default=(), help="that a kill may fall in (default: any)"
+        "--phases", nargs="+", choices=PHASES, default=(), help="that the kills fall in, in turn (default: any)"
     )
     parser.add_argument(
         "--again", action=argparse.BooleanOptionalAction, default=True, help="start a finished run once"
