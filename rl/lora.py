@@ -155,6 +155,14 @@ class _WithTextEncoders(nn.Module):
     def forward(self, *args, **kwargs):
         return self.unet(*args, **kwargs)
 
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
+        """As usual, but that frozen weights may be missing: DeepSpeed's checkpoints leave them out."""
+        found = super().load_state_dict(state_dict, strict=False, assign=assign)
+        frozen = {name for name, weight in self.named_parameters() if not weight.requires_grad}
+        if strict and (astray := [*(set(found.missing_keys) - frozen), *found.unexpected_keys]):
+            raise RuntimeError(f"the weights do not fit the LoRAs: {', '.join(sorted(astray)[:3])} missing or unknown")
+        return found
+
     def train(self, mode: bool = True) -> "_WithTextEncoders":
         """Of the U-Net alone: what a text encoder dropped in the update would make the ratio differ from 1."""
         self.training = mode

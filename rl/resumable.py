@@ -3,6 +3,7 @@
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -216,6 +217,14 @@ class ResumableTrainer(Trainer):
                 shutil.rmtree(self._run_dir, ignore_errors=True)
             self._run_dir = None
         self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the Trainer's, which has DeepSpeed leave frozen weights out for a `PeftModel` only: a policy of several
+        parts would have the base's in each checkpoint."""
+        if self.is_deepspeed_enabled and not isinstance(self.model_wrapped.save_checkpoint, partial):
+            engine = self.model_wrapped
+            engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def _init_training_state(self, max_steps: int, *args):
         checkpoint = args[2]

@@ -2,8 +2,9 @@
 
 An engine is ddp or the name of a file in configs/deepspeed: three rollouts, and a checkpoint of each. A word behind it
 makes it two rollouts and one checkpoint: `:short` nothing else, `:full` trains the whole U-Net, `:text` the text
-encoder too, and then there are the names of `WAYS`. What is noted of each goes to FOLDER/ENGINE/noted-RANK.pt. At the
-end, if there are flags, `run_ddpo.py FLAG...`. Importing takes longer than a run, so one launch does them all.
+encoder too, where DeepSpeed goes on from a checkpoint behind the first, and then there are the names of `WAYS`. What
+is noted of each goes to FOLDER/ENGINE/noted-RANK.pt. At the end, if there are flags, `run_ddpo.py FLAG...`. Importing
+takes longer than a run, so one launch does them all.
 """
 
 import json
@@ -56,7 +57,8 @@ def settings(folder: Path, engine: str, world_size: int) -> dict:
     accumulated = 2 * way.get("generation_batch_size", 8) // batch // world_size
     return {
         "output_dir": str(folder / engine), "use_cpu": True, "num_inference_steps": 3,
-        "num_train_epochs": 2 if trained else 3, "save_strategy": "steps", "save_steps": 4 if trained else 2,
+        "num_train_epochs": 2 if trained else 3, "save_strategy": "steps",
+        "save_steps": 4 if trained not in ("", "text") else 2,
         "generation_batch_size": 8, "num_generations": 4, "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": accumulated, "num_iterations": 2, "lora_rank": 2, "lora_alpha": 4.0,
         "disable_tqdm": True, "report_to": [], "seed": 3, "num_log_images": 0,
@@ -66,13 +68,13 @@ def settings(folder: Path, engine: str, world_size: int) -> dict:
     }  # fmt: skip
 
 
-def run(pipeline: str, folder: Path, engine: str, world_size: int) -> dict:
-    """One run; returns what must not depend on the engine, and two things that show which engine it was."""
-    args = DDPOConfig(**settings(folder, engine, world_size))
+def train(pipeline: str, told: dict, drawn: list[torch.Tensor]) -> DDPOTrainer:
+    """The trainer, when it is done; `drawn` gets the latents of each rollout."""
+    args = DDPOConfig(**told)
     with whole_models(args):
         policy = StableDiffusionPolicy.load(pipeline, seed=3, **asdict(args.part(AdapterSettings)))
     trainer = DDPOTrainer(policy, Redness(), args, PROMPTS, held_out=Plain())
-    drawn, collect = [], trainer.collect
+    collect = trainer.collect
 
     def noting(number):
         experience = collect(number)
@@ -80,7 +82,26 @@ def run(pipeline: str, folder: Path, engine: str, world_size: int) -> dict:
         return experience
 
     trainer.collect = noting
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    return trainer
+
+
+def start_over() -> None:
+    """Forget the engine, so that another one may follow."""
+    torch.distributed.barrier()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # accelerate leaves it there, and the next would obey
+
+
+def run(pipeline: str, folder: Path, engine: str, world_size: int) -> dict:
+    """One run; returns what must not depend on the engine, and two things that show which engine it was."""
+    drawn: list[torch.Tensor] = []
+    told = settings(folder, engine, world_size)
+    if told["deepspeed"] and told["train_text_encoder"]:
+        train(pipeline, told | {"num_train_epochs": 1}, drawn)
+        start_over()
+        told["resume_from_checkpoint"] = "latest"
+    trainer = train(pipeline, told, drawn)
     trainer.save_model()
     return {
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
@@ -102,11 +123,7 @@ if __name__ == "__main__":
     for engine in engines:
         noted = run(pipeline, folder, engine, world_size)
         torch.save(noted, folder / engine / f"noted-{rank}.pt")
-        torch.distributed.barrier()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        os.environ.pop(
-            "ACCELERATE_USE_DEEPSPEED", None
-        )  # which accelerate leaves there, and the next engine would obey
+        start_over()
     if flags:
         run_ddpo.main(flags)
     else:

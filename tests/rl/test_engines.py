@@ -150,6 +150,10 @@ def test_two_ranks_of_every_engine_are_one_process(pipeline_folder, alone, tmp_p
         assert_same_run(one, two)
         assert two["type"] == ("DeepSpeedEngine" if "zero" in engine else "DistributedDataParallel")
         assert_close(lora(tmp_path / "alone/ddp:text"), lora(tmp_path / engine))
+    (states,) = (tmp_path / "zero2:text/checkpoint-4").glob("global_step*/*model_states.pt")
+    kept = torch.load(states, weights_only=False)
+    assert sum(weight.numel() for weight in kept["module"].values()) == TRAINED + TRAINED_TEXT
+    assert not kept["frozen_param_fragments"]
 
     for way in ways:
         one, two = ranks.run(pipeline_folder, tmp_path / "alone", way, 1), noted(tmp_path, way, 2)

@@ -201,6 +201,20 @@ def test_lora_of_the_unet_alone_gets_a_fresh_one_for_the_words(pipeline_folder, 
     assert text_weights(policy)
 
 
+def test_frozen_weights_may_be_missing_and_no_others(pipeline_folder):
+    """As of DeepSpeed's checkpoints."""
+    network = StableDiffusionPolicy.load(pipeline_folder, train_text_encoder=True).network
+    trained = {name: torch.ones_like(weight) for name, weight in network.named_parameters() if weight.requires_grad}
+    assert {name.partition(".")[0] for name in trained} == {"unet", "text_encoder"}
+    network.load_state_dict(trained)
+    assert all((weight == 1).all() for name, weight in network.named_parameters() if name in trained)
+    lost = dict(list(trained.items())[1:])
+    for wrong in (lost, trained | {"unknown": torch.ones(1)}):
+        with pytest.raises(RuntimeError, match=r"do not fit the LoRAs: (unet\.\S+|unknown) missing or unknown"):
+            network.load_state_dict(wrong)
+        network.load_state_dict(wrong, strict=False)
+
+
 def test_what_cannot_be_is_refused(pipeline_folder, tmp_path, make_args, caplog):
     with pytest.raises(ValueError, match=r"with tune full there is none; set tune to lora, or train_text_encoder to"):
         AdapterSettings(tune="full", train_text_encoder=True)
