@@ -1,10 +1,10 @@
 """The same small run by one engine after another, under torchrun: `ranks.py PIPELINE FOLDER ENGINE... [-- FLAG...]`.
 
 An engine is ddp or the name of a file in configs/deepspeed: three rollouts, and a checkpoint of each. A word behind it
-makes it two rollouts and one checkpoint: `:short` nothing else, `:full` trains the whole U-Net, `:text` the text
-encoder too, where DeepSpeed goes on from a checkpoint behind the first, and then there are the names of `WAYS`. What
-is noted of each goes to FOLDER/ENGINE/noted-RANK.pt. At the end, if there are flags, `run_ddpo.py FLAG...`. Importing
-takes longer than a run, so one launch does them all.
+makes it two rollouts and one checkpoint: `:full` trains the whole U-Net, `:text` the text encoder too, where DeepSpeed
+goes on from a checkpoint behind the first, and then there are the names of `WAYS`. What is noted of each goes to
+FOLDER/ENGINE/noted-RANK.pt. At the end, if there are flags, `run_ddpo.py FLAG...`. Importing takes longer than a run,
+so one launch does them all.
 """
 
 import json
