@@ -9,20 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import EvalPrediction
 from transformers.models.t5.modeling_t5 import T5LayerFF
 from transformers.models.vit.modeling_vit import ViTAttention
 
 from reward import train
 from reward.data import FeedbackDataset
 from reward.evaluate import predict_examples
-from reward.feedback import HEATMAPS, SCORES
+from reward.feedback import SCORES
 from reward.folder_lock import FolderInUseError, check_free, taken
 from reward.metrics import score_metrics, word_metrics
 from reward.model import RahfModel
 from reward.predict import RichFeedbackPredictor
-from reward.train_config import DEV_METRICS, RahfTrainingArguments
-from reward.trainer import RahfTrainer, best_word_threshold, dev_metrics
+from reward.trainer import RahfTrainer
 
 
 def weights(folder):
@@ -242,18 +240,6 @@ def test_training_fits_what_it_is_shown(command, raw_data):
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_backbone_and_heads_have_their_own_rates(model, tmp_path):
-    args = train.RahfTrainingArguments(
-        output_dir=str(tmp_path), learning_rate=1e-2, backbone_learning_rate=1e-4, use_cpu=True, report_to="none"
-    )
-    trainer = RahfTrainer(model, args, train_dataset=[0], eval_dataset=[0], data_collator=list)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    rates = {names[id(p)]: group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
-    assert set(rates) == set(names.values())
-    assert rates["vision.layernorm.weight"] == rates["encoder.embed_tokens.weight"] == 1e-4
-    assert rates["project.weight"] == rates["score_heads.overall.place.weight"] == 1e-2
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -401,24 +387,6 @@ def test_a_training_anew_that_fails_before_its_first_update_leaves_what_was_ther
     assert {path.name for path in out.iterdir()} == {".lock", "notes.txt", "tensorboard"}
 
 
-def test_the_best_is_the_lowest_of_what_is_an_error(tmp_path):
-    better = {
-        name: RahfTrainingArguments(str(tmp_path), metric_for_best_model=f"eval_{name}", use_cpu=True).greater_is_better
-        for name in DEV_METRICS
-    }
-    lower = {f"{metric}_{name}" for name in HEATMAPS for metric in ("mse", "mse_empty", "kld")}
-    assert {name for name in better if not better[name]} == {"loss", *lower}
-    told = RahfTrainingArguments(str(tmp_path), metric_for_best_model="cc_misalignment", greater_is_better=False)
-    assert not told.greater_is_better
-
-
-def test_metrics_of_dev_are_those_to_choose_the_best_by():
-    rng = np.random.default_rng(0)
-    said = rng.random((3, 4)), rng.random((3, 2, 8, 8)), rng.normal(size=(3, 5))
-    true = rng.random((3, 4)), rng.random((3, 2, 8, 8)), rng.integers(0, 2, (3, 5))
-    assert {"loss", *dev_metrics(EvalPrediction(said, true))} == set(DEV_METRICS)
-
-
 def test_the_real_command_says_what_is_wrong_in_one_line(command):
     arguments = command("out", data="nowhere")
     done = subprocess.run(
@@ -427,13 +395,6 @@ def test_the_real_command_says_what_is_wrong_in_one_line(command):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: there is no data folder nowhere")
     assert "Traceback" not in done.stderr
-
-
-def test_best_word_threshold():
-    logits = np.log(np.array([[0.1, 0.3], [0.35, 0.9]]) / (1 - np.array([[0.1, 0.3], [0.35, 0.9]])))
-    labels = np.array([[0, -100], [1, 1]])
-    assert best_word_threshold(logits, labels) == pytest.approx(0.3)
-    assert best_word_threshold(logits, np.array([[0, 0], [0, 1]])) == pytest.approx(0.5)
 
 
 def test_another_head_is_new_and_the_encoders_are_kept(model, model_folder):
@@ -445,21 +406,6 @@ def test_another_head_is_new_and_the_encoders_are_kept(model, model_folder):
     assert 0 < other.heatmap_heads["implausibility"].body[0].weight.std() < 0.2
     assert "heatmap_heads.implausibility.body.0.weight" in new
     assert not any(name.startswith(("vision.", "encoder.", "score_heads.")) for name in new)
-
-
-def test_a_new_decoder_learns_at_the_heads_rate(model_folder, tmp_path):
-    model, _, new = train.build_model(train.RahfArguments(data="", model=str(model_folder), words="sequence"))
-    args = train.RahfTrainingArguments(
-        output_dir=str(tmp_path), learning_rate=1e-2, backbone_learning_rate=1e-4, use_cpu=True, report_to="none"
-    )
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for told, expected in ((new, 1e-2), ((), 1e-4)):
-        trainer = RahfTrainer(model, args, told, train_dataset=[0], eval_dataset=[0], data_collator=list)
-        rates = {
-            names[id(p)]: group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]
-        }
-        assert {rate for name, rate in rates.items() if name.startswith("word_head.")} == {expected}
-        assert rates["encoder.final_layer_norm.weight"] == 1e-4
 
 
 def test_encoders_that_are_not_there_are_an_error(model_folder):
@@ -521,23 +467,3 @@ def test_sizes_are_one_side_or_two(command, raw_data):
 def test_settings_that_the_model_does_not_take_are_named_before_training(command, options, message):
     with pytest.raises(ValueError, match=message):
         train.main(command("out", **options))
-
-
-def test_rates_and_decay_go_to_the_right_weights(make_config, tmp_path):
-    model = RahfModel(make_config(words="sequence", heatmap_head="paper", head_width=0.05))
-    args = RahfTrainingArguments(
-        str(tmp_path), backbone_learning_rate=1e-5, weight_decay=0.1, use_cpu=True, report_to=[], eval_strategy="no",
-        load_best_model_at_end=False,
-    )  # fmt: skip
-    groups = RahfTrainer(model, args).create_optimizer().param_groups
-    found = {id(one): (group["lr"], group["weight_decay"]) for group in groups for one in group["params"]}
-    by_name = {name: found[id(one)] for name, one in model.named_parameters()}
-    backbone = (
-        "word_head.write",
-        "word_head.decoder.block.0.layer.0.SelfAttention.q",
-        "encoder.block.0.layer.1.DenseReluDense.wi",
-    )
-    assert {by_name[f"{name}.weight"] for name in backbone} == {(1e-5, 0.1)}
-    norms = [name for name, module in model.named_modules() if isinstance(module, torch.nn.GroupNorm)]
-    assert norms
-    assert {by_name[f"{name}.weight"] for name in norms} == {(1e-3, 0.0)}
