@@ -23,7 +23,7 @@ cores with AVX-512, those with a star on one of them; all in all nearly four hou
     ceiling     the same generator on flawless pictures only, and its figures                48 (as the generator)
     verdicts    the judge's verdicts on the pictures of the assets, which `assets` makes too       5 (busy cores)
     finer       a predictor of twice the resolution, from lessons with planted flaws         90* (a slower core)
-    more        `more/feedback`: 28,000 more pictures of the kept generator behind the kept   45* (extrapolated)
+    more        `more/feedback`: 28,000 more pictures of the kept generator behind the kept   75* (busy cores)
 
 `verdicts`, `ceiling`, `finer` and `more` are not among the default stages. `--stages feedback` alone makes the rated
 data set again from the pictures that the repository keeps, with the judge's verdicts on them: two and a half minutes.
