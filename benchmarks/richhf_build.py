@@ -1,6 +1,6 @@
 """What building the data set of RichHF-18K costs: peak memory and seconds, for each kind of source of pictures.
 
-    python benchmarks/richhf_build.py [--quick] [--records N] [--json FILE]
+    python benchmarks/richhf_build.py [--kinds "saved pairs, large batches"] [--quick] [--records N] [--json FILE]
 
 Records and pictures are generated: 512x512 JPEGs of smoothed noise, about 90 KB each as Stable Diffusion's are, and
 maps with disks as raters make them. The command runs in a process of its own, with the card; its peak resident memory
@@ -135,6 +135,7 @@ def cost(argv: list[str]) -> tuple[float, float]:
 def main() -> None:
     parser = flags(__doc__.splitlines()[0], seeds=None)
     parser.add_argument("--records", type=int, help=f"default {RECORDS}, {QUICK} with --quick")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND", help="; ".join(KINDS))
     options = parser.parse_args()
     began = time.perf_counter()
     count = options.records or (QUICK if options.quick else RECORDS)
@@ -144,7 +145,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_records(folder / "tfrecords", sizes, rng)
-        for kind in KINDS:
+        for kind in options.kinds:
             write_source(kind, folder / kind, sizes, rng)
             argv = [sys.executable, "-m", "reward.richhf", "--tfrecords", str(folder / "tfrecords"), "--strict"]
             argv += ["--card", "--images", str(folder / kind), "--out", str(folder / "out")]
