@@ -25,18 +25,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from gradient_snr import CREDITS, PICTURES
+from judge_maps import JUDGE_MAPS
 from learning import NOT_REACHED, mean_curve, resampled, share_needed
 from long_runs import Budget, add_flags, work_folder
 from report import Row, flags, publish
 from trainings import HELD_OUT, TRAINED_ON, Result, Training, finish
 
 from finetune.paired import paired_interval
-from reward.feedback import Reward
-from reward.rich import RichReward
 from rl.watch import Watch
-from tinyworld.judge import judge
 
 LEARNING_RATES, CLIPS = (1.5e-3, 3e-3, 6e-3), (5e-5, 1e-2)
 """5e-5 clips about a quarter of the second update's ratios at 3e-3, 1e-2 none."""
@@ -51,24 +48,6 @@ Setting = tuple[float, float]
 """Learning rate and clip range."""
 
 
-class JudgeMaps(RichReward):
-    """The predictor's reward, but with the judge's masks in place of its heatmaps, at the same weights."""
-
-    differentiable = False
-
-    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> Reward:
-        said = super().__call__(images, prompts)
-        pictures = images.permute(0, 2, 3, 1).float().cpu().numpy()
-        verdicts = [judge(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
-        masks = {
-            "implausibility": [verdict.implausible for verdict in verdicts],
-            "misalignment": [verdict.misaligned for verdict in verdicts],
-        }
-        weights = {name: weight for name, weight in self.penalty_weights.items() if weight}
-        maps = {name: weight * torch.from_numpy(np.stack(masks[name])).float() for name, weight in weights.items()}
-        return Reward(said.total, maps, said.word_penalties, said.terms)
-
-
 def changes(kind: str, setting: Setting, options: Namespace, rollouts: int) -> dict:
     """Settings of run_ddpo.py for one kind of credit."""
     learning_rate, clip = setting
@@ -78,7 +57,7 @@ def changes(kind: str, setting: Setting, options: Namespace, rollouts: int) -> d
     else:
         found["epsilon"] = clip
     if options.maps == "judge" and found["credit"] != "scalar":  # which asks for no map
-        found["reward"] = "credit:JudgeMaps"
+        found["reward"] = JUDGE_MAPS
     batch = min(PICTURES, options.pictures)
     return found | {
         "num_train_epochs": rollouts,

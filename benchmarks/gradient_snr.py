@@ -1,7 +1,8 @@
 """Which sampling steps are worth training, and which kind of credit: signal and noise of each policy gradient.
 
     python benchmarks/gradient_snr.py [--config configs/ddpo_tinyworld.yaml] [--chunks 48] [--steps 1 2 3]
-                                      [--credits image paid] [--share_noise none] [--work DIR] [--quick] [--json FILE]
+                                      [--credits image paid] [--share_noise none around] [--maps judge]
+                                      [--work DIR] [--quick] [--json FILE]
 
 The policy is the config's, untrained. Chunks of 64 pictures of disjoint prompts are drawn, and for each sampling step
 and each kind of credit (`rl/credit.py`) the gradient g of the first pass' loss is taken, from the same pictures.
@@ -18,8 +19,13 @@ Gradients of two chunks share their expectation and nothing else, so that withou
 Intervals: 95%, jackknife over chunks. All steps and kinds cost the same. Where pictures of a group share noise
 (`--share_noise`; the config's own by default), what they share depends on the step, as if that one alone were trained:
 so each step has pictures of its own then, and a chunk takes 1.6 times as long (`--chunks 3 --share_noise around` took
-210 s of a core, with `none` 128). A chunk's gradients are kept in `--work`, and what is there is not made again, so
-that a run may be stopped, or chunks be added.
+210 s of a core, with `none` 128). Of several ways to share noise the first is what the others are compared with: the
+objective's gradient has the same expectation in all of them, whatever is shared, so that what they differ in is the
+variance, and a share of 0.5 of it is worth twice the pictures.
+
+`--maps judge` takes the true judge's maps in place of the predictor's, in the objective as in the credit: how much of
+what credit by place could gain is lost by predicting the places. A chunk's gradients are kept in `--work`, and what is
+there is not made again, so that a run may be stopped, or chunks be added.
 """
 
 import copy
@@ -33,6 +39,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from judge_maps import JUDGE_MAPS
 from long_runs import assets_digest, digest
 from report import Row, flags, publish
 from safetensors import safe_open
@@ -58,6 +65,7 @@ from run_ddpo import RunArguments
 PICTURES = 64
 OBJECTIVE = "objective"
 MOVES = "moves"
+SHARED = ("none", "before", "around")
 CREDITS = {
     "image": {},
     "scalar": {"credit": "scalar"},
@@ -87,14 +95,15 @@ class Gradients:
         names: the kinds of credit, and `OBJECTIVE`.
     """
 
-    def __init__(self, options: Namespace):
+    def __init__(self, options: Namespace, share_noise: str | None = None):
+        """`share_noise`: None for the config's own."""
+        argv = ["--config", str(options.config), "--output_dir"]
         with TemporaryDirectory() as folder:
-            run, self.args = parse_arguments(
-                [RunArguments, DDPOConfig], ["--config", str(options.config), "--output_dir", folder]
-            )
+            run, self.args = parse_arguments([RunArguments, DDPOConfig], [*argv, folder])
         self.args.per_device_train_batch_size = PICTURES
-        self.args.share_noise = options.share_noise or self.args.share_noise
+        self.args.share_noise = share_noise or self.args.share_noise
         self.policy: StableDiffusionPolicy = load_policy(run.policy, self.args)
+        run.reward = JUDGE_MAPS if options.maps == "judge" else run.reward
         self.reward: RewardFn = run.make_reward()
         self.schedule: Schedule = self.args.make_schedule(self.policy.scheduler)[1]
         noisy = resolve_train_steps("all", self.schedule)
@@ -104,7 +113,7 @@ class Gradients:
         self.names = [*self.kinds, OBJECTIVE]
         told = (
             options.config.read_text(encoding="utf-8"), self.args.share_noise, self.steps, self.names, self.seed,
-            PICTURES, assets_digest(),
+            PICTURES, assets_digest(), run.reward,
         )  # fmt: skip
         self.folder = options.work / digest(*told)
 
@@ -211,6 +220,27 @@ def jackknife(of: Callable[[np.ndarray], float], count: int) -> tuple[float, flo
     return value, value - 1.96 * error, value + 1.96 * error
 
 
+def variance_rows(objectives: dict[str, dict[int, np.ndarray]]) -> list[Row]:
+    """Of the objective's gradients how much more, or less, they vary where noise is shared in another way.
+
+    Args:
+        objectives: way to share noise -> step -> (chunks, parameters), the chunks' prompts the same in all.
+    """
+    (first, base), *others = objectives.items()
+    squares = {step: (of**2).sum(axis=1) for step, of in base.items()}
+    rows = []
+    for way, of_steps in others:
+        for step, of in of_steps.items():
+            mine = (of**2).sum(axis=1)
+
+            def share(who: np.ndarray, mine=mine, base=squares[step]) -> float:
+                return float(mine[who].mean() / base[who].mean())
+
+            name = f"step {step}, the objective's gradient: variance with share_noise {way}, of {first}'s"
+            rows.append(Row(name, *jackknife(share, len(mine)), n=len(mine) * PICTURES))
+    return rows
+
+
 def rows_of_step(step: int, gradients: dict[str, np.ndarray]) -> list[Row]:
     """Of all kinds of credit at one step, `gradients` being (chunks, parameters) each."""
     objective, rows, gains = gradients[OBJECTIVE], [], {}
@@ -234,6 +264,21 @@ def rows_of_step(step: int, gradients: dict[str, np.ndarray]) -> list[Row]:
     return rows
 
 
+def measured(options: Namespace, chunks: int) -> list[Row]:
+    """All rows, of each way to share noise in turn; several are named in each row, and compared."""
+    ways, rows, objectives = list(dict.fromkeys(options.share_noise or [None])), [], {}
+    for way in ways:
+        gradients = Gradients(options, way)
+        gradients.collect(chunks)
+        of_steps = objectives.setdefault(gradients.args.share_noise, {})
+        for step in gradients.steps:
+            found = gradients.at(step, chunks)
+            of_steps[step] = found[OBJECTIVE]
+            said = rows_of_step(step, found)
+            rows += [replace(row, name=f"share_noise {way}, {row.name}") for row in said] if len(ways) > 1 else said
+    return rows + variance_rows(objectives)
+
+
 def main() -> None:
     parser = flags(__doc__.splitlines()[0], seeds=None)
     parser.add_argument("--config", type=Path, default=Path("configs/ddpo_tinyworld.yaml"))
@@ -241,14 +286,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", nargs="*", type=int, help="which sampling steps (default: all with noise)")
     parser.add_argument("--credits", nargs="+", default=list(CREDITS), choices=list(CREDITS), help="besides image")
-    parser.add_argument("--share_noise", choices=["none", "before", "around"], help="default: the config's")
+    parser.add_argument("--share_noise", nargs="+", choices=SHARED, help="default: the config's")
+    parser.add_argument("--maps", choices=("predictor", "judge"), default="predictor", help="that are rewarded by")
     parser.add_argument("--work", type=Path, default=Path("outputs/gradient_snr"), help="folder of chunks' gradients")
     options = parser.parse_args()
     options.credits = list(dict.fromkeys(["image", *options.credits]))
     began, chunks = time.perf_counter(), 3 if options.quick else options.chunks
-    gradients = Gradients(options)
-    gradients.collect(chunks)
-    rows = [row for step in gradients.steps for row in rows_of_step(step, gradients.at(step, chunks))]
+    rows = measured(options, chunks)
     publish(rows, began, options.json, options.quick)
 
 

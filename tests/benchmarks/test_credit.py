@@ -4,11 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from credit import (
     MAIN,
     STEPS,
-    JudgeMaps,
     better_half,
     count_planned,
     grid,
@@ -21,12 +19,12 @@ from credit import (
     tune,
 )
 from gradient_snr import CREDITS
+from judge_maps import JUDGE_MAPS
 from trainings import HELD_OUT, TRAINED_ON, Result
 
 from reward.arguments import parse_arguments
 from rl.ddpo import DDPOConfig
 from run_ddpo import RunArguments
-from tinyworld.judge import judge
 
 LOOKS, PROMPTS = 7, 12
 
@@ -64,7 +62,7 @@ def test_whose_maps_they_are_is_nothing_to_a_kind_that_asks_for_none():
     settings = dict.fromkeys(CREDITS, (6e-3, 1e-4))
     plans = [plan_report(make_parser().parse_args(["--maps", whose]), settings) for whose in ("predictor", "judge")]
     assert plans[0]["scalar", 0].file == plans[1]["scalar", 0].file
-    assert plans[1]["image", 0].changes["reward"] == "credit:JudgeMaps"
+    assert plans[1]["image", 0].changes["reward"] == JUDGE_MAPS
 
 
 def test_tuning_shares_neither_seeds_nor_prompts_with_the_report():
@@ -143,18 +141,3 @@ def test_a_partial_result_says_what_there_is():
     assert names
     assert all(name.startswith("image") for name in names)
     assert report_rows({}, ["image", "mask"], best=None) == []
-
-
-def test_the_judges_maps_are_the_judges():
-    images = torch.full((2, 3, 64, 64), 0.5)
-    images[1, :, 20:40, 20:40] = torch.tensor([0.9, 0.1, 0.1])[:, None, None]
-    images[1, 2, 30:35, 10:50] = 1.0
-    prompts = ["a red square", "a red square"]
-    reward = JudgeMaps("tinyworld/assets/rahf", {"plausibility": 1.0}, {"implausibility": 4.0})
-    said = reward(images, prompts)
-    pictures = images.permute(0, 2, 3, 1).numpy()
-    for place in range(2):
-        expected = judge(pictures[place], prompts[place]).implausible
-        np.testing.assert_array_equal(said.penalties["implausibility"][place].numpy(), 4.0 * expected)
-    assert said.penalties["implausibility"].max() == 4
-    torch.testing.assert_close(said.total, reward.predictor(images, prompts).scores["plausibility"])

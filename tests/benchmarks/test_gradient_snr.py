@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from gradient_snr import OBJECTIVE, Gradients, gain, jackknife, objective_credit, rows_of_step, signal_to_noise
+from gradient_snr import (
+    OBJECTIVE,
+    Gradients,
+    gain,
+    jackknife,
+    measured,
+    objective_credit,
+    rows_of_step,
+    signal_to_noise,
+    variance_rows,
+)
+from judge_maps import JudgeMaps
 
 from rl.advantages import group_advantages
 from rl.sde import log_prob_map
@@ -87,18 +98,19 @@ def options(tmp_path, monkeypatch):
     settings |= {"num_inference_steps": 3, "num_generations": 2, "generation_batch_size": 8, "train_steps": [1]}
     config.write_text(yaml.safe_dump(settings | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}))
     return Namespace(
-        config=config, seed=0, steps=None, credits=["image", "paid"], share_noise="none", work=tmp_path / "work"
-    )
+        config=config, seed=0, steps=None, credits=["image", "paid"], share_noise=None, maps="predictor",
+        work=tmp_path / "work",
+    )  # fmt: skip
 
 
 def test_a_run_that_was_stopped_takes_only_the_chunks_that_are_missing(options, monkeypatch):
-    first = Gradients(options)
+    first = Gradients(options, "none")
     first.collect(2)
     whole = first.at(1, 2)
     assert {name: of.shape for name, of in whole.items()} == {name: (2, of.shape[1]) for name, of in whole.items()}
     kept = first.file(0).stat().st_mtime_ns
     first.file(1).unlink()
-    again = Gradients(options)
+    again = Gradients(options, "none")
     asked, of_chunk = [], again.of_chunk
     monkeypatch.setattr(again, "of_chunk", lambda chunk: asked.append(chunk) or of_chunk(chunk))
     again.collect(2)
@@ -109,14 +121,16 @@ def test_a_run_that_was_stopped_takes_only_the_chunks_that_are_missing(options, 
         assert not np.array_equal(of[0], of[1])
         assert (np.abs(of).max(axis=0) > 0).all()  # what never moves is not kept
 
-    options.share_noise = "around"
-    assert Gradients(options).folder != first.folder
+    assert Gradients(options, "around").folder != first.folder
+    options.maps = "judge"
+    judged = Gradients(options, "none")
+    assert judged.folder != first.folder
+    assert isinstance(judged.reward, JudgeMaps)
 
 
 def test_where_noise_is_shared_each_step_has_pictures_of_its_own(options, monkeypatch):
     """Those of a group are one until that step's own noise; and what a group has in common may be computed once."""
-    options.share_noise = "around"
-    gradients, seen = Gradients(options), []
+    gradients, seen = Gradients(options, "around"), []
 
     def look(policy, trajectory, *args):
         seen.append(trajectory)
@@ -134,3 +148,30 @@ def test_where_noise_is_shared_each_step_has_pictures_of_its_own(options, monkey
 
     monkeypatch.setattr(gradient_snr.Trunks, "of_groups", lambda *args: None)
     assert torch.allclose(gradients.of_chunk(0), found, atol=1e-5 * float(found.abs().max()))
+
+
+def test_a_way_to_share_noise_is_worth_what_it_takes_off_the_variance():
+    """Half the noise's standard deviation in 500 directions, and a signal of 1: (500 / 4 + 1) / (500 + 1) of it."""
+    rng = np.random.default_rng(3)
+    signal = np.eye(1, 500)
+    none, around = (signal + size * rng.normal(size=(48, 500)) for size in (1.0, 0.5))
+    (row,) = variance_rows({"none": {2: none}, "around": {2: around}})
+    assert row.name == "step 2, the objective's gradient: variance with share_noise around, of none's"
+    assert row.value == pytest.approx(126 / 501, rel=0.03)
+    assert row.low < 126 / 501 < row.high
+    assert variance_rows({"around": {2: around}}) == []
+
+
+def test_several_ways_to_share_noise_are_measured_from_the_same_prompts(options, monkeypatch):
+    options.share_noise, options.credits, options.steps = ["none", "before"], ["image"], [1]
+    drawn, draw = [], gradient_snr.draw_prompts
+    monkeypatch.setattr(gradient_snr, "draw_prompts", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    rows = {row.name: row for row in measured(options, 3)}
+    assert drawn[:3] == drawn[3:]
+    assert len({tuple(prompts) for prompts in drawn}) == 3
+    assert set(rows) == {
+        *(f"share_noise {way}, step 1, image: signal to noise" for way in ("none", "before")),
+        *(f"share_noise {way}, step 1, image: gain" for way in ("none", "before")),
+        "step 1, the objective's gradient: variance with share_noise before, of none's",
+    }
+    assert rows["step 1, the objective's gradient: variance with share_noise before, of none's"].value > 0
