@@ -1,0 +1,117 @@
+"""How far the noise at one place reaches: what credit by place can be about, sampling step by sampling step.
+
+    python benchmarks/noise_reach.py [--config configs/ddpo_tinyworld.yaml] [--pictures 128] [--quick] [--json FILE]
+
+Credit by place (`rl/credit.py`) holds a place's noise responsible for what is drawn there. So: pictures are sampled by
+the config's policy, untrained, and once more for each draw of noise - the start, and each step's - with that draw
+alone, at one latent place alone, made anew. What is then different in the final latents, squared and summed over
+channels, is summed within so many places of that one, along either axis. Printed are the mean change of a picture and
+the share of it within 1, 2 and 4 places, means over pictures and their intervals; and the share there would be if all
+places changed alike.
+"""
+
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from report import Row, flags, over_seeds, publish
+
+from finetune.run import load_policy
+from reward.arguments import parse_arguments, read_prompt_file
+from rl.ddpo import DDPOConfig
+from rl.experience import rollout_noise
+from rl.policy import StableDiffusionPolicy
+from rl.rollout import draw_prompts, keyed_generator, sample
+from rl.sde import Schedule
+from run_ddpo import RunArguments
+
+REACHES = (1, 2, 4)
+BATCH = 64
+
+
+def distances(places: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(N, 2) places (row, column) of an (h, w) grid -> (N, h, w): how far each place is, along the longer axis."""
+    rows, columns = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
+    away = torch.stack([rows, columns])[None] - places[:, :, None, None]
+    return away.abs().amax(dim=1)
+
+
+def made_anew(noise: torch.Tensor, fresh: torch.Tensor, draw: int, places: torch.Tensor) -> torch.Tensor:
+    """`noise` (N, S + 1, C, h, w) with one of its S + 1 draws taken from `fresh`, at each picture's place (N, 2)."""
+    at = distances(places, tuple(noise.shape[-2:])).to(noise.device) == 0
+    changed = noise.clone()
+    changed[:, draw] = torch.where(at[:, None], fresh[:, draw], noise[:, draw])
+    return changed
+
+
+def shares(change: torch.Tensor, places: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Of a change (N, h, w) >= 0 at each place, the share (N,) within each of `REACHES` of the picture's own place."""
+    away = distances(places, tuple(change.shape[-2:])).to(change.device)
+    whole = change.sum(dim=(1, 2))
+    return {reach: (change * (away <= reach)).sum(dim=(1, 2)) / whole for reach in REACHES}
+
+
+def changes(
+    policy: StableDiffusionPolicy, schedule: Schedule, prompts: Sequence[str], pictures: range, args: DDPOConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each draw of noise that counts changes in the final latents, (draws, N, h, w), and the N places (N, 2)."""
+    height, width = policy.latent_shape[1:]
+    generator = keyed_generator(args.seed, "reach", pictures.start)
+    where = torch.randint(height * width, (len(pictures),), generator=generator)
+    places = torch.stack([where // width, where % width], dim=1)
+    noise, fresh = (rollout_noise(policy, schedule, args.seed, name, pictures) for name in ("reach", "reach anew"))
+
+    def drawn(noise: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return sample(policy, policy.network, prompts, noise, schedule, (), args.guidance_scale).final_latents
+
+    plain = drawn(noise)
+    # The last step has no noise, and what is not used changes nothing.
+    used = [0, *(step + 1 for step, std in enumerate(schedule.stds.tolist()) if std > 0)]
+    found = [drawn(made_anew(noise, fresh, draw, places)) - plain for draw in used]
+    return torch.stack([difference.square().sum(dim=1) for difference in found]), places
+
+
+def rows_of(change: torch.Tensor, places: torch.Tensor) -> list[Row]:
+    """Of (draws, N, h, w), the start first, and (N, 2)."""
+    rows, count = [], len(places)
+    for draw, of in enumerate(change):
+        name = f"noise of step {draw - 1}" if draw else "the start"
+        rows.append(Row(f"{name}: change of a picture", *over_seeds(of.sum(dim=(1, 2)).tolist()), n=count))
+        for reach, share in shares(of, places).items():
+            rows.append(Row(f"{name}: share within {reach}", *over_seeds(share.tolist()), n=count))
+    for reach, share in shares(torch.ones_like(change[0]), places).items():
+        rows.append(Row(f"if all places changed alike: share within {reach}", float(share.mean()), n=count))
+    return rows
+
+
+def measured(options: Namespace) -> list[Row]:
+    argv = ["--config", str(options.config), "--output_dir"]
+    with TemporaryDirectory() as folder:
+        run, args = parse_arguments([RunArguments, DDPOConfig], [*argv, folder])
+    policy = load_policy(run.policy, args)
+    _, schedule = args.make_schedule(policy.scheduler)
+    prompts = draw_prompts(read_prompt_file(run.prompts), options.pictures, 0, args.seed)
+    found = []
+    for first in range(0, options.pictures, BATCH):
+        pictures = range(first, min(first + BATCH, options.pictures))
+        found.append(changes(policy, schedule, prompts[first : pictures.stop], pictures, args))
+    change, places = zip(*found, strict=True)
+    return rows_of(torch.cat(change, dim=1), torch.cat(places))
+
+
+def main() -> None:
+    parser = flags(__doc__.splitlines()[0], seeds=None)
+    parser.add_argument("--config", type=Path, default=Path("configs/ddpo_tinyworld.yaml"))
+    parser.add_argument("--pictures", type=int, default=128)
+    options = parser.parse_args()
+    options.pictures = 16 if options.quick else options.pictures
+    began = time.perf_counter()
+    publish(measured(options), began, options.json, options.quick)
+
+
+if __name__ == "__main__":
+    main()
