@@ -24,8 +24,9 @@ objective's gradient has the same expectation in all of them, whatever is shared
 variance, and a share of 0.5 of it is worth twice the pictures.
 
 `--maps judge` takes the true judge's maps in place of the predictor's, in the objective as in the credit: how much of
-what credit by place could gain is lost by predicting the places. A chunk's gradients are kept in `--work`, and what is
-there is not made again, so that a run may be stopped, or chunks be added.
+what credit by place could gain is lost by predicting the places. `--maps learned` adds one of where the scores come
+from (`benchmarks/learned_maps.py`), the objective being what it is: `paid` then places the scores too. A chunk's
+gradients are kept in `--work`, and what is there is not made again, so that a run may be stopped, or chunks be added.
 """
 
 import copy
@@ -40,6 +41,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from judge_maps import JUDGE_MAPS
+from learned_maps import LearnedMaps, learn, seen_by, unseen_share
 from long_runs import assets_digest, digest
 from report import Row, flags, publish
 from safetensors import safe_open
@@ -48,13 +50,14 @@ from safetensors.torch import load_file, save
 from finetune.run import load_policy
 from reward.arguments import parse_arguments, read_prompt_file
 from reward.feedback import RewardFn
+from reward.rich import RichReward
 from reward.whole_files import write_whole
 from rl.advantages import group_advantages
 from rl.attention import WordAttention
 from rl.ddpo import DDPOConfig
 from rl.experience import credit_map, gather_experience, rollout_noise, sample_and_score
 from rl.policy import StableDiffusionPolicy
-from rl.rollout import draw_prompts, shared_places
+from rl.rollout import draw_prompts, sample, shared_places
 from rl.scoring import score
 from rl.sde import Schedule, resolve_train_steps
 from rl.step_gradients import step_gradients
@@ -66,6 +69,9 @@ PICTURES = 64
 OBJECTIVE = "objective"
 MOVES = "moves"
 SHARED = ("none", "before", "around")
+MAPS = ("predictor", "judge", "learned")
+LEARNED_FROM = range(10_000, 10_012)
+"""Chunks that no gradient is taken of."""
 CREDITS = {
     "image": {},
     "scalar": {"credit": "scalar"},
@@ -109,13 +115,38 @@ class Gradients:
         noisy = resolve_train_steps("all", self.schedule)
         self.steps = [step for step in noisy if not options.steps or step in options.steps]
         self.prompts, self.seed = read_prompt_file(run.prompts), options.seed
+        if options.maps == "learned":
+            self.reward = self._with_learned_maps(self.reward)
         self.kinds = {name: with_credit(self.args, **CREDITS[name]) for name in options.credits}
         self.names = [*self.kinds, OBJECTIVE]
         told = (
             options.config.read_text(encoding="utf-8"), self.args.share_noise, self.steps, self.names, self.seed,
-            PICTURES, assets_digest(), run.reward,
+            PICTURES, assets_digest(), options.maps,
         )  # fmt: skip
         self.folder = options.work / digest(*told)
+
+    def _with_learned_maps(self, reward: RichReward) -> LearnedMaps:
+        """Learned from pictures of the same policy that are in no chunk."""
+        tokens, totals = [], []
+        for chunk in LEARNED_FROM:
+            drawn = self._prompts(chunk)
+            noise = rollout_noise(self.policy, self.schedule, self.seed, chunk, range(PICTURES))
+            with torch.no_grad():
+                trajectory = sample(self.policy, self.policy.network, drawn, noise, self.schedule)
+                said, seen = seen_by(reward, self.policy.decode(trajectory.final_latents), drawn)
+            tokens.append(seen)
+            totals.append(said.total)
+        share = unseen_share(tokens, totals, self.args.num_generations)
+        print(
+            f"learned maps explain {share:.3f} of the variance of totals within groups, of unseen pictures", flush=True
+        )
+        return LearnedMaps(reward, learn(torch.cat(tokens), torch.cat(totals), self.args.num_generations))
+
+    def _prompts(self, chunk: int) -> list[str]:
+        """Of a chunk's pictures."""
+        group = self.args.num_generations
+        drawn = draw_prompts(self.prompts, PICTURES // group, chunk, self.seed)
+        return [prompt for prompt in drawn for _ in range(group)]
 
     def file(self, chunk: int) -> Path:
         return self.folder / f"{chunk:04d}.safetensors"
@@ -156,8 +187,7 @@ class Gradients:
             shared: places of the noise that is the same for all pictures of a group.
         """
         policy, args, group = self.policy, self.args, self.args.num_generations
-        drawn = draw_prompts(self.prompts, PICTURES // group, chunk, self.seed)
-        drawn = [prompt for prompt in drawn for _ in range(group)]
+        drawn = self._prompts(chunk)
         noise = rollout_noise(policy, self.schedule, self.seed, chunk, range(PICTURES), group, shared)
         by_words = any(kind.credit == "words" for kind in self.kinds.values())
         looking = WordAttention(policy.pipeline.unet, policy.latent_shape[1:], PICTURES) if by_words else None
@@ -287,7 +317,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="*", type=int, help="which sampling steps (default: all with noise)")
     parser.add_argument("--credits", nargs="+", default=list(CREDITS), choices=list(CREDITS), help="besides image")
     parser.add_argument("--share_noise", nargs="+", choices=SHARED, help="default: the config's")
-    parser.add_argument("--maps", choices=("predictor", "judge"), default="predictor", help="that are rewarded by")
+    parser.add_argument("--maps", choices=MAPS, default="predictor", help="that are rewarded by")
     parser.add_argument("--work", type=Path, default=Path("outputs/gradient_snr"), help="folder of chunks' gradients")
     options = parser.parse_args()
     options.credits = list(dict.fromkeys(["image", *options.credits]))

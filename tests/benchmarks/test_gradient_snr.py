@@ -18,6 +18,7 @@ from gradient_snr import (
     variance_rows,
 )
 from judge_maps import JudgeMaps
+from learned_maps import LearnedMaps
 
 from rl.advantages import group_advantages
 from rl.sde import log_prob_map
@@ -175,3 +176,18 @@ def test_several_ways_to_share_noise_are_measured_from_the_same_prompts(options,
         "step 1, the objective's gradient: variance with share_noise before, of none's",
     }
     assert rows["step 1, the objective's gradient: variance with share_noise before, of none's"].value > 0
+
+
+def test_learned_maps_leave_the_objective_alone(options, monkeypatch):
+    """So `image` compares the same, while `paid` pays for scores at their places."""
+    monkeypatch.setattr(gradient_snr, "LEARNED_FROM", range(10_000, 10_002))
+    options.steps = [1]
+    plain = Gradients(options, "none").of_chunk(0)
+    options.maps = "learned"
+    learned = Gradients(options, "none")
+    assert isinstance(learned.reward, LearnedMaps)
+    found = learned.of_chunk(0)
+    image, paid, objective = range(3)
+    for kind in (image, objective):
+        assert torch.allclose(found[kind], plain[kind], atol=1e-3 * float(plain[kind].abs().max()))
+    assert not torch.allclose(found[paid], plain[paid], atol=0.05 * float(plain[paid].abs().max()))
