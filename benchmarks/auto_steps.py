@@ -116,7 +116,7 @@ def make_parser() -> ArgumentParser:
     add_flags(parser, "benchmarks/results/trainings/auto_steps")
     parser.add_argument("--windows", nargs="+", default=["0:2", "1:3", "2:4"],
                         help="that a hand might find, such as 1:3: steps 1 and 2")  # fmt: skip
-    parser.add_argument("--rollouts", type=int, default=24)
+    parser.add_argument("--rollouts", type=int, default=18)
     parser.add_argument("--pictures", type=int, default=256, help="of a rollout")
     parser.add_argument("--batch", type=int, default=64, help="pictures of a micro-batch, at most a third of them")
     parser.add_argument("--prompts", type=int, default=256, help="that the judge looks at")

@@ -69,7 +69,9 @@ class WeightedReward:
             self._check(name, reward, prompts)
             total = total + weight * reward.total.to(images.device)
             if weight:
-                penalties |= {f"{name}.{which}": weight * maps for which, maps in reward.penalties.items()}
+                penalties |= {
+                    f"{name}.{which}": weight * maps.to(images.device) for which, maps in reward.penalties.items()
+                }
             if reward.word_penalties is not None:
                 words = _add_words(name, words, [weight * value.to(images.device) for value in reward.word_penalties])
             if weight > 0:

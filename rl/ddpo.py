@@ -190,7 +190,7 @@ class DDPOTrainer(PolicyTrainer):
                     args,
                     self.clock,
                     number,
-                    num_samples=args.num_log_images if first == 0 else 0,
+                    num_samples=max(0, args.num_log_images - first),
                     on_step=self._stop_if_asked,
                     held_out=self.held_out,
                     trunks=self._trunks(number, pictures),
@@ -350,6 +350,7 @@ class DDPOTrainer(PolicyTrainer):
         """What rollouts, not updates, change."""
         facts = {
             "train_steps": list(self.train_steps),
+            "probed": self.probe and list(self.probe.steps),
             "prompt_rewards": self.statistics.state(),
             "watch": self.watch.state(),
         }
@@ -365,7 +366,12 @@ class DDPOTrainer(PolicyTrainer):
 
     def _load_state(self, state: RunState) -> None:
         super()._load_state(state)
-        self.train_steps = tuple(state.facts["train_steps"])
         self.statistics.load(state.facts["prompt_rewards"])
-        if self.probe is not None:
+        if self.probe is not None:  # else it trains the steps that it is told to
+            if state.facts["probed"] != list(self.probe.steps):
+                raise ValueError(
+                    f"the checkpoint has measured the steps {state.facts['probed']}, and this run is to choose from "
+                    f"{list(self.probe.steps)}; give num_inference_steps, eta and sde_window the values they had"
+                )
+            self.train_steps = tuple(state.facts["train_steps"])
             self.probe.load(state.part("probe"))

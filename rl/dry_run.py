@@ -87,8 +87,8 @@ def measure(trainer: "DDPOTrainer") -> dict[str, float]:
 
 def _update(trainer: "DDPOTrainer", trajectory: Trajectory, prompts: list[str], k: int) -> tuple[float, float]:
     """Of one micro-batch of the `k`-th trained step, forward and backward: seconds, and MiB that autograd keeps."""
-    count = min(len(prompts), trainer.args.per_device_train_batch_size)
-    rows = slice(0, count)
+    count = trainer.args.per_device_train_batch_size
+    rows = [picture % len(prompts) for picture in range(count)]  # a batch of the rollout may be smaller
     inputs = {
         "latents": trajectory.latents[k, rows],
         "next_latents": trajectory.next_latents[k, rows],
@@ -97,7 +97,7 @@ def _update(trainer: "DDPOTrainer", trajectory: Trajectory, prompts: list[str], 
         "loss_weight": 1.0,
         "advantages": torch.linspace(-1, 1, count, device=trajectory.latents.device),
         "weights": torch.ones_like(trajectory.log_probs[k, rows]),
-        "prompts": prompts[rows],
+        "prompts": [prompts[row] for row in rows],
         "trunks": trainer.trunks(range(count)) if k == 0 else None,
         "measure_kl": trainer.args.beta > 0,
     }

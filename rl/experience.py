@@ -27,7 +27,7 @@ from rl.ddpo_config import DDPOConfig
 from rl.monitors import diversity, edge_energy, thumbnails
 from rl.policy import StableDiffusionPolicy
 from rl.rollout import Trajectory, check_pictures, keyed_noise, sample
-from rl.scoring import features, score
+from rl.scoring import concatenate, features, score
 from rl.sde import Schedule
 from rl.timing import PhaseClock
 from rl.trunks import Trunks
@@ -53,6 +53,12 @@ class Samples:
         """The first `count` pictures of a batch."""
         reward = None if reward is None else reward.first(count).cpu()
         return cls(images[:count].cpu(), list(prompts[:count]), reward)
+
+    @classmethod
+    def together(cls, parts: Sequence["Samples"]) -> "Samples":
+        """Of scored batches, in order."""
+        rewards = concatenate([part.reward for part in parts])
+        return cls(torch.cat([part.images for part in parts]), [one for part in parts for one in part.prompts], rewards)
 
 
 @dataclass(frozen=True)
@@ -280,6 +286,7 @@ def gather_experience(
     if args.num_generations > 1:
         metrics["diversity"] = float(diversity(everyone, args.num_generations).mean())
         metrics["group_std"] = float(compared.view(-1, args.num_generations).std(dim=1, correction=0).mean())
+    shown = [batch.samples for batch in batches if batch.samples is not None]
     count = len(trajectory.final_latents)
     mine = slice(rank * count, (rank + 1) * count)
     return Experience(
@@ -291,7 +298,7 @@ def gather_experience(
         measures=measure_rollout(
             {**measured, "drawn": values["edge_energy"]}, compared, seen, args.num_generations, args.advantage_std_floor
         ),
-        samples=batches[0].samples,
+        samples=Samples.together(shown) if shown else None,
     )
 
 

@@ -6,6 +6,7 @@ from safetensors import safe_open
 
 from rl.adapter import LORA_WEIGHTS, AdapterSettings
 from rl.checkpoints import MARKER, read_marker
+from rl.ddpo_config import DDPOConfig
 from rl.full_unet import UNET_FOLDER
 from rl.policy_config import PolicyConfig
 from rl.run_state import RunState
@@ -22,8 +23,8 @@ def check_goes_on(checkpoint: Path, args: PolicyConfig, updates: int) -> None:
 
     Raises:
         ValueError: it was made by no whole number of such, or another one than it counted, or by another optimizer; it
-            lacks an average of the weights that is wanted; what was trained was another part of the policy, or a LoRA
-            of another rank.
+            lacks an average of the weights that is wanted; it chose no steps, or more or fewer of them; what was
+            trained was another part of the policy, or a LoRA of another rank.
     """
     marker = read_marker(checkpoint)
     if missing := {"rollouts", "global_step"} - set(marker):
@@ -44,7 +45,21 @@ def check_goes_on(checkpoint: Path, args: PolicyConfig, updates: int) -> None:
             f"ema_decay is {args.ema_decay}, but {checkpoint} was made without it, and holds no average to go on with; "
             "leave it out"
         )
+    _check_steps(checkpoint, args)
     _check_trained(checkpoint, args)
+
+
+def _check_steps(checkpoint: Path, args: PolicyConfig) -> None:
+    """Complain if `args` go on choosing the steps that they train, where `checkpoint` has not begun to, or as many."""
+    if not isinstance(args, DDPOConfig) or args.probed_steps is None:
+        return
+    facts = RunState.read_facts(checkpoint)
+    if facts.get("probed") is None or len(facts["train_steps"]) != args.probed_steps:
+        trained = f"{len(facts['train_steps'])} steps of its own choice" if facts.get("probed") else "those it was told"
+        raise ValueError(
+            f"train_steps is {' '.join(args.train_steps)}, but {checkpoint} was made by training {trained}; give it "
+            "the value it had, or name the steps"
+        )
 
 
 def _check_trained(checkpoint: Path, args: PolicyConfig) -> None:

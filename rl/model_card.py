@@ -13,6 +13,7 @@ from rl.checkpoints import written_beside
 from rl.evaluate import Evaluation
 from rl.full_unet import FullUnet
 from rl.lora import Lora
+from rl.pipelines import pipeline_file
 from rl.report import paired_change
 
 CURVES = {
@@ -43,20 +44,17 @@ class Method:
 DDPO = Method("DDPO (Black et al. 2023, arXiv 2305.13301)", ("ddpo", "reinforcement-learning"))
 
 
-def licence_of(folder: str | Path) -> str:
-    """What the model card in `folder` says of its licence; where there is none, where to look for it.
+def licence_of(place: str | Path) -> str:
+    """What the model card in a folder, or of a name on the hub, says of its licence; else where to look for it.
 
-    The front matter of `README.md` is read, as the hub writes it; nothing is asked of the hub.
+    The front matter of `README.md` is read, as the hub writes it.
     """
-    card = Path(folder) / "README.md"
-    if card.is_file():
-        try:
-            licence = ModelCard.load(card).data.get("license")
-        except ValueError:  # front matter that is no YAML
-            licence = None
-        if licence:
-            return str(licence)
-    return f"unknown here; see {folder}"
+    try:
+        card = pipeline_file(str(place), "README.md")
+        licence = ModelCard.load(card).data.get("license") if card.is_file() else None
+    except ValueError:  # the hub does not give it, or its front matter is no YAML
+        licence = None
+    return str(licence or f"unknown here; see {place}")
 
 
 def write_model_card(

@@ -208,7 +208,7 @@ def load_pipeline(
             `check_pipeline_folder`.
     """
     check_pipeline_folder(path, families)
-    index = _read_json(_pipeline_file(path, "model_index.json"))
+    index = _read_json(pipeline_file(path, "model_index.json"))
     family = _family(index, path, families)
     try:
         folder = path
@@ -256,13 +256,13 @@ def load_scheduler(path: str):
             scheduler is none of diffusers'; or the hub does not give its files.
     """
     check_pipeline_folder(path)
-    index = _read_json(_pipeline_file(path, "model_index.json"))
+    index = _read_json(pipeline_file(path, "model_index.json"))
     _family(index, path, FAMILIES)
     named = index.get("scheduler")
     name = str(named[-1] if isinstance(named, list) and named else named)
     if not issubclass(getattr(diffusers, name, object), SchedulerMixin):
         raise ValueError(f"the pipeline {path} has the scheduler {name}, which diffusers does not know as one")
-    config = _read_json(_pipeline_file(path, "scheduler/scheduler_config.json"))
+    config = _read_json(pipeline_file(path, "scheduler/scheduler_config.json"))
     try:
         return getattr(diffusers, name).from_config(config)
     except Exception as error:  # whatever its arithmetic stumbles over
@@ -309,8 +309,12 @@ def _family(index: Mapping[str, Any], path: str, families: Mapping[str, Family])
     return families[name]
 
 
-def _pipeline_file(path: str, file: str) -> Path:
-    """A small file of a pipeline folder; of a name on the hub, from the hub's cache or, if that is stale, the hub."""
+def pipeline_file(path: str, file: str) -> Path:
+    """A small file of a pipeline folder; of a name on the hub, from the hub's cache or, if that is stale, the hub.
+
+    Raises:
+        ValueError: the hub has to be asked, and does not give it.
+    """
     if Path(path).exists():
         return Path(path) / file
     try:

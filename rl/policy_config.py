@@ -1,5 +1,6 @@
 """The settings that every training of a policy shares: how pictures are sampled, what is trained, memory, the run."""
 
+import logging
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal, TypeVar
 
@@ -20,6 +21,8 @@ from rl.policy_checks import (
 )
 from rl.sde import Schedule, ddim_scheduler, make_schedule
 from rl.watch_limits import check_measured, check_watch, never_measured
+
+logger = logging.getLogger(__name__)
 
 Settings = TypeVar("Settings")
 
@@ -287,6 +290,11 @@ class RewardedPolicyConfig(PolicyConfig):
             "weight_decay, a smaller lora_rank or, where there is a KL term, beta",
         )
         check_measured(self.stop_on, self.never_measured)
+        if self.stop_on and self.save_strategy == "no":
+            logger.warning(
+                "stop_on ends a run that is being gamed, but save_strategy is no: there will be no checkpoint from "
+                "before, and what is left is the last update's"
+            )
         require(self.num_log_images >= 0, f"num_log_images is {self.num_log_images}; it must not be negative")
         if "tensorboard" not in self.report_to and self.num_log_images > 0:
             warn_of_ignored(self, ("num_log_images",), "report_to does not name tensorboard")

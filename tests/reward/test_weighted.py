@@ -36,6 +36,14 @@ def test_every_part_is_the_weighted_sum_by_hand():
     torch.testing.assert_close(reward.objective, 2.0 * first.reward.objective + 0.1 * second.reward.objective)
 
 
+def test_what_members_say_on_another_device_comes_to_the_pictures():
+    """As of a member that computes with NumPy, on a GPU; the "meta" device stands for it."""
+    member = Member([1.0, 2.0], {"flaws": torch.ones(2, 1, 2)}, [torch.ones(3), torch.ones(1)])
+    reward = WeightedReward({"a": member}, {"a": 2.0})(IMAGES.to("meta"), PROMPTS)
+    told = [reward.objective, *reward.penalties.values(), *reward.word_penalties]
+    assert {tensor.device.type for tensor in told} == {"meta"}
+
+
 def test_a_word_is_wrong_where_any_member_that_counts_says_so():
     def said(*wrong):
         return Member([1.0, 2.0], wrong=[torch.tensor(words) for words in wrong])

@@ -286,6 +286,22 @@ def test_auto_measures_the_steps_and_trains_the_best(make_trainer, tmp_path):
     assert logged(trainer, "ratio_deviation")[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train_steps": ["auto:1"], "gradient_accumulation_steps": 4}, "made by training 2 steps of its own choice"),
+        ({"num_inference_steps": 6}, r"measured the steps \[0, 1, 2, 3\], and .* from \[0, 1, 2, 3, 4\]"),
+    ],
+)
+def test_what_was_measured_is_of_no_use_to_other_choices(make_trainer, changes, said):
+    make_trainer(num_train_epochs=1, **AUTO).train()
+    with pytest.raises(ValueError, match=said):
+        make_trainer(num_train_epochs=2, **{**AUTO, **changes}).train(resume_from_checkpoint="latest")
+    named = make_trainer(num_train_epochs=2, **{**AUTO, "train_steps": ["0", "3"]})
+    named.train(resume_from_checkpoint="latest")
+    assert named.train_steps == (0, 3)
+
+
 def test_the_probes_gradients_are_the_updates(make_trainer):
     """The chunks' gradients at the trained steps, averaged, are what one update by SGD moves against."""
     trainer = make_trainer(

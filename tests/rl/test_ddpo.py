@@ -278,6 +278,14 @@ def one_rollout(trained_once, tmp_path):
     return Path(shutil.copytree(trained_once, tmp_path / "run"))
 
 
+def test_resumed_run_trains_the_steps_that_it_is_told_to(make_trainer, one_rollout):
+    changes = {"num_inference_steps": 4, "train_steps": ["1", "2"], "gradient_accumulation_steps": 4}
+    rest = make_trainer(num_train_epochs=2, **changes)
+    rest.train(resume_from_checkpoint="latest")
+    assert rest.train_steps == (1, 2)
+    assert rest.experience.trajectory.steps.tolist() == [1, 2]
+
+
 @pytest.mark.parametrize(
     "changes", [{"gradient_accumulation_steps": 2}, {"num_iterations": 2}, {"generation_batch_size": 16}]
 )
@@ -292,6 +300,16 @@ def test_resuming_with_other_rollouts_is_refused(make_trainer, one_rollout, chan
         ({"optim": "sgd"}, "holds the state of the optimizer adamw_torch.*, but optim is sgd"),
         ({"ema_decay": 0.9}, "ema_decay is 0.9, but .*checkpoint-1 was made without it"),
         ({"lora_rank": 5}, "lora_rank is 5, but the LoRA in .*checkpoint-1 has the rank 2"),
+        (
+            {
+                "train_steps": ["auto:2"],
+                "num_inference_steps": 5,
+                "gradient_accumulation_steps": 8,
+                "generation_batch_size": 16,
+                "num_generations": 2,
+            },
+            "train_steps is auto:2, but .*checkpoint-1 was made by training those it was told; .*name the steps",
+        ),
         ({"tune": "full"}, "tune is full, but .*checkpoint-1 holds no folder unet"),
     ],
 )
@@ -530,6 +548,15 @@ def test_tensorboard_gets_figures_and_pictures(make_trainer):
     wanted = {"reward", "term/red", "penalty/implausibility", "ratio", "clip_fraction", "kl", "grad_norm", "diversity"}
     assert {f"train/{name}" for name in wanted} <= set(tags["scalars"])
     assert tags["images"] == ["samples"]
+
+
+def test_as_many_pictures_are_looked_at_as_asked_for_however_few_are_sampled_at_once(make_trainer):
+    for wanted in (3, 5, 100):
+        trainer = make_trainer(num_log_images=wanted, num_train_epochs=1, per_device_rollout_batch_size=2)
+        experience = trainer.collect(0)
+        count = min(wanted, 8)
+        assert len(experience.samples.images) == len(experience.samples.reward.total) == count
+        assert experience.samples.prompts == list(experience.prompts[:count])
 
 
 def events_of(trainer):

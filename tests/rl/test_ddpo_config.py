@@ -154,3 +154,10 @@ def test_every_field_of_ours_has_help():
     from dataclasses import fields
 
     assert all(field.metadata.get("help") for field in fields(DDPOConfig))
+
+
+def test_stopping_without_checkpoints_is_warned_about(make_args, caplog):
+    make_args(stop_on=["kl"], save_strategy="epoch")
+    assert "stop_on" not in caplog.text
+    make_args(stop_on=["kl"], save_strategy="no")
+    assert "there will be no checkpoint from before" in caplog.text

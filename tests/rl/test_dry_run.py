@@ -63,6 +63,12 @@ def test_activations_grow_with_the_batch(make_trainer):
     assert small["activations_mib"] > 0.1
 
 
+def test_an_update_is_of_a_whole_micro_batch_whatever_is_sampled_at_once(make_trainer):
+    settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    whole, small = (measure(make_trainer(per_device_rollout_batch_size=size, **settings)) for size in (8, 2))
+    assert small["activations_mib"] == pytest.approx(whole["activations_mib"], rel=0.01)
+
+
 def test_activation_checkpointing_is_counted(make_trainer):
     """What blocks are computed again from, which is not nothing."""
     whole, again = (measure(make_trainer(activation_checkpointing=wanted)) for wanted in (False, True))

@@ -1,6 +1,7 @@
 import json
 
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
 from rl.evaluate import Evaluation
@@ -41,6 +42,20 @@ def test_card_says_the_licence_of_every_reward_and_no_base_that_the_hub_does_not
     card = (tmp_path / "README.md").read_text()
     assert "Licences: base: base-1.0; reward one: first-1.0; reward two: see its code." in card
     assert "base_model" not in card.split("---")[1]
+
+
+def test_licences_of_names_on_the_hub_are_asked_for_there(tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n")
+    asked = []
+    monkeypatch.setattr("rl.pipelines.hf_hub_download", lambda *what: asked.append(what) or tmp_path / "README.md")
+    assert licence_of("somebody/a-pipeline") == "creativeml-openrail-m"
+    assert asked == [("somebody/a-pipeline", "README.md")]
+
+    def offline(*what):
+        raise EntryNotFoundError("no README.md there")
+
+    monkeypatch.setattr("rl.pipelines.hf_hub_download", offline)
+    assert licence_of("somebody/a-pipeline") == "unknown here; see somebody/a-pipeline"
 
 
 def used(folder, **settings):
