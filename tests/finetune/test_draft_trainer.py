@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
@@ -19,7 +18,7 @@ from finetune.draft_config import DraftConfig
 from finetune.draft_trainer import DraftTrainer
 from finetune.run import load_policy
 from reward.feedback import Reward
-from rl.adapter import LORA_WEIGHTS, AdapterSettings
+from rl.adapter import AdapterSettings
 from rl.evaluate import HeldOut
 from rl.experience import rollout_noise
 from rl.interrupt import RunInterrupted
@@ -27,6 +26,7 @@ from rl.policy import StableDiffusionPolicy
 from rl.rollout import DivergedError, sample
 from rl.scoring import RewardError
 from tests.rl.conftest import PROMPTS, pipeline_folder, sd2_folder, xl_folder  # noqa: F401
+from tests.rl.outcomes import assert_same, logged, lora
 from tests.rl.toy_rewards import Plain, Redness
 
 ROOT = Path(__file__).parents[2]
@@ -56,27 +56,10 @@ def make_trainer(pipeline_folder, make_args):  # noqa: F811
     return make
 
 
-def lora(folder):
-    return load_file(f"{folder}/{LORA_WEIGHTS}")
-
-
-def assert_same(left, right, **tolerance):
-    assert left.keys() == right.keys()
-    for name, weight in left.items():
-        if tolerance:
-            torch.testing.assert_close(weight, right[name], **tolerance)
-        else:
-            assert torch.equal(weight, right[name]), name
-
-
 def trained(trainer):
     trainer.train()
     return {name: weight.detach().clone() for name, weight in trainer.policy.network.named_parameters()
             if weight.requires_grad}  # fmt: skip
-
-
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 VARIANTS = {

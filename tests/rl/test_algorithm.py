@@ -2,21 +2,12 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from reward.feedback import Reward
-from rl.adapter import LORA_WEIGHTS
 from rl.run_state import RunState
 from tests.rl.conftest import args_of, trainer_of
+from tests.rl.outcomes import assert_same, logged, lora
 from tests.rl.toy_rewards import Redness
-
-
-def lora(folder):
-    return load_file(f"{folder}/{LORA_WEIGHTS}")
-
-
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def assert_resumes_to_the_bit(make_trainer, tmp_path, **settings):
@@ -26,9 +17,7 @@ def assert_resumes_to_the_bit(make_trainer, tmp_path, **settings):
     make_trainer(output_dir=str(tmp_path / "part"), num_train_epochs=2, **settings).train()
     rest = make_trainer(output_dir=str(tmp_path / "part"), num_train_epochs=4, **settings)
     rest.train(resume_from_checkpoint="latest")
-    left, right = lora(tmp_path / "whole/checkpoint-4"), lora(tmp_path / "part/checkpoint-4")
-    for name in left:
-        assert torch.equal(left[name], right[name]), name
+    assert_same(lora(tmp_path / "whole/checkpoint-4"), lora(tmp_path / "part/checkpoint-4"))
     states = [RunState.read(tmp_path / run / "checkpoint-4") for run in ("whole", "part")]
     assert states[0].facts == states[1].facts
     for name, tensor in states[0].tensors.items():

@@ -8,6 +8,7 @@ import torch
 from finetune.run import load_policy
 from rl.ddpo import DDPOTrainer
 from tests.rl.conftest import PROMPTS
+from tests.rl.outcomes import logged
 from tests.rl.test_folded import count_adapted, predict
 from tests.rl.toy_rewards import Redness
 
@@ -31,10 +32,6 @@ def trained(pipeline_folder, make_args):
         return trainer, seen
 
     return train
-
-
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 @pytest.mark.parametrize("model_dtype", ["bfloat16", "float32"])

@@ -9,6 +9,7 @@ from rl.rollout_plan import passes
 from rl.sde import ddim_scheduler, make_schedule
 from rl.trunks import Trunks
 from tests.rl.conftest import PROMPTS
+from tests.rl.outcomes import logged
 from tests.rl.test_adapter import load, trained
 
 GROUP = {"share_noise": "around", "num_generations": 4, "generation_batch_size": 8, "train_steps": ["1:3"],
@@ -20,10 +21,6 @@ def rows_seen(network):
     seen = []
     network.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
     return seen
-
-
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def test_a_group_in_two_batches_is_in_both():
