@@ -254,7 +254,7 @@ def make_parser() -> ArgumentParser:
     parser = flags(__doc__.splitlines()[0], seeds=5)
     add_flags(parser, "benchmarks/results/trainings/credit")
     parser.add_argument("--kinds", nargs="+", default=list(MAIN), choices=list(CREDITS))
-    parser.add_argument("--rollouts", type=int, default=18, help="a multiple of 6")
+    parser.add_argument("--rollouts", type=int, default=12, help="a multiple of 6")
     parser.add_argument("--pictures", type=int, default=256, help="of a rollout")
     parser.add_argument("--prompts", type=int, default=256, help="that the judge looks at")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=list(LEARNING_RATES))
