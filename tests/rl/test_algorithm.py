@@ -4,25 +4,9 @@ import pytest
 import torch
 
 from reward.feedback import Reward
-from rl.run_state import RunState
 from tests.rl.conftest import args_of, trainer_of
-from tests.rl.outcomes import assert_same, logged, lora
+from tests.rl.outcomes import assert_resumes_to_the_bit, logged, lora
 from tests.rl.toy_rewards import Redness
-
-
-def assert_resumes_to_the_bit(make_trainer, tmp_path, **settings):
-    """Four rollouts at once, and two and two, end alike; returns the trainer that was not interrupted."""
-    whole = make_trainer(output_dir=str(tmp_path / "whole"), num_train_epochs=4, **settings)
-    whole.train()
-    make_trainer(output_dir=str(tmp_path / "part"), num_train_epochs=2, **settings).train()
-    rest = make_trainer(output_dir=str(tmp_path / "part"), num_train_epochs=4, **settings)
-    rest.train(resume_from_checkpoint="latest")
-    assert_same(lora(tmp_path / "whole/checkpoint-4"), lora(tmp_path / "part/checkpoint-4"))
-    states = [RunState.read(tmp_path / run / "checkpoint-4") for run in ("whole", "part")]
-    assert states[0].facts == states[1].facts
-    for name, tensor in states[0].tensors.items():
-        assert torch.equal(tensor, states[1].tensors[name]), name
-    return whole
 
 
 class Constant(Redness):
@@ -206,7 +190,7 @@ def test_statistics_of_a_prompt_replace_its_group(make_trainer, tmp_path):
         "advantage_baseline": "prompt", "num_generations": 1, "prompt_buffer_size": 4, "prompt_min_count": 2,
         "learning_rate": 0.05,
     }  # fmt: skip
-    trainer = assert_resumes_to_the_bit(make_trainer, tmp_path, **settings)
+    trainer, _ = assert_resumes_to_the_bit(make_trainer, tmp_path, **settings)
     seen = trainer.statistics.state()
     assert sum(map(len, seen.values())) > 8
     assert all(len(rewards) <= 4 for rewards in seen.values())
@@ -267,7 +251,7 @@ AUTO = {
 
 
 def test_auto_measures_the_steps_and_trains_the_best(make_trainer, tmp_path):
-    trainer = assert_resumes_to_the_bit(make_trainer, tmp_path, **AUTO)
+    trainer, _ = assert_resumes_to_the_bit(make_trainer, tmp_path, **AUTO)
     assert len(trainer.train_steps) == 2
     probed = [set(entry) & {f"probe/snr_step_{step}" for step in range(4)} for entry in trainer.state.log_history]
     assert [len(names) for names in probed if names] == [4, 4]  # rollouts 0 and 3

@@ -10,30 +10,17 @@ import pytest
 from rl.adapter import LORA_WEIGHTS
 from rl.watch_limits import MONITORS
 from tests.rl.conftest import args_of, trainer_of
-from tests.rl.outcomes import assert_same, logged, lora
+from tests.rl.outcomes import assert_resumes_to_the_bit, logged
 
 
 def test_resumed_run_is_the_uninterrupted_one_to_the_bit(make_trainer, tmp_path):
-    whole = make_trainer(output_dir=str(tmp_path / "whole"), num_train_epochs=4, save_total_limit=None)
-    whole.train()
-    part = make_trainer(output_dir=str(tmp_path / "part"), num_train_epochs=2)
-    part.train()
-    rest = make_trainer(output_dir=str(tmp_path / "part"), num_train_epochs=4)
-    rest.train(resume_from_checkpoint="latest")
-    assert rest.state.global_step == 4
-    assert_same(lora(tmp_path / "whole/checkpoint-4"), lora(tmp_path / "part/checkpoint-4"))
+    whole, rest = assert_resumes_to_the_bit(make_trainer, tmp_path)
     assert logged(whole, "reward") == logged(rest, "reward")
     assert logged(whole, "watch/drawn") == logged(rest, "watch/drawn") != []
 
 
 def test_resumed_run_with_two_passes_is_the_uninterrupted_one_to_the_bit(make_trainer, tmp_path):
-    settings = {"num_iterations": 2, "learning_rate": 0.05}
-    whole = make_trainer(output_dir=str(tmp_path / "whole"), num_train_epochs=3, **settings)
-    whole.train()
-    make_trainer(output_dir=str(tmp_path / "part"), num_train_epochs=1, **settings).train()
-    rest = make_trainer(output_dir=str(tmp_path / "part"), num_train_epochs=3, **settings)
-    rest.train(resume_from_checkpoint="latest")
-    assert_same(lora(tmp_path / "whole/checkpoint-6"), lora(tmp_path / "part/checkpoint-6"))
+    assert_resumes_to_the_bit(make_trainer, tmp_path, num_iterations=2, learning_rate=0.05)
 
 
 @pytest.fixture(scope="module")
