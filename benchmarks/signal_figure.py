@@ -4,7 +4,7 @@
 
 Left: the gradient's signal-to-noise ratio at each sampling step (`gradient_snr.py --credits image`). Middle: how much
 of what a place's noise changes is near that place (`noise_reach.py`), and what would be if all places changed alike.
-Right: what each kind of credit gains, at an early and a late step (`gradient_snr.py --steps 1 8`).
+Right: what each kind of credit gains more than `image`, at an early and a late step (`gradient_snr.py --steps 1 8`).
 """
 
 import json
@@ -56,7 +56,7 @@ def draw(steps: Mapping[str, Interval], kinds: Mapping[str, Interval], reach: Ma
     ratios = matching(steps, r"step (\d+), image: signal to noise")
     near = matching(reach, rf"noise of step (\d+): share within {NEAR}")
     even = matching(reach, rf"if all places changed alike: share within ({NEAR})")
-    gains = {step: matching(kinds, rf"step {step}, (.*): gain") for step in ("1", "8")}
+    gains = {step: matching(kinds, f"step {step}, (.*): gain less image's") for step in ("1", "8")}
     if not (ratios and near and even and all(gains.values())):
         raise ValueError("a results file lacks rows; make all three by the commands of this benchmark's docstring")
     bars(left, [int(step) for step in ratios], list(ratios.values()), marker="o")
@@ -71,7 +71,7 @@ def draw(steps: Mapping[str, Interval], kinds: Mapping[str, Interval], reach: Ma
              label=f"step {step}")  # fmt: skip
     right.axhline(0, color="grey", linewidth=0.8)
     right.set_xticks(range(len(gains["1"])), list(gains["1"]), rotation=40, ha="right")
-    right.set(title="gain of an update of length 1, thousandths of the reward")
+    right.set(title="gain of an update of length 1 less image's, thousandths")
     right.legend()
     return figure
 
