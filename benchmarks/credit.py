@@ -14,8 +14,9 @@ How many images a kind takes to where `image` ends: its mean curve, made to rise
 
 Trainings are kept in `--work`, each a small file; what is there is not done again, and what is missing is left out of
 the table. The order is: the rounds of the tuning, then the reported seeds one by one, all kinds of each. `--kinds` may
-name two that are left out to save time: `paid, unit`, which leads away from the objective, and `paid`, whose gradients
-gained less than with its own place alone, if not beyond doubt (`benchmarks/gradient_snr.py`). `--maps judge` takes the
+name three that are left out to save time, by what their gradients gain (`benchmarks/gradient_snr.py`): `paid, unit`,
+which leads away from the objective, `paid`, which gains less than with its own place alone, and `focus on content`,
+which gives as much away as `focus on maps`. `--maps judge` takes the
 true judge's maps in place of the predictor's: an experiment about credit alone, which no real project can make.
 """
 
@@ -40,7 +41,7 @@ LEARNING_RATES, CLIPS = (1.5e-3, 3e-3, 6e-3), (5e-5, 1e-2)
 LOCATION = 16
 """A place's ratio moves sqrt(h * w) times as far as an image's, so its clip range is as much wider; h = w = 16."""
 TUNING_SEEDS = 1000  # and on: none is reported; the first is the first round's
-MAIN = ("image", "scalar", "focus on maps", "focus on content", "words", "paid, own place", "mask")
+MAIN = ("image", "scalar", "focus on maps", "words", "paid, own place", "mask")
 WITHOUT_PLACE = ("image", "scalar")
 STEPS = 2  # that the config trains
 
