@@ -196,3 +196,11 @@ def make_trainer(pipeline_folder, make_args):
         return trainer_of(pipeline_folder, make_args(**changes), reward, held_out, eval_on)
 
     return make
+
+
+@pytest.fixture
+def config(pipeline_folder, tmp_path):
+    """The YAML of a run of seconds, for `tests.rl.command.command`."""
+    from tests.rl.command import write_config
+
+    return write_config(pipeline_folder, tmp_path)

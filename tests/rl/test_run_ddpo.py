@@ -2,65 +2,30 @@
 
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-import yaml
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from rich.console import Console
 
 import run_ddpo
 from finetune.run import judge
-from reward.arguments import main_guard
-from reward.feedback import HEATMAPS, SCORES, check_reward
 from reward.folder_lock import taken
-from reward.predict import RichFeedbackPredictor
 from rl.adapter import LORA_WEIGHTS
 from rl.checkpoints import claim_output_dir
 from rl.monitors import paired_fall
 from tests.reward.test_http import serving
-from tests.rl.conftest import PROMPTS, put_in_hub_cache
+from tests.rl.command import command
+from tests.rl.conftest import PROMPTS
 from tests.rl.toy_rewards import Plain
 
 ROOT = Path(__file__).parents[2]
-
-
-def write_config(pipeline, folder):
-    """The YAML, in `folder`, of a run in its subfolder `run`."""
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    settings = {
-        "policy": pipeline, "reward": "tests.rl.toy_rewards:Redness", "reward_kwargs": {"weight": 1.0},
-        "prompts": str(folder / "prompts.txt"), "eval_prompts": str(folder / "prompts.txt"),
-        "eval_rewards": {"judge": "tests.rl.toy_rewards:Plain"}, "num_before_after": 2,
-        "output_dir": str(folder / "run"), "use_cpu": True, "num_train_epochs": 2, "num_inference_steps": 3,
-        "train_steps": [0, 1], "generation_batch_size": 8, "num_generations": 4, "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 4, "lora_rank": 2, "num_log_images": 2,
-    }  # fmt: skip
-    path = folder / "config.yaml"
-    path.write_text(json.dumps(settings))  # JSON is YAML
-    return str(path)
-
-
-@pytest.fixture
-def config(pipeline_folder, tmp_path):
-    return write_config(pipeline_folder, tmp_path)
-
-
-def command(*argv):
-    """Exit code of `python run_ddpo.py argv`, in this process."""
-    with pytest.raises(SystemExit) as caught:
-        main_guard(run_ddpo.main, argv)
-    return caught.value.code
 
 
 def test_from_yaml_to_lora_figures_and_pictures(config, tmp_path, capsys, pipeline_folder):
@@ -114,203 +79,6 @@ def test_whole_unet_from_yaml_to_folder(config, tmp_path, capsys):
     (unet / "of_the_run_before").touch()
     assert command(*flags, "--overwrite_output_dir") == 0
     assert not (unet / "of_the_run_before").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "names"),
-    [
-        (["--learning_rte", "1"], ["learning_rte", "learning_rate"]),
-        (["--prompts", "nowhere.txt"], ["nowhere.txt"]),
-        (["--eval_prompts", "nowhere.txt"], ["nowhere.txt"]),
-        (["--policy", "./nowhere"], ["no pipeline folder ./nowhere"]),
-        (["--generation_batch_size", "10"], ["generation_batch_size (10)", "num_generations (4)", "8 or 12"]),
-        (["--gradient_accumulation_steps", "3"], ["(3)", "4 micro-batches", "1, 2, 4"]),
-        (["--train_steps", "2"], ["step 2", "deterministic"]),
-        (["--reward", "tests.rl.toy_rewards:Nothing"], ["no attribute Nothing"]),
-        (["--reward_kwargs", '{"wait": 1}'], ["wait"]),
-        (["--resume_from_checkpoint", "latest"], ["holds no whole checkpoint"]),
-        (["--resume_from_checkpoint", "auto", "--overwrite_output_dir"], ["give one of them"]),
-        (["--output_dir", "/proc/run"], ["cannot write to output_dir /proc/run"]),
-        (["--eval_rewards", '{"reward": "tests.rl.toy_rewards:Plain"}'], ["eval_rewards"]),
-        (["--eval_rewards", '{"judge": 3}'], ["3 does not name a reward"]),
-        (["--init_adapter", "nowhere"], ["there is no LoRA folder nowhere"]),
-        (["--init_adapter", ""], ["init_adapter is empty"]),
-        (["--num_train_epochs", "inf"], ["num_train_epochs is inf"]),
-        (["--base_adapters", "nowhere"], ["there is no LoRA folder nowhere"]),
-        (["--init_lora_weights", "eva"], ["eva", "pissa"]),
-        (["--train_text_encoder", "true", "--tune", "full"], ["train_text_encoder", "set tune to lora"]),
-        (
-            ["--eval_rewards", '{"judge": {"reward": "tests.rl.toy_rewards:Redness", "kwargs": {"wait": 1}}}'],
-            ["'wait'"],
-        ),
-        (["--rewards", '{"red": "tests.rl.toy_rewards:Redness"}'], ["both are given; give one of them", "--reward ''"]),
-        (["--reward", ""], ["neither is given"]),
-        (["--reward", "", "--rewards", "{}"], ["neither is given"]),
-        (["--reward", "", "--rewards", "[]"], ["a JSON mapping is wanted"]),
-        (["--reward", "", "--rewards", '{"red": {"reward": "a:b", "weight": "much"}}'], ["its weight is 'much'"]),
-        (["--reward", "", "--rewards", '{"red": "a:b", "red": "a:c"}'], ["`red` is given twice"]),
-        (["--watch_reward", "jugde"], ["'jugde'", "nearest name: 'judge'"]),
-        (["--stop_on", "diversty"], ["'diversty'", "'diversity'"]),
-        (["--stop_on", "held_out"], ["watch_reward"]),
-        (["--watch_limits", '{"kl": "far"}'], ["limit of kl is 'far'"]),
-        (["--eval_strategy", "epoch", "--eval_prompts", ""], ["eval_strategy is epoch", "no eval_prompts"]),
-        (["--eval_strategy", "steps", "--eval_steps", "0.5"], ["eval_steps (0.5)", "1 updates"]),
-        (["--num_before_after", "0"], ["num_before_after is 0"]),
-        (["--save_strategy", "best"], ["save_strategy is 'best'", "epoch, steps, no"]),
-        (["--reward_kwargs", '{"nan_after": 3}'], ["term `red` is nan for the prompt"]),
-    ],
-)
-def test_mistakes_end_in_one_line_and_exit_code_2(config, capsys, flags, names):
-    assert command("--config", config, *flags) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert all(name in lines[0] for name in names), lines[0]
-
-
-@pytest.fixture
-def nothing_is_loaded(monkeypatch):
-    """Rewards and policies that are asked for too early."""
-    loaded = []
-    monkeypatch.setattr(run_ddpo.RunArguments, "make_rewards", lambda run: loaded.append("rewards") or {})
-    monkeypatch.setattr(run_ddpo, "load_policy", lambda path, args: loaded.append(path))
-    yield
-    assert loaded == []
-
-
-@pytest.mark.parametrize(
-    ("flags", "scheduler", "message"),
-    [
-        (["--gradient_accumulation_steps", "3"], {}, "does not divide the 4 micro-batches"),
-        (["--train_steps", "99"], {}, "names step 99; the 3 steps are 0 to 2"),
-        ([], {"thresholding": True}, "dynamic thresholding"),
-        ([], {"use_flow_sigmas": True}, "has use_flow_sigmas"),
-        ([], {"timestep_type": "continuous"}, "has timestep_type: continuous"),
-        (["--policy", "some/other"], {}, "cannot read model_index.json of the pipeline some/other"),
-    ],
-)
-def test_schedule_on_the_hub_is_looked_at_before_anything_is_loaded(
-    config, pipeline_folder, tmp_path, monkeypatch, capsys, nothing_is_loaded, flags, scheduler, message
-):
-    files = ("model_index.json", "scheduler/scheduler_config.json")
-    for file in files:
-        (tmp_path / "pipeline" / file).parent.mkdir(parents=True, exist_ok=True)
-        said = json.loads((Path(pipeline_folder) / file).read_text()) | (scheduler if "config" in file else {})
-        (tmp_path / "pipeline" / file).write_text(json.dumps(said))
-    put_in_hub_cache(monkeypatch, tmp_path / "hub", "some/pipeline", tmp_path / "pipeline", files)
-    assert command("--config", config, "--policy", "some/pipeline", *flags) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("credit", "rewards", "message"),
-    [
-        ("focus", {"scores": {}}, "credit focus on maps needs a reward with penalty maps"),
-        ("words", {"scores": {}, "maps": {"penalty_weights": {"implausibility": 1.0}}}, "give it a word_weight"),
-        ("image", {"scores": {"penalty_weights": {"beauty": 1.0}}}, "penalty_weights has no beauty"),
-    ],
-)
-def test_rewards_that_cannot_give_what_credit_goes_by_are_not_loaded(
-    config, capsys, nothing_is_loaded, credit, rewards, message
-):
-    rewards = {
-        name: {"reward": "reward.rich:RichReward", "kwargs": {"model": "nowhere", **kwargs}}
-        for name, kwargs in rewards.items()
-    }
-    flags = ["--credit", credit, "--reward", "", "--reward_kwargs", "{}", "--rewards", json.dumps(rewards)]
-    assert command("--config", config, *flags) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def one_rollout(pipeline_folder, tmp_path_factory):
-    """The folder of a run of one rollout; to be copied."""
-    folder = tmp_path_factory.mktemp("one_rollout")
-    flags = ["--num_train_epochs", "1", "--eval_prompts", "", "--eval_rewards", "{}"]
-    assert command("--config", write_config(pipeline_folder, folder), *flags) == 0
-    return folder / "run"
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--lora_rank", "5"], "lora_rank is 5, but the LoRA in"),
-        (["--optim", "sgd"], "holds the state of the optimizer adamw_torch"),
-        (["--gradient_accumulation_steps", "2"], "with these settings a rollout has 2 updates"),
-        (["--ema_decay", "0.5"], "holds no average to go on with"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else value[0],
-)
-def test_what_cannot_go_on_is_not_loaded(config, one_rollout, tmp_path, capsys, monkeypatch, flags, message):
-    shutil.copytree(one_rollout, tmp_path / "run")
-    monkeypatch.setattr(run_ddpo, "load_policy", lambda *_: pytest.fail("the policy was loaded"))
-    monkeypatch.setattr(run_ddpo.RunArguments, "make_rewards", lambda _: pytest.fail("the reward was loaded"))
-    assert command("--config", config, "--resume_from_checkpoint", "latest", *flags) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("reward", ["JpegCompressibility", "PickScore"])
-def test_a_reward_of_one_number_gives_no_credit_by_place(config, tmp_path, capsys, nothing_is_loaded, reward):
-    kwargs = {}
-    if reward == "PickScore":
-        (tmp_path / "config.json").write_text('{"model_type": "clip"}')
-        for name in ("model.safetensors", "tokenizer.json"):
-            (tmp_path / name).touch()
-        kwargs = {"model": str(tmp_path)}
-    flags = ["--credit", "focus", "--reward", f"reward.others:{reward}", "--reward_kwargs", json.dumps(kwargs)]
-    assert command("--config", config, *flags) == 2
-    assert "credit focus on maps needs a reward with penalty maps" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (
-            ["--reward", "reward.http:HttpReward", "--reward_kwargs", '{"url": "localhost:8000"}'],
-            "url is 'localhost:8000'",
-        ),
-        (
-            ["--eval_rewards", '{"size": {"reward": "reward.others:JpegCompressibility", "kwargs": {"quality": 0}}}'],
-            "quality is 0",
-        ),
-    ],
-    ids=["trained on", "only asked"],
-)
-def test_what_a_reward_says_of_its_arguments_is_said_first(config, capsys, nothing_is_loaded, flags, message):
-    assert command("--config", config, *flags) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("how", "credit", "message"),
-    [
-        ("column", "image", "(1, 1)"),
-        ("nan", "image", "is nan for the prompt"),
-        ("negative", "focus", "negative"),
-        ("one map", "focus", "blame"),
-    ],
-)
-@pytest.mark.parametrize("asked", ["trained on", "only asked"])
-def test_a_reward_that_cannot_be_trained_on_is_found_out_before_the_policy_is_loaded(
-    config, tmp_path, capsys, monkeypatch, how, credit, message, asked
-):
-    monkeypatch.setattr(run_ddpo, "load_policy", lambda path, args: pytest.fail("loaded too early"))
-    broken = {"reward": "tests.rl.toy_rewards:Broken", "kwargs": {"how": how}}
-    flags = ["--eval_rewards", json.dumps({"it": broken})]
-    if asked == "trained on":
-        flags = ["--credit", credit, "--reward", broken["reward"], "--reward_kwargs", json.dumps(broken["kwargs"])]
-    assert command("--config", config, *flags) == 2
-    said = capsys.readouterr().err
-    name = "reward" if asked == "trained on" else "it"
-    assert f"asked about one grey picture, the reward '{name}' fails: " in said
-    assert message in said
-    assert not (tmp_path / "run/run_config.json").exists()
-
-
-def test_credit_by_maps_of_a_users_own_reward_is_refused_before_the_policy_is_loaded(config, capsys, monkeypatch):
-    monkeypatch.setattr(run_ddpo, "load_policy", lambda path, args: pytest.fail("loaded too early"))
-    flags = ["--credit", "focus", "--reward", "tests.rl.toy_rewards:Plain", "--reward_kwargs", "{}"]
-    assert command("--config", config, *flags) == 2
-    assert "credit focus on maps needs a reward with penalty maps" in capsys.readouterr().err
 
 
 def test_one_command_starts_goes_on_and_finds_that_nothing_is_left(config, tmp_path, capsys):
@@ -559,121 +327,3 @@ def test_ctrl_c_ends_with_a_checkpoint_and_how_to_go_on(config, tmp_path):
     assert f"go on with --resume_from_checkpoint {folder}/checkpoint-" in out
     assert "Traceback" not in err
     assert list(folder.glob("checkpoint-*/complete.json"))
-
-
-def settings_of(path, *flags):
-    return run_ddpo.parse_arguments(
-        [run_ddpo.RunArguments, run_ddpo.DDPOConfig], ["--config", str(path), "--use_cpu", "--bf16", "false", *flags]
-    )
-
-
-def readmes_runs():
-    """The README's commands for several GPUs that start `run_ddpo.py`: launcher's YAML, its flags, the run's flags."""
-    text = (ROOT / "README.md").read_text()
-    for command in re.findall(r"accelerate launch (.*?)\n\n", text, flags=re.DOTALL):
-        launcher, found, run = command.replace("\\\n", " ").partition("run_ddpo.py")
-        if found:
-            yield launcher.split(), run.split()
-
-
-def test_readmes_commands_for_several_gpus_divide(monkeypatch):
-    """Two updates a rollout, as on one GPU, and as in the run of ddpo-pytorch that one of them stands for."""
-    commands = list(readmes_runs())
-    assert len(commands) == 3
-    for launcher, flags in commands:
-        file = yaml.safe_load((ROOT / launcher[launcher.index("--config_file") + 1]).read_text())
-        named = "--num_processes" in launcher
-        processes = int(launcher[launcher.index("--num_processes") + 1]) if named else file["num_processes"]
-        assert processes == (8 if named else 4)
-        monkeypatch.setattr(run_ddpo.DDPOConfig, "world_size", processes)
-        config = flags.index("--config")
-        rest = [flag.strip("'") for flag in flags[:config] + flags[config + 2 :]]
-        if "--deepspeed" in rest:
-            rest = rest[: rest.index("--deepspeed")]
-        _, args = settings_of(ROOT / flags[config + 1], *rest)
-        steps = args.num_inference_steps if args.train_steps == ["all"] else len(args.train_steps)
-        assert args.plan(steps).updates == 2
-    accumulation = re.search(r"--gradient_accumulation_steps \d+", " ".join(commands[0][1]))[0]
-    assert accumulation in (ROOT / "configs/accelerate/multi_gpu.yaml").read_text()
-
-
-def test_readmes_table_of_several_gpus_divides(monkeypatch):
-    """Two updates a rollout, or no way to have them."""
-    text = (ROOT / "README.md").read_text()
-    heading, *rows = re.search(r"\| preset \| 1 GPU .*?\n\n", text, flags=re.DOTALL)[0].strip().splitlines()
-    worlds = [int(cell.split()[0]) for cell in heading.strip("|").split("|")[1:]]
-    assert (worlds, len(rows)) == ([1, 2, 4, 8], 4)
-    for row in rows[1:]:
-        preset, *cells = (cell.strip(" `") for cell in row.strip("|").split("|"))
-        for world, cell in zip(worlds, cells, strict=True):
-            monkeypatch.setattr(run_ddpo.DDPOConfig, "world_size", world)
-            told = [cell] if cell.isdigit() else map(str, range(1, 65))
-            updates = {updates_of(ROOT / f"configs/{preset}.yaml", accumulated) for accumulated in told}
-            assert (updates == {2}) if cell.isdigit() else (2 not in updates), (preset, world)
-
-
-def updates_of(config, accumulated):
-    """Of a rollout; None where the numbers do not divide."""
-    try:
-        _, args = settings_of(config, "--prompts", "prompts.txt", "--gradient_accumulation_steps", accumulated)
-        return args.plan(len(args.train_steps)).updates
-    except ValueError:
-        return None
-
-
-def test_readmes_run_of_ddpo_pytorch_is_theirs(monkeypatch):
-    """Whatever the preset says: their defaults, of `config/base.py` and of TRL's `DDPOConfig` and pipeline."""
-    monkeypatch.setattr(run_ddpo.DDPOConfig, "world_size", 8)
-    (flags,) = (flags for launcher, flags in readmes_runs() if "--num_processes" in launcher)
-    _, args = settings_of(ROOT / flags[flags.index("--config") + 1], *(flag.strip("'") for flag in flags[2:]))
-    theirs = {
-        "weight_decay": 1e-4, "warmup_steps": 0, "lora_rank": 4, "lora_alpha": 4, "init_lora_weights": "gaussian",
-        "lora_target_modules": ["to_q", "to_k", "to_v", "to_out.0"], "fp16": True, "bf16": False,
-        "model_dtype": "float16", "learning_rate": 3e-4, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8,
-        "max_grad_norm": 1, "advantage_clip": 5, "advantage_std_floor": 1e-6, "epsilon": 1e-4, "eta": 1,
-        "guidance_scale": 5, "train_guidance": True, "num_iterations": 1, "advantage_baseline": "prompt",
-        "prompt_buffer_size": 32, "prompt_min_count": 16, "importance_sampling_level": "image", "beta": 0,
-        "timestep_fraction": 1, "train_steps": ["all"], "per_device_rollout_batch_size": 8,
-    }  # fmt: skip
-    assert {name: getattr(args, name) for name in theirs} == theirs
-
-
-def test_readmes_reward_of_theirs_is_one_of_ours(monkeypatch):
-    theirs = SimpleNamespace(aesthetic_score=lambda: lambda images, prompts, metadata: ([5.0] * len(prompts), {}))
-    monkeypatch.setitem(sys.modules, "ddpo_pytorch", SimpleNamespace(rewards=theirs))
-    monkeypatch.setitem(sys.modules, "ddpo_pytorch.rewards", theirs)
-    code = re.search(r"( +# my_rewards\.py.*?\n)\n\S", (ROOT / "README.md").read_text(), flags=re.DOTALL)[1]
-    exec(textwrap.dedent(code), scope := {})
-    images = torch.zeros(2, 3, 4, 4)
-    check_reward(reward := scope["adapted"](images, PROMPTS[:2]), PROMPTS[:2])
-    assert reward.total.tolist() == [5.0, 5.0]
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("ddpo_*.yaml")), ids=lambda path: path.name)
-def test_presets_rewards_can_be_built(path, monkeypatch):
-    """All of a preset but the predictor's weights, which may be the user's own."""
-    monkeypatch.setattr(RichFeedbackPredictor, "from_pretrained", lambda folder: folder)
-    run, _ = settings_of(path)
-    reward = run.make_reward()
-    assert reward.predictor == run.reward_kwargs["model"]
-    assert len(reward.score_weights) >= 2
-    assert reward.penalty_weights
-    assert reward.word_weight > 0
-    if "sd15" in path.name or "sdxl" in path.name:
-        assert set(reward.score_weights) == set(SCORES)
-        assert set(reward.penalty_weights) == set(HEATMAPS)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("ddpo_*.yaml")), ids=lambda path: path.name)
-def test_presets_are_valid_and_open_with_three_comment_lines(path, monkeypatch):
-    """Their arithmetic is that of as many processes as the first line starts."""
-    lines = path.read_text().splitlines()
-    assert all(line.startswith("# ") for line in lines[:3])
-    assert f"--config configs/{path.name}" in lines[0]
-    processes = int((re.search(r"--num_processes (\d+)", lines[0]) or [0, 1])[1])
-    monkeypatch.setattr(run_ddpo.DDPOConfig, "world_size", processes)
-    _, args = settings_of(path)
-    plan = args.plan(len(args.train_steps))
-    if told := re.search(r"then (\d+) updates? of (\d+) rows", lines[2]):
-        assert (plan.updates, plan.pictures * plan.train_steps // plan.updates) == tuple(map(int, told.groups()))
-    assert processes == 1 or told
