@@ -16,8 +16,8 @@ Trainings are kept in `--work`, each a small file; what is there is not done aga
 the table. The order is: the rounds of the tuning, then the reported seeds one by one, all kinds of each. `--kinds` may
 name three that are left out to save time, by what their gradients gain (`benchmarks/gradient_snr.py`): `paid, unit`,
 which leads away from the objective, `paid`, which gains less than with its own place alone, and `focus on content`,
-which gives as much away as `focus on maps`. `--maps judge` takes the
-true judge's maps in place of the predictor's: an experiment about credit alone, which no real project can make.
+which gives as much away as `focus on maps`. `--maps judge` takes the true judge's maps in place of the predictor's: an
+experiment about credit alone, which no real project can make.
 """
 
 import time

@@ -99,6 +99,7 @@ class Gradients:
     Attributes:
         steps: that are measured.
         names: the kinds of credit, and `OBJECTIVE`.
+        notes: what else was found.
     """
 
     def __init__(self, options: Namespace, share_noise: str | None = None):
@@ -115,13 +116,16 @@ class Gradients:
         noisy = resolve_train_steps("all", self.schedule)
         self.steps = [step for step in noisy if not options.steps or step in options.steps]
         self.prompts, self.seed = read_prompt_file(run.prompts), options.seed
+        self.notes: list[Row] = []
+        learned = []
         if options.maps == "learned":
             self.reward = self._with_learned_maps(self.reward)
+            learned = [self.reward.weights.tolist()]
         self.kinds = {name: with_credit(self.args, **CREDITS[name]) for name in options.credits}
         self.names = [*self.kinds, OBJECTIVE]
         told = (
             options.config.read_text(encoding="utf-8"), self.args.share_noise, self.steps, self.names, self.seed,
-            PICTURES, assets_digest(), options.maps,
+            PICTURES, assets_digest(), options.maps, *learned,
         )  # fmt: skip
         self.folder = options.work / digest(*told)
 
@@ -132,14 +136,15 @@ class Gradients:
             drawn = self._prompts(chunk)
             noise = rollout_noise(self.policy, self.schedule, self.seed, chunk, range(PICTURES))
             with torch.no_grad():
-                trajectory = sample(self.policy, self.policy.network, drawn, noise, self.schedule)
+                trajectory = sample(
+                    self.policy, self.policy.network, drawn, noise, self.schedule, (), self.args.guidance_scale
+                )
                 said, seen = seen_by(reward, self.policy.decode(trajectory.final_latents), drawn)
             tokens.append(seen)
             totals.append(said.total)
         share = unseen_share(tokens, totals, self.args.num_generations)
-        print(
-            f"learned maps explain {share:.3f} of the variance of totals within groups, of unseen pictures", flush=True
-        )
+        name = "learned maps: share of the variance of totals within groups, of unseen pictures"
+        self.notes.append(Row(name, share, n=len(LEARNED_FROM) * PICTURES))
         return LearnedMaps(reward, learn(torch.cat(tokens), torch.cat(totals), self.args.num_generations))
 
     def _prompts(self, chunk: int) -> list[str]:
@@ -223,12 +228,25 @@ def objective_credit(objective: torch.Tensor, group: int, latents: torch.Tensor)
     return (centred * latents[0].numel())[:, None, None].expand(-1, *latents.shape[2:])
 
 
-def signal_to_noise(gram: np.ndarray) -> float:
-    """|E g| / noise, signed, from the inner products (n, n) of n chunks' gradients."""
+def signal_and_noise(gram: np.ndarray) -> tuple[float, float]:
+    """|E g|^2 and what one chunk's |g|^2 has more than that, from the inner products (n, n) of n chunks' gradients."""
     count = len(gram)
     signal = (gram.sum() - np.trace(gram)) / (count * (count - 1))
-    noise = np.trace(gram) / count - signal
-    return float(np.sign(signal) * np.sqrt(abs(signal) / noise))
+    return float(signal), float(np.trace(gram) / count - signal)
+
+
+def signal_to_noise(gram: np.ndarray) -> tuple[float, float, float]:
+    """|E g| / noise, signed, and its interval, from the inner products (n, n) of n chunks' gradients.
+
+    The interval is of the quotient of squares: a root is too steep at 0 for a jackknife.
+    """
+
+    def quotient(who: np.ndarray) -> float:
+        signal, noise = signal_and_noise(gram[np.ix_(who, who)])
+        return signal / noise
+
+    value, low, high = (float(np.sign(end) * abs(end) ** 0.5) for end in jackknife(quotient, len(gram)))
+    return value, low, high
 
 
 def gain(products: np.ndarray, squares: np.ndarray) -> float:
@@ -257,14 +275,15 @@ def variance_rows(objectives: dict[str, dict[int, np.ndarray]]) -> list[Row]:
         objectives: way to share noise -> step -> (chunks, parameters), the chunks' prompts the same in all.
     """
     (first, base), *others = objectives.items()
-    squares = {step: (of**2).sum(axis=1) for step, of in base.items()}
+    grams = {step: of @ of.T for step, of in base.items()}
     rows = []
     for way, of_steps in others:
         for step, of in of_steps.items():
-            mine = (of**2).sum(axis=1)
+            mine = of @ of.T
 
-            def share(who: np.ndarray, mine=mine, base=squares[step]) -> float:
-                return float(mine[who].mean() / base[who].mean())
+            def share(who: np.ndarray, mine=mine, base=grams[step]) -> float:
+                (_, noise), (_, others) = (signal_and_noise(gram[np.ix_(who, who)]) for gram in (mine, base))
+                return noise / others
 
             name = f"step {step}, the objective's gradient: variance with share_noise {way}, of {first}'s"
             rows.append(Row(name, *jackknife(share, len(mine)), n=len(mine) * PICTURES))
@@ -279,8 +298,7 @@ def rows_of_step(step: int, gradients: dict[str, np.ndarray]) -> list[Row]:
         if name == OBJECTIVE:
             continue
         own, across = of @ of.T, of @ objective.T
-        ratio = jackknife(lambda who, own=own: signal_to_noise(own[np.ix_(who, who)]), count)
-        rows.append(Row(f"step {step}, {name}: signal to noise", *ratio, n=count * PICTURES))
+        rows.append(Row(f"step {step}, {name}: signal to noise", *signal_to_noise(own), n=count * PICTURES))
 
         def gained(who: np.ndarray, own=own, across=across) -> float:
             return gain(across[np.ix_(who, who)], own.diagonal()[who])
@@ -300,6 +318,7 @@ def measured(options: Namespace, chunks: int) -> list[Row]:
     for way in ways:
         gradients = Gradients(options, way)
         gradients.collect(chunks)
+        rows += gradients.notes
         of_steps = objectives.setdefault(gradients.args.share_noise, {})
         for step in gradients.steps:
             found = gradients.at(step, chunks)
@@ -321,6 +340,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/gradient_snr"), help="folder of chunks' gradients")
     options = parser.parse_args()
     options.credits = list(dict.fromkeys(["image", *options.credits]))
+    if options.maps == "learned" and (others := set(options.credits) - {"image", "paid, own place", "paid"}):
+        parser.error(
+            f"--credits has {', '.join(sorted(others))}, but what is learned is a penalty map only up to a constant, "
+            "which matters to them; with --maps learned name paid, or paid, own place"
+        )
     began, chunks = time.perf_counter(), 3 if options.quick else options.chunks
     rows = measured(options, chunks)
     publish(rows, began, options.json, options.quick)

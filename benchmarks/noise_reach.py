@@ -1,23 +1,24 @@
 """How far the noise at one place reaches: what credit by place can be about, sampling step by sampling step.
 
-    python benchmarks/noise_reach.py [--config configs/ddpo_tinyworld.yaml] [--pictures 128] [--quick] [--json FILE]
+    python benchmarks/noise_reach.py [--config configs/ddpo_tinyworld.yaml] [--pictures 256] [--quick] [--json FILE]
 
 Credit by place (`rl/credit.py`) holds a place's noise responsible for what is drawn there. So: pictures are sampled by
 the config's policy, untrained, and once more for each draw of noise - the start, and each step's - with that draw
 alone, at one latent place alone, made anew. What is then different in the final latents, squared and summed over
-channels, is summed within so many places of that one, along either axis. Printed are the mean change of a picture and
-the share of it within 1, 2 and 4 places, means over pictures and their intervals; and the share there would be if all
-places changed alike.
+channels, is summed within so many places of that one, along either axis. A few pictures change much more than most, so
+two shares within 1, 2 and 4 places are printed: of the change of all pictures together, to which these few give most of
+the weight, and the mean of each picture's own; with them the median and the mean change of a picture. Intervals:
+bootstrap over pictures. And the share there would be if all places changed alike.
 """
 
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from report import Row, flags, over_seeds, publish
+from report import Row, flags, publish
 
 from finetune.run import load_policy
 from reward.arguments import parse_arguments, read_prompt_file
@@ -30,6 +31,7 @@ from run_ddpo import RunArguments
 
 REACHES = (1, 2, 4)
 BATCH = 64
+DRAWS = 2000
 
 
 def distances(places: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -47,11 +49,18 @@ def made_anew(noise: torch.Tensor, fresh: torch.Tensor, draw: int, places: torch
     return changed
 
 
-def shares(change: torch.Tensor, places: torch.Tensor) -> dict[int, torch.Tensor]:
-    """Of a change (N, h, w) >= 0 at each place, the share (N,) within each of `REACHES` of the picture's own place."""
+def near(change: torch.Tensor, places: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Of a change (N, h, w) >= 0, how much (N,) is within each of `REACHES` of the place (N, 2) it began at."""
     away = distances(places, tuple(change.shape[-2:])).to(change.device)
-    whole = change.sum(dim=(1, 2))
-    return {reach: (change * (away <= reach)).sum(dim=(1, 2)) / whole for reach in REACHES}
+    return {reach: (change * (away <= reach)).sum(dim=(1, 2)) for reach in REACHES}
+
+
+def resampled(of: Callable[[torch.Tensor], torch.Tensor], count: int) -> tuple[float, float, float]:
+    """What `of` says of all `count` pictures, given their indices, and its 95% bootstrap interval."""
+    drawn = torch.randint(count, (DRAWS, count), generator=torch.Generator().manual_seed(0))
+    found = torch.stack([of(pictures) for pictures in drawn])
+    low, high = found.quantile(torch.tensor([0.025, 0.975]).to(found)).tolist()
+    return float(of(torch.arange(count))), low, high
 
 
 def changes(
@@ -80,11 +89,33 @@ def rows_of(change: torch.Tensor, places: torch.Tensor) -> list[Row]:
     rows, count = [], len(places)
     for draw, of in enumerate(change):
         name = f"noise of step {draw - 1}" if draw else "the start"
-        rows.append(Row(f"{name}: change of a picture", *over_seeds(of.sum(dim=(1, 2)).tolist()), n=count))
-        for reach, share in shares(of, places).items():
-            rows.append(Row(f"{name}: share within {reach}", *over_seeds(share.tolist()), n=count))
-    for reach, share in shares(torch.ones_like(change[0]), places).items():
-        rows.append(Row(f"if all places changed alike: share within {reach}", float(share.mean()), n=count))
+        whole = of.sum(dim=(1, 2)).double().cpu()
+
+        def median(who: torch.Tensor, whole=whole) -> torch.Tensor:
+            return whole[who].median()
+
+        def mean(who: torch.Tensor, whole=whole) -> torch.Tensor:
+            return whole[who].mean()
+
+        rows.append(Row(f"{name}: median change of a picture", *resampled(median, count), n=count))
+        rows.append(Row(f"{name}: mean change of a picture", *resampled(mean, count), n=count))
+        for reach, inside in near(of, places).items():
+            inside = inside.double().cpu()
+
+            def together(who: torch.Tensor, inside=inside, whole=whole) -> torch.Tensor:
+                return inside[who].sum() / whole[who].sum()
+
+            def each(who: torch.Tensor, inside=inside, whole=whole) -> torch.Tensor:
+                return (inside[who] / whole[who]).mean()
+
+            rows.append(
+                Row(f"{name}: share within {reach}, all pictures together", *resampled(together, count), n=count)
+            )
+            rows.append(Row(f"{name}: share within {reach}, mean over pictures", *resampled(each, count), n=count))
+    alike = torch.ones_like(change[0])
+    for reach, inside in near(alike, places).items():
+        share = float((inside / alike.sum(dim=(1, 2))).mean())
+        rows.append(Row(f"if all places changed alike: share within {reach}", share, n=count))
     return rows
 
 
@@ -106,7 +137,7 @@ def measured(options: Namespace) -> list[Row]:
 def main() -> None:
     parser = flags(__doc__.splitlines()[0], seeds=None)
     parser.add_argument("--config", type=Path, default=Path("configs/ddpo_tinyworld.yaml"))
-    parser.add_argument("--pictures", type=int, default=128)
+    parser.add_argument("--pictures", type=int, default=256)
     options = parser.parse_args()
     options.pictures = 16 if options.quick else options.pictures
     began = time.perf_counter()

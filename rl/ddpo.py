@@ -368,7 +368,7 @@ class DDPOTrainer(PolicyTrainer):
         super()._load_state(state)
         self.statistics.load(state.facts["prompt_rewards"])
         if self.probe is not None:  # else it trains the steps that it is told to
-            if state.facts["probed"] != list(self.probe.steps):
+            if state.facts.get("probed", list(self.probe.steps)) != list(self.probe.steps):
                 raise ValueError(
                     f"the checkpoint has measured the steps {state.facts['probed']}, and this run is to choose from "
                     f"{list(self.probe.steps)}; give num_inference_steps, eta and sde_window the values they had"

@@ -54,8 +54,10 @@ def _check_steps(checkpoint: Path, args: PolicyConfig) -> None:
     if not isinstance(args, DDPOConfig) or args.probed_steps is None:
         return
     facts = RunState.read_facts(checkpoint)
-    if facts.get("probed") is None or len(facts["train_steps"]) != args.probed_steps:
-        trained = f"{len(facts['train_steps'])} steps of its own choice" if facts.get("probed") else "those it was told"
+    if "probed" not in facts:  # of an earlier version, which did not say
+        return
+    if facts["probed"] is None or len(facts["train_steps"]) != args.probed_steps:
+        trained = f"{len(facts['train_steps'])} steps of its own choice" if facts["probed"] else "those it was told"
         raise ValueError(
             f"train_steps is {' '.join(args.train_steps)}, but {checkpoint} was made by training {trained}; give it "
             "the value it had, or name the steps"

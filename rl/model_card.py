@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from rl.checkpoints import written_beside
@@ -52,7 +53,7 @@ def licence_of(place: str | Path) -> str:
     try:
         card = pipeline_file(str(place), "README.md")
         licence = ModelCard.load(card).data.get("license") if card.is_file() else None
-    except ValueError:  # the hub does not give it, or its front matter is no YAML
+    except (ValueError, yaml.YAMLError):  # the hub does not give it, or its front matter is none
         licence = None
     return str(licence or f"unknown here; see {place}")
 

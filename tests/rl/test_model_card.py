@@ -84,5 +84,6 @@ def test_licences_are_those_of_the_cards_that_are_there(tmp_path):
     assert licence_of(tmp_path) == f"unknown here; see {tmp_path}"
     (tmp_path / "README.md").write_text("---\nlicense: openrail++\n---\n# A model\n")
     assert licence_of(tmp_path) == "openrail++"
-    (tmp_path / "README.md").write_text("no front matter")
-    assert "unknown" in licence_of(tmp_path)
+    for card in ("no front matter", "---\nlicense: [a\n---\n", "---\nlicense: !unheard a\n---\n", "---\n- a\n---\n"):
+        (tmp_path / "README.md").write_text(card)
+        assert "unknown" in licence_of(tmp_path), card
