@@ -54,7 +54,7 @@ def draw(steps: Mapping[str, Interval], kinds: Mapping[str, Interval], reach: Ma
     figure = Figure(figsize=(13, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.4))
     ratios = matching(steps, r"step (\d+), image: signal to noise")
-    near = matching(reach, rf"noise of step (\d+): share within {NEAR}")
+    near = matching(reach, rf"noise of step (\d+): share within {NEAR}, all pictures together")
     even = matching(reach, rf"if all places changed alike: share within ({NEAR})")
     gains = {step: matching(kinds, f"step {step}, (.*): gain less image's") for step in ("1", "8")}
     if not (ratios and near and even and all(gains.values())):

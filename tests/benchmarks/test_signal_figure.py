@@ -14,8 +14,8 @@ ROWS = [
     *(row(f"step {step}, image: signal to noise", 0.1 * step, 0.0, 0.3) for step in range(3)),
     *(row(f"step {step}, {kind}: gain less image's", 2.0 + step, 1.0, 12.0) for step in (1, 8) for kind in KINDS),
     row("step 1, image: gain", 50.0, 40.0, 60.0),
-    *(row(f"noise of step {step}: share within 2", 0.3, 0.2, 0.4) for step in range(3)),
-    row("noise of step 0: share within 4", 0.9, 0.8, 1.0),
+    *(row(f"noise of step {step}: share within 2, all pictures together", 0.3, 0.2, 0.4) for step in range(3)),
+    row("noise of step 0: share within 4, all pictures together", 0.9, 0.8, 1.0),
     row("if all places changed alike: share within 2", 0.08),
 ]
 
