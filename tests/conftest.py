@@ -1,8 +1,11 @@
 """What holds for all tests."""
 
 import gc
+import os
 
 import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported: no test asks the hub
 
 
 def pytest_collection_finish():
