@@ -46,6 +46,7 @@ from long_runs import assets_digest, digest
 from report import Row, flags, publish
 from safetensors import safe_open
 from safetensors.torch import load_file, save
+from step_gradients import step_gradients
 
 from finetune.run import load_policy
 from reward.arguments import parse_arguments, read_prompt_file
@@ -60,7 +61,6 @@ from rl.policy import StableDiffusionPolicy
 from rl.rollout import draw_prompts, sample, shared_places
 from rl.scoring import score
 from rl.sde import Schedule, resolve_train_steps
-from rl.step_gradients import step_gradients
 from rl.timing import PhaseClock
 from rl.trunks import Trunks
 from run_ddpo import RunArguments

@@ -45,7 +45,7 @@ UNTRAINED = ("learning_rate", "credit", "focus_on", "focus_floor", "paid_scale",
              "epsilon_location", "importance_sampling_level", "num_train_epochs", "generation_batch_size",
              "per_device_train_batch_size", "gradient_accumulation_steps", "train_steps", "save_steps")  # fmt: skip
 """Settings that change nothing about the base model and how it is looked at."""
-MODEL_WORK = ("rollout", "decode", "reward", "probe", "update")
+MODEL_WORK = ("rollout", "decode", "reward", "update")
 """The phases whose seconds are the training's own; watching is not."""
 
 

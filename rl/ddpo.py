@@ -4,14 +4,11 @@
 advantages and credit by place. Shapes: B rows of a micro-batch, C latent channels, h x w the latent grid.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from torch import nn
 from transformers import TrainerCallback
 
@@ -27,6 +24,7 @@ from rl.experience import (
     rollout_noise,
     sample_and_score,
 )
+from rl.gradient_sketch import GradientSketch
 from rl.losses import ppo_loss
 from rl.policy import StableDiffusionPolicy
 from rl.policy_trainer import PolicyTrainer
@@ -34,15 +32,12 @@ from rl.rollout import draw_prompts, keyed_generator, shared_places
 from rl.rollout_plan import RolloutPlan, passes
 from rl.run_state import RunState
 from rl.sde import Schedule, draw_steps, kl_map, log_prob_map, step_mean, step_weights
-from rl.step_gradients import chunk_gradients
-from rl.step_probe import StepProbe, metric
+from rl.step_probe import StepProbe
 from rl.trunks import Trunks
 from rl.watch import StopWhenGamed, Watch
 from rl.watch_limits import never_measured, never_told
 
 __all__ = ["DDPOConfig", "DDPOTrainer", "RolloutPlan"]
-
-logger = logging.getLogger(__name__)
 
 
 class RolloutLoader:
@@ -82,8 +77,8 @@ class DDPOTrainer(PolicyTrainer):
     Attributes:
         schedule, plan, total_rollouts: what the settings come to.
         rollout_schedule: the sampling steps of the rollout in use; `schedule`, of the first, where the window slides.
-        train_steps: the steps trained, or those a rollout draws its own from; with `auto`, those chosen last; where the
-            window slides, the first rollout's.
+        train_steps: the steps trained, or those a rollout draws its own from; with `auto`, those of the next rollout;
+            where the window slides, the first rollout's.
         clock, train_seconds: seconds of each phase so far, and of `train`; of the whole run, also where it goes on.
         experience: of the rollout in use; None before the first.
         watch: what is known of the reward being gamed.
@@ -101,10 +96,13 @@ class DDPOTrainer(PolicyTrainer):
     ):
         self.reward_fn, self.prompts, self.held_out = reward_fn, list(prompts), held_out
         sampler = _, schedule = args.make_schedule(policy.scheduler)
-        self.train_steps = args.trained_steps(schedule)
+        steps = self.train_steps = args.trained_steps(schedule)
         plan = args.plan(args.steps_per_rollout(schedule))
         self.statistics = PromptStatistics(args.prompt_buffer_size, args.prompt_min_count)
         self.probe: StepProbe | None = None
+        self._sketch: GradientSketch | None = None
+        self._sketches: dict[tuple[int, int], torch.Tensor] = {}  # of the rollout in use: (chunk, k) -> (d,)
+        self._heard = 0  # micro-batches of it
         self.total_rollouts = args.max_steps // plan.updates if args.max_steps > 0 else int(args.num_train_epochs)
         self.experience: Experience | None = None
         self._kls: list[torch.Tensor] | None = None  # of a rollout's first pictures, a trained step; None: not awaited
@@ -122,10 +120,11 @@ class DDPOTrainer(PolicyTrainer):
         self.add_callback(StopWhenGamed(self.watch))
         check_reward_fits_credit(policy, reward_fn, args, self.prompts[0])
         if args.probed_steps is not None:
-            weights = sum(weight.numel() for weight in self.trained_weights())
             chunks = self.plan.pictures / args.chunk_size * args.num_iterations / self.plan.updates
             cost = partial(passes, args, steps=len(schedule))
-            self.probe = StepProbe(self.train_steps, args.probed_steps, chunks, weights, args.seed, cost)
+            self.probe = StepProbe(steps, args.probed_steps, chunks, cost)
+            self.train_steps = self.probe.window
+            self._sketch = GradientSketch(self.trained_weights(), args.seed)
 
     @property
     def samples(self) -> Samples | None:
@@ -142,7 +141,7 @@ class DDPOTrainer(PolicyTrainer):
         self._begun = (number, self._memory())
         self.experience = None  # frees the last one's memory first
         self.experience = experience = self.collect(number)
-        self._noted = False
+        self._noted, self._sketches, self._heard = False, {}, 0
         trainable = self._trainable(number)
         loss_weights = step_weights(self.args.timestep_weighting, self.rollout_schedule, trainable)
         parting, steps = min(experience.trajectory.steps.tolist()), len(experience.trajectory.steps)
@@ -159,7 +158,8 @@ class DDPOTrainer(PolicyTrainer):
                     "advantages": experience.advantages[pictures],
                     "weights": experience.weights[pictures],
                     "prompts": experience.prompts[pictures],
-                    "trunks": self._trunks(number, self._mine[pictures]) if step == parting else None,
+                    "trunks": self.trunks(self._mine[pictures]) if step == parting else None,
+                    "measured_as": (pictures.start // self.args.chunk_size, k) if iteration == 0 else None,
                     "measure_kl": self.policy.has_reference
                     and (self.args.beta > 0 or (iteration == 0 and position < steps)),  # the first pictures, all steps
                 }
@@ -171,9 +171,8 @@ class DDPOTrainer(PolicyTrainer):
         prompts = [prompt for prompt in drawn for _ in range(args.num_generations)]
         size = args.per_device_rollout_batch_size or args.per_device_train_batch_size
         schedule = self.rollout_schedule = self._schedule_of(number)
-        probes, steps = self._probes(number), self._steps_of(number)
-        # What is shared has no signal of its own, so a rollout that measures all steps shares nothing.
-        shared = self._shared = [] if probes else shared_places(args.share_noise, steps, len(schedule))
+        steps = self._steps_of(number)
+        shared = self._shared = shared_places(args.share_noise, steps, len(schedule))
         self.model_wrapped.train()  # as in the update: engines may treat the two modes differently
         batches = []
         for first in range(0, len(mine), size):
@@ -193,11 +192,10 @@ class DDPOTrainer(PolicyTrainer):
                     num_samples=max(0, args.num_log_images - first),
                     on_step=self._stop_if_asked,
                     held_out=self.held_out,
-                    trunks=self._trunks(number, pictures),
+                    trunks=self.trunks(pictures),
                 )
             )
-        experience = gather_experience(batches, prompts, args, self.accelerator.gather, rank, self.statistics)
-        return self._probed(experience) if probes else experience
+        return gather_experience(batches, prompts, args, self.accelerator.gather, rank, self.statistics)
 
     @property
     def _mine(self) -> range:
@@ -206,7 +204,7 @@ class DDPOTrainer(PolicyTrainer):
         return range(self.args.process_index * count, (self.args.process_index + 1) * count)
 
     def trunks(self, pictures: Sequence[int]) -> Trunks | None:
-        """Which of these pictures of a rollout that probes no steps are one up to its first trained step; None: none.
+        """Which of these pictures of a rollout are one up to its first trained step; None: none.
 
         Credit by words looks at the attention of every picture, so there each is drawn by itself.
         """
@@ -214,13 +212,8 @@ class DDPOTrainer(PolicyTrainer):
             return None
         return Trunks.of_groups(pictures, self.args.num_generations, self.policy.device)
 
-    def _trunks(self, number: int, pictures: Sequence[int]) -> Trunks | None:
-        return None if self._probes(number) else self.trunks(pictures)
-
     def _steps_of(self, number: int) -> tuple[int, ...]:
         """The steps of which rollout `number` keeps what training needs."""
-        if self._probes(number):
-            return self.probe.steps
         steps = self._trainable(number)
         if self.args.timestep_fraction < 1:
             generator = keyed_generator(self.args.seed, "timesteps", number)
@@ -238,28 +231,21 @@ class DDPOTrainer(PolicyTrainer):
         slides = self.args.sde_window_interval is not None
         return self.args.trained_steps(self._schedule_of(number)) if slides else self.train_steps
 
-    def _probes(self, number: int) -> bool:
-        args = self.args
-        if self.probe is None:
-            return False
-        return number < args.probe_rollouts or (args.probe_every > 0 and number % args.probe_every == 0)
-
-    def _probed(self, experience: Experience) -> Experience:
-        """Measure every step of this rollout, choose those to train, and keep only these."""
-        with self.clock("probe"), self.compute_loss_context_manager():
-            sketches = []
-            for gradients in chunk_gradients(self.policy, experience, self.schedule, self.args):
-                if self.probe.scale is None:
-                    self.probe.scale = broadcast(metric(gradients).contiguous())
-                sketches.append(self.probe.sketch(gradients))
-                self._stop_if_asked()
-            gathered = self.accelerator.gather(torch.stack(sketches))
-        self.train_steps, found = self.probe.learn(gathered)
-        metrics = dict(experience.metrics)
-        for step, ratio in zip(self.probe.steps, found.snr(), strict=True):
-            metrics |= {f"probe/snr_step_{step}": ratio, f"probe/trained_step_{step}": float(step in self.train_steps)}
-        logger.info("the probe chose the steps %s", ", ".join(map(str, self.train_steps)))
-        return replace(experience, trajectory=experience.trajectory.only(self.train_steps), metrics=metrics)
+    def _measured(self, place: tuple[int, int], sketch: torch.Tensor) -> None:
+        """Note a micro-batch's gradient (d,), of this chunk and step; behind the last one, choose the steps to train
+        next."""
+        self._sketches[place] = self._sketches.get(place, 0) + sketch
+        self._heard += 1
+        if self._heard < self.plan.micro_batches:
+            return
+        if self._sketch.scale is None:
+            self._sketch.measure(partial(self.accelerator.reduce, reduction="mean"))
+            return
+        mine = torch.stack([self._sketches[place] for place in sorted(self._sketches)])
+        sketches = self.accelerator.gather(mine.unflatten(0, (-1, self.plan.train_steps)))
+        self.probe.learn(sketches, self.experience.metrics["group_std"])
+        self.train_steps = self.probe.window
+        self._log_later({f"probe/snr_step_{step}": ratio for step, ratio in self.probe.snr().items()})
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
@@ -296,6 +282,8 @@ class DDPOTrainer(PolicyTrainer):
             self._watch_kl(kl.detach())
             if args.beta > 0:
                 loss = loss + args.beta * kl
+        if self._sketch is not None:
+            self._sketch.follow(loss)
         for name, value in metrics.items():
             self._metrics[name].append(value)
         return loss
@@ -308,7 +296,12 @@ class DDPOTrainer(PolicyTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         if not self._noted:  # not before: a stop may still undo the rollout
             self._note(self.experience)
-        return super().training_step(model, inputs, num_items_in_batch)
+        if self._sketch is None or inputs["measured_as"] is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with self._sketch.listening() as sketch:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._measured(inputs["measured_as"], sketch)
+        return loss
 
     # ---- Logs ----
 
@@ -333,6 +326,9 @@ class DDPOTrainer(PolicyTrainer):
         metrics["reward"] = metrics.pop("objective")
         if self.args.sde_window_interval is not None:
             metrics["sde_window"] = float(self.rollout_schedule.stds.nonzero()[0])
+        if self.probe is not None:
+            trained = experience.trajectory.steps.tolist()
+            metrics |= {f"probe/trained_step_{step}": float(step in trained) for step in self.probe.steps}
         self._log_later(metrics)
         self._noted, self._kls = True, []
         self._observe(experience.measures, self._shared)
@@ -354,8 +350,14 @@ class DDPOTrainer(PolicyTrainer):
             "prompt_rewards": self.statistics.state(),
             "watch": self.watch.state(),
         }
-        probe = self.probe.state() if self.probe else {}
-        return RunState(facts, {f"probe.{name}": tensor for name, tensor in probe.items()})
+        parts = {"probe": self.probe, "sketch": self._sketch}
+        tensors = {
+            f"{name}.{key}": tensor
+            for name, part in parts.items()
+            if part is not None
+            for key, tensor in part.state().items()
+        }
+        return RunState(facts, tensors)
 
     def _boundary_state(self) -> RunState:
         """Of the boundary that the weights are at: a rollout of which no update was made is gone through again."""
@@ -374,4 +376,5 @@ class DDPOTrainer(PolicyTrainer):
                     f"{list(self.probe.steps)}; give num_inference_steps, eta and sde_window the values they had"
                 )
             self.train_steps = tuple(state.facts["train_steps"])
-            self.probe.load(state.part("probe"))
+            self.probe.load(state.part("probe"), self.train_steps)
+            self._sketch.load(state.part("sketch"))

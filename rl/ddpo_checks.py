@@ -83,15 +83,13 @@ def check_steps(args: "DDPOConfig") -> None:
     )
     require(
         args.tune == "lora",
-        "train_steps auto keeps a gradient of all weights for each step, too much with tune full; name them",
+        "train_steps auto keeps five bytes of each trained weight, too much with tune full; name them",
     )
     require(
         args.advantage_baseline == "group" and args.scale_rewards == "group",
         "train_steps auto compares gradients of pictures that share nothing, so advantages must be within groups; "
         f"advantage_baseline ({args.advantage_baseline}) and scale_rewards ({args.scale_rewards}) must be group",
     )
-    require(args.probe_rollouts >= 1, f"probe_rollouts is {args.probe_rollouts}; auto needs at least 1")
-    require(args.probe_every >= 0, f"probe_every is {args.probe_every}; it must not be negative")
 
 
 def check_credit(args: "DDPOConfig") -> None:
@@ -143,8 +141,6 @@ def warn_of_ignored_settings(args: "DDPOConfig") -> None:
         warn_of_ignored(args, ("min_group_std",), f"advantage_baseline is {args.advantage_baseline}")
     if args.sde_window_interval is None:
         warn_of_ignored(args, ("sde_window_stride",), "sde_window_interval is not given, so the window stays")
-    if args.probed_steps is None:
-        warn_of_ignored(args, ("probe_rollouts", "probe_every"), "train_steps is not auto")
     if args.guidance_scale == 1:
         warn_of_ignored(args, ("train_guidance",), "guidance_scale is 1, so there is none")
     if args.credit == "mask" or (args.credit == "paid" and args.paid_scale == "unit"):

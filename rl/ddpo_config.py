@@ -66,18 +66,8 @@ class DDPOConfig(RewardedPolicyConfig):
         default_factory=lambda: ["1", "2"],
         metadata={
             "help": "Which sampling steps are trained, 0 the noisiest: a list (1 2), a window (1:3), all (that have "
-            "noise), or auto:2, the two of most expected gain, which the run measures itself. "
+            "noise), or auto:2, in each rollout the two of most expected gain, which the run measures itself. "
             "Where the gradient's signal is differs much between steps."
-        },
-    )
-    probe_rollouts: int = field(
-        default=3, metadata={"help": "With train_steps auto: the first so many rollouts measure every step."}
-    )
-    probe_every: int = field(
-        default=20,
-        metadata={
-            "help": "With train_steps auto: after these, every so many rollouts do; 0: none. Where two of ten steps "
-            "are trained, such a rollout costs about four others."
         },
     )
     timestep_fraction: float = field(
@@ -217,7 +207,7 @@ class DDPOConfig(RewardedPolicyConfig):
 
     @property
     def chunk_size(self) -> int:
-        """Pictures whose gradient the probe takes at once: whole micro-batches of whole groups, so that no two chunks
+        """Pictures whose gradient `auto` sketches as one: whole micro-batches of whole groups, so that no two chunks
         share a baseline. Example: micro-batches of 4 and groups of 8 make chunks of 8, of 64 and 8 chunks of 64."""
         return math.lcm(self.per_device_train_batch_size, self.num_generations)
 

@@ -1,201 +1,185 @@
-"""Which sampling steps are worth training: the signal and the noise of each step's policy gradient, from rollouts.
+"""Which sampling steps to train next: the signal and the noise of each window's policy gradient, from the very updates
+that train it.
 
-Shapes: C chunks of pictures, S steps with noise, P trained weights, d numbers of a sketch.
+Shapes: K steps of a window, C chunks of a rollout's pictures, d numbers of a gradient's sketch (`rl.gradient_sketch`).
 
-A chunk is some pictures, whole groups, their prompts drawn from the list as `rl.rollout.draw_prompts` does. Gradients
-of two chunks a, b share their expectation and nothing else, so for steps j, k the mean over a != b of <g_j^a, g_k^b>
-estimates <E g_j, E g_k>: the signal M (S, S). (Without bias where the prompts of two chunks are drawn independently, as
-those of two times round the list are; within one time round they differ, which takes away the prompts' own variance
-over their number.) The mean over a of <g_j^a, g_k^a>, less M, is the noise N (S, S) of one chunk. An update along g =
-the sum of the gradients of the steps in W, from n chunks and scaled to length 1, raises what the gradients are of, to
-first order and in its units, by
+A chunk is some pictures, whole groups. Gradients of two chunks share their expectation and nothing else, so the mean of
+their inner products is the squared length of the expectation: the signal M of the window's gradient, without bias. The
+mean square of a chunk's gradient, less that, is its noise N, and r = M / N the squared signal-to-noise ratio of a
+chunk. (Prompts are drawn without repetition within one time round the list, see `rl.rollout.draw_prompts`; that takes
+away the prompts' own variance over their number.)
 
-    gain(W) = <E g, sum of E g_k over all steps> / sqrt(E |g|^2) = 1_W' M 1 / sqrt(1_W' (M + N / n) 1_W)
+Advantages are divided by their groups' std, on the average s, so s times the gradient is about that of the expected
+reward, and an update of length 1 along the gradient of n chunks raises that, to first order, by s M / sqrt(M + N / n).
+But lengths do not compare windows: advantages being of variance 1, N is the size of what the window's log density
+changes by, so the same length leads sqrt(N) times as far, and the later a step the larger is N, by orders of magnitude.
+At equal distance, in the root of the KL divergence, it is
 
-`auto` makes gain(W) / cost(W) as large as it can, W having a given number of steps and a rollout's time, `cost`, being
-counted in passes of the network (`rl.rollout_plan.passes`): where groups share their noise, the sooner the first
-trained step the more is drawn picture by picture. Decoding and the reward take the same time whatever is trained, and
-are not counted. The noise is that of pictures that share nothing, also where training will share some of it.
+    gain = s r / sqrt(r + 1 / n).
 
-The signal is small: inner products are taken between gradients whose every weight was scaled by the fourth root of its
-mean square (half of what Adam does to it), which on the small world makes the error a third smaller; and errors still
-exceed most signals. So estimates are shrunk towards their common mean, as far as their errors explain their
-differences (empirical Bayes); then steps of less noise win until the signals have been told apart.
+s and r are of just what is trained, with shared noise too (`rl.rollout.shared_places`): the later a window, the less of
+the reward is left for it to decide, and the less noise is left. `auto` trains the window that promises the most gain
+for its cost, in passes of the network (`rl.rollout_plan.passes`).
+
+The signal is small: with few chunks r is known to +- e / sqrt(pairs of chunks), e being the spread of one pair's inner
+product over N, alike for all windows. So what is known of r is a normal distribution: before anything is measured, of
+mean 0 and as wide as one rollout's error; then as measured. The promise is of its mean and two std more ("optimism in
+the face of uncertainty", as UCB, Auer et al. 2002): where nothing is told apart, windows are trained in turn, those
+that decide more of the reward more often; what was measured long ago is forgotten, for the policy moves on. A window is
+tried when the one before it has been, and is taken to decide as much, until it is known to decide less.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import torch
 
-from rl.rollout import keyed_generator
+MEMORY = 12
+"""Rollouts that are remembered."""
+OPTIMISM = 2.0
+"""Std of what is known that are hoped for beyond the mean."""
 
-WIDTH = 4096
-"""d: an inner product of sketches errs by about |g| |h| / sqrt(d), far below the noise between chunks."""
-FLOOR = 0.01
-"""Smallest mean square of a weight's gradient that counts, in units of the mean over all weights."""
-MEMORY = 6
-"""Rollouts whose gradients are kept; the policy moves on, so older ones are forgotten."""
-MOST_SETS = 20_000
-"""More sets of steps than this are not all tried: steps are then chosen one after another."""
+Window = tuple[int, ...]
+"""Consecutive sampling steps, indices into the schedule."""
 
 
-def metric(gradients: torch.Tensor) -> torch.Tensor:
-    """What each weight's gradient is multiplied by, from one chunk's gradients (S, P) -> (P,)."""
-    square = sum(gradient.float().square() for gradient in gradients) / len(gradients)  # no second (S, P) in memory
-    return (square + FLOOR * square.mean().clamp(min=torch.finfo(torch.float32).tiny)) ** -0.25
+def windows(steps: Sequence[int], count: int) -> list[Window]:
+    """`count` consecutive ones of `steps` each, half as many further on, the first and the last of them included.
 
-
-def random_signs(count: int, seed: int) -> torch.Tensor:
-    """(P,) int8 of -1 and 1, the same on every machine."""
-    return torch.randint(2, (count,), generator=keyed_generator(seed, "signs"), dtype=torch.int8) * 2 - 1
-
-
-def sketch(gradients: torch.Tensor, scale: torch.Tensor, signs: torch.Tensor, width: int = WIDTH) -> torch.Tensor:
-    """Gradients (S, P) -> (S, d), whose inner products are those of the scaled gradients in expectation.
-
-    A count sketch ("Finding frequent items in data streams", Charikar et al. 2002): weight i, with a random sign, is
-    added to number i mod d.
+    Example: of the steps 0 to 5, 3 each: (0, 1, 2), (1, 2, 3), (2, 3, 4) and (3, 4, 5); 4 each: (0 .. 3), (2 .. 5).
     """
-    padding = (0, -gradients.shape[1] % width)
-    scaled = (torch.nn.functional.pad(gradient.float() * scale * signs, padding) for gradient in gradients)
-    return torch.stack([gradient.unflatten(0, (-1, width)).sum(dim=0) for gradient in scaled])
+    last = len(steps) - count
+    return [tuple(steps[first : first + count]) for first in sorted({*range(0, last, max(1, count // 2)), last})]
 
 
 @dataclass(frozen=True)
-class StepEstimate:
-    """What is known of the steps' gradients.
+class Estimate:
+    """What some chunks say of their gradients.
 
     Attributes:
-        signal: (S, S) float64, M.
-        error: (S, S), standard error of each entry of `signal`.
-        noise: (S, S), N of one chunk.
+        signal: M.
+        noise: N.
+        pairs: of different chunks, that M is the mean of.
+        square: mean square of a pair's inner product.
     """
 
-    signal: torch.Tensor
-    error: torch.Tensor
-    noise: torch.Tensor
+    signal: float
+    noise: float
+    pairs: int
+    square: float
 
-    def snr(self) -> list[float]:
-        """Signal-to-noise ratio of one chunk's gradient at each step, signed: it is negative by chance only."""
-        signal, noise = self.signal.diagonal(), self.noise.diagonal()
-        return (signal.sign() * (signal.abs() / noise.clamp(min=1e-30)).sqrt()).tolist()
+    @classmethod
+    def of(cls, sketches: torch.Tensor) -> "Estimate":
+        """From the gradients of at least 2 chunks, (C, d)."""
+        products = sketches.double() @ sketches.double().T
+        across = products[~torch.eye(len(products), dtype=torch.bool)]  # (a, b) and (b, a), which are one
+        signal = float(across.mean())
+        noise = float(products.diagonal().mean()) - signal
+        return cls(signal, max(noise, 1e-30), len(across) // 2, float(across.square().mean()))
 
-    def shrunk(self) -> torch.Tensor:
-        """(S, S): the signal, drawn towards its mean as far as its errors explain its differences.
+    @property
+    def ratio(self) -> float:
+        """r, negative by chance only."""
+        return self.signal / self.noise
 
-        A mean that is not above 0 says that nothing is known; it is replaced by a small positive number.
-        """
-        upper = torch.triu_indices(*self.signal.shape)
-        signal, variance = self.signal[upper[0], upper[1]], self.error[upper[0], upper[1]].square()
-        trust = 1 / variance.clamp(min=1e-30)
-        mean = float((trust * signal).sum() / trust.sum())
-        if mean <= 0:
-            mean = 1e-3 * float(self.noise.diagonal().mean())
-        spread = max(0.0, float(((signal - mean).square() - variance).mean()))
-        square = self.error.square()
-        return (spread * self.signal + square * mean) / (spread + square).clamp(min=1e-30)
-
-
-def estimate(sketches: torch.Tensor) -> StepEstimate:
-    """From the gradients of C chunks, (C, S, d), C at least 3."""
-    chunks, steps, _ = sketches.shape
-    assert chunks >= 3, chunks
-    flat = sketches.double().flatten(0, 1)
-    products = (flat @ flat.T).unflatten(0, (chunks, steps)).unflatten(2, (chunks, steps))
-    products = products.permute(1, 3, 0, 2)  # (S, S, C, C)
-    own = torch.eye(chunks, dtype=torch.bool)
-    across = products[:, :, ~own]  # (S, S, C * (C - 1))
-    signal = across.mean(dim=-1)
-    pairs = torch.full((steps, steps), float(chunks * (chunks - 1)))
-    pairs.fill_diagonal_(chunks * (chunks - 1) / 2)  # (a, b) and (b, a) are one there
-    error = across.std(dim=-1) / pairs.double().sqrt()
-    return StepEstimate(signal, error, products[:, :, own].mean(dim=-1) - signal)
+    @property
+    def snr(self) -> float:
+        """Signal-to-noise ratio of one chunk's gradient, with the sign of `ratio`."""
+        return math.copysign(math.sqrt(abs(self.ratio)), self.ratio)
 
 
-def gain(members: Sequence[int], signal: torch.Tensor, noise: torch.Tensor, chunks: float) -> float:
-    """Expected gain of an update of length 1 along the gradients of the steps `members`, from `chunks` chunks.
+def gain(ratio: float, spread: float, chunks: float) -> float:
+    """Of an update from `chunks` chunks; see above.
 
     Args:
-        signal, noise: (S, S), M and N.
+        ratio: r; below 0 it counts as 0.
+        spread: s.
     """
-    inside = torch.zeros(len(signal), dtype=signal.dtype)
-    inside[list(members)] = 1
-    square = (inside @ signal @ inside).clamp(min=0) + inside @ noise @ inside / chunks
-    return float(inside @ signal.sum(dim=1) / square.clamp(min=1e-30).sqrt())
-
-
-def best_steps(
-    count: int,
-    signal: torch.Tensor,
-    noise: torch.Tensor,
-    chunks: float,
-    cost: Callable[[Sequence[int]], float] = lambda members: 1.0,
-) -> tuple[int, ...]:
-    """The `count` steps of the largest `gain` for their `cost`, in rising order."""
-    steps = range(len(signal))
-
-    def worth(members: Sequence[int]) -> float:
-        return gain(members, signal, noise, chunks) / cost(members)
-
-    if math.comb(len(steps), count) <= MOST_SETS:
-        return max(combinations(steps, count), key=worth)
-    chosen: tuple[int, ...] = ()
-    for _ in range(count):
-        rest = [step for step in steps if step not in chosen]
-        chosen += (max(rest, key=lambda step: worth((*chosen, step))),)
-    return tuple(sorted(chosen))
+    ratio = max(ratio, 0.0)
+    return spread * ratio / math.sqrt(ratio + 1 / chunks)
 
 
 class StepProbe:
-    """What a run has measured of its steps, and which of them it should train.
+    """What a run has measured of its steps, and which window of them it should train.
 
     Args:
-        steps: the S steps to choose from, indices into the schedule.
-        count: how many to choose.
-        chunks: n, chunks of an update.
-        weights: P.
-        seed: of the sketches.
-        cost: of a rollout that trains some of `steps`, in any unit.
+        steps: to choose from, indices into the schedule, in rising order.
+        count: K, how many of them a rollout trains.
+        chunks: n, of an update.
+        cost: of a rollout that trains a window, in any unit.
+
+    Attributes:
+        window: the one to train next.
     """
 
-    def __init__(
-        self,
-        steps: Sequence[int],
-        count: int,
-        chunks: float,
-        weights: int,
-        seed: int,
-        cost: Callable[[Sequence[int]], float],
-    ):
-        self.steps, self.count, self.chunks, self.cost = tuple(steps), count, chunks, cost
-        self.signs = random_signs(weights, seed)
-        self.scale: torch.Tensor | None = None
-        self._rollouts: list[torch.Tensor] = []
+    def __init__(self, steps: Sequence[int], count: int, chunks: float, cost: Callable[[Window], float]):
+        self.steps, self.windows = tuple(steps), windows(steps, count)
+        self.window = self.windows[0]
+        self._chunks, self._costs = chunks, [cost(window) for window in self.windows]
+        self._spreads: list[float] = []  # s of the windows that were tried, from the first on, when each was last
+        self._seen: list[tuple[int, torch.Tensor]] = []  # place of a window, sketches (C, K, d)
 
-    def sketch(self, gradients: torch.Tensor) -> torch.Tensor:
-        """(S, P) -> (S, d) of one chunk; `scale` must be there (`metric` of the first chunk ever)."""
-        assert self.scale is not None
-        return sketch(gradients, self.scale.to(gradients.device), self.signs.to(gradients.device))
+    def learn(self, sketches: torch.Tensor, spread: float) -> None:
+        """Take in what the update of `window` told, and choose the next one.
 
-    def learn(self, sketches: torch.Tensor) -> tuple[tuple[int, ...], StepEstimate]:
-        """Take in one rollout's chunks (C, S, d), of all ranks; the steps to train now, and what they rest on."""
-        self._rollouts = [*self._rollouts, sketches.float().cpu()][-MEMORY:]
-        found = estimate(torch.cat(self._rollouts))
-        members = best_steps(self.count, found.shrunk(), found.noise, self.chunks, self._cost)
-        return tuple(self.steps[member] for member in members), found
+        Args:
+            sketches: (C, K, d), of the chunks of all ranks, step by step. If they are not finite, of an update that
+                float16 could not hold, they tell nothing.
+            spread: s, the mean std of what is compared within a group.
+        """
+        if not bool(sketches.isfinite().all()):
+            return
+        place = self.windows.index(self.window)
+        self._spreads[place : place + 1] = [spread]
+        self._seen = [*self._seen, (place, sketches.float().cpu())][-MEMORY:]
+        worth = [gain / cost for gain, cost in zip(self.promises(), self._costs, strict=False)]
+        self.window = self.windows[worth.index(max(worth))]
 
-    def _cost(self, members: Sequence[int]) -> float:
-        return self.cost([self.steps[member] for member in members])
+    def promises(self) -> list[float]:
+        """The gain that each window may have, as far as is known: of those that were tried, and of the next one."""
+        known = self._known()
+        error = _error(known.values())
+        first = math.comb(len(self._seen[-1][1]), 2)  # pairs of one rollout
+        promised = []
+        for place in range(min(len(self._spreads) + 1, len(self.windows))):
+            mean, pairs = (known[place].ratio, known[place].pairs) if place in known else (0.0, 0)
+            ratio = (mean * pairs + OPTIMISM * error * math.sqrt(pairs + first)) / (pairs + first)
+            promised.append(gain(ratio, self._spreads[min(place, len(self._spreads) - 1)], self._chunks))
+        return promised
+
+    def snr(self) -> dict[int, float]:
+        """Step -> signal-to-noise ratio of one chunk's gradient, of the steps that were trained lately."""
+        found: dict[int, list[torch.Tensor]] = {}
+        for place, sketches in self._seen:
+            for k, step in enumerate(self.windows[place]):
+                found.setdefault(step, []).append(sketches[:, k])
+        return {step: Estimate.of(torch.cat(sketches)).snr for step, sketches in sorted(found.items())}
+
+    def _known(self) -> dict[int, Estimate]:
+        """Place of a window -> what is known of the sum of its steps' gradients."""
+        found: dict[int, list[torch.Tensor]] = {}
+        for place, sketches in self._seen:
+            found.setdefault(place, []).append(sketches.sum(dim=1))
+        return {place: Estimate.of(torch.cat(sketches)) for place, sketches in sorted(found.items())}
 
     def state(self) -> dict[str, torch.Tensor]:
         """As safetensors take it; empty before the first rollout."""
-        if self.scale is None:
+        if not self._seen:
             return {}
-        return {"scale": self.scale.cpu(), **{f"rollout_{age}": one for age, one in enumerate(self._rollouts)}}
+        places = torch.tensor([place for place, _ in self._seen])
+        sketches = {f"sketches_{age}": one for age, (_, one) in enumerate(self._seen)}
+        return {"places": places, "spreads": torch.tensor(self._spreads, dtype=torch.float64), **sketches}
 
-    def load(self, state: dict[str, torch.Tensor]) -> None:
-        self.scale = state.get("scale")
-        self._rollouts = [state[f"rollout_{age}"] for age in range(len(state) - 1)] if state else []
+    def load(self, state: dict[str, torch.Tensor], window: Window) -> None:
+        """Go on from where `state` was made, `window` being the one to train next."""
+        self.window = window
+        if state:
+            self._spreads = state["spreads"].tolist()
+            self._seen = [(place, state[f"sketches_{age}"]) for age, place in enumerate(state["places"].tolist())]
+
+
+def _error(known: Collection[Estimate]) -> float:
+    """e: of the ratio that one pair of chunks tells."""
+    pairs = sum(one.pairs for one in known)
+    return math.sqrt(sum(one.pairs * one.square / one.noise**2 for one in known) / pairs)

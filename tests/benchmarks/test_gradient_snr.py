@@ -18,10 +18,10 @@ from gradient_snr import (
 )
 from judge_maps import JudgeMaps
 from learned_maps import LearnedMaps
+from step_gradients import step_gradients
 
 from rl.advantages import group_advantages
 from rl.sde import log_prob_map
-from rl.step_gradients import step_gradients
 
 
 def test_the_ratio_is_that_of_the_gradients_drawn():

@@ -33,13 +33,13 @@ WAYS = {
     "preset": {"bf16": True, "activation_checkpointing": True},
     "prompt": {"advantage_baseline": "prompt", "prompt_buffer_size": 8, "prompt_min_count": 2},
     "auto": {
-        "train_steps": ["auto:2"], "probe_rollouts": 2, "num_inference_steps": 4, "generation_batch_size": 16,
-        "num_train_epochs": 3,
+        "train_steps": ["auto:2"], "num_inference_steps": 4, "generation_batch_size": 16,
+        "num_train_epochs": 3, "learning_rate": 4.0,
     },
 }  # fmt: skip
 """What of the algorithm looks at all ranks' pictures: a group that lies across them, the largest value of all maps,
-rewards by prompt, gradients; these of two rollouts, so that the third goes by them. And what the presets for GPUs
-set."""
+rewards by prompt, gradients; of these the first rollout makes the scale and the second chooses the third's steps. And
+what the presets for GPUs set."""
 
 
 def settings(folder: Path, engine: str, world_size: int) -> dict:
@@ -107,7 +107,7 @@ def run(pipeline: str, folder: Path, engine: str, world_size: int) -> dict:
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "watch": trainer.watch.state(),
         "latents": torch.stack(drawn),
-        "probe": trainer.probe.state() if trainer.probe else {},
+        "probe": {**trainer.probe.state(), **trainer._sketch.state()} if trainer.probe else {},
         "steps": trainer.train_steps,
         "type": type(trainer.model_wrapped).__name__,
         "trained": sum(weight.numel() for weight in trainer.trained_weights()),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from reward.feedback import Reward
+from rl.gradient_sketch import WIDTH, random_signs
 from tests.rl.conftest import args_of, trainer_of
 from tests.rl.outcomes import assert_resumes_to_the_bit, logged, lora
 from tests.rl.toy_rewards import Redness
@@ -246,16 +247,20 @@ def test_averages_resume_to_the_bit(make_trainer, tmp_path):
 
 AUTO = {
     "train_steps": ["auto:2"], "num_inference_steps": 5, "generation_batch_size": 16, "gradient_accumulation_steps": 8,
-    "probe_rollouts": 1, "probe_every": 3,
 }  # fmt: skip
 
 
-def test_auto_measures_the_steps_and_trains_the_best(make_trainer, tmp_path):
+def test_auto_measures_the_steps_that_it_trains(make_trainer, tmp_path):
     trainer, _ = assert_resumes_to_the_bit(make_trainer, tmp_path, **AUTO)
-    assert len(trainer.train_steps) == 2
-    probed = [set(entry) & {f"probe/snr_step_{step}" for step in range(4)} for entry in trainer.state.log_history]
-    assert [len(names) for names in probed if names] == [4, 4]  # rollouts 0 and 3
-    assert tuple(trainer.experience.trajectory.steps.tolist()) == trainer.train_steps
+    trained = [logged(trainer, f"probe/trained_step_{step}") for step in range(4)]
+    lately = [[step for step in range(4) if trained[step][rollout]] for rollout in range(len(trained[0]))]
+    assert all(steps in ([0, 1], [1, 2], [2, 3]) for steps in lately)
+    assert lately[0] == lately[1] == [0, 1], "the first rollout measures the weights' scale"
+    assert len({tuple(steps) for steps in lately}) > 1
+    assert tuple(trainer.experience.trajectory.steps.tolist()) == tuple(lately[-1])
+    ratios = [{step for step in range(4) if f"probe/snr_step_{step}" in entry} for entry in trainer.state.log_history]
+    seen = [set().union(*lately[1 : rollout + 1]) for rollout in range(len(lately))]
+    assert [steps for steps in ratios if steps] == [steps for steps in seen if steps]
     assert logged(trainer, "ratio_deviation")[0] == 0
 
 
@@ -275,21 +280,25 @@ def test_what_was_measured_is_of_no_use_to_other_choices(make_trainer, changes, 
     assert named.train_steps == (0, 3)
 
 
-def test_the_probes_gradients_are_the_updates(make_trainer):
-    """The chunks' gradients at the trained steps, averaged, are what one update by SGD moves against."""
+def test_what_is_measured_is_what_the_update_goes_by(make_trainer):
+    """The sketches of an update by SGD, averaged, are the sketch of what it moves against."""
     trainer = make_trainer(
-        **{**AUTO, "probe_rollouts": 5}, num_train_epochs=1, optim="sgd", learning_rate=1.0, max_grad_norm=0.0,
-        lr_scheduler_type="constant",
+        **AUTO, num_train_epochs=1, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, lr_scheduler_type="constant",
     )  # fmt: skip
-    seen = []
-    sketch = trainer.probe.sketch
-    trainer.probe.sketch = lambda gradients: seen.append(gradients) or sketch(gradients)
+    count = sum(weight.numel() for weight in trainer.trained_weights())
+    trainer._sketch.load({"scale": torch.ones(count)})
+    told, learn = [], trainer.probe.learn
+    trainer.probe.learn = lambda *measured: told.append(measured) or learn(*measured)
     before = torch.cat([weight.detach().clone().flatten() for weight in trainer.trained_weights()])
     trainer.train()
-    after = torch.cat([weight.detach().flatten() for weight in trainer.trained_weights()])
-    assert len(seen) == 4
-    expected = -torch.stack(seen)[:, list(trainer.train_steps)].mean(dim=(0, 1))
-    torch.testing.assert_close(after - before, expected, rtol=1e-3, atol=1e-7)
+    moved = before - torch.cat([weight.detach().flatten() for weight in trainer.trained_weights()])
+    ((sketches, spread),) = told
+    assert sketches.shape == (4, 2, WIDTH)
+    signed = moved * random_signs(count, trainer.args.seed)
+    expected = torch.zeros(WIDTH).index_add(0, torch.arange(count) % WIDTH, signed)
+    torch.testing.assert_close(sketches.mean(dim=(0, 1)), expected, rtol=1e-3, atol=1e-7)
+    assert expected.norm() > 1e-4
+    assert spread == trainer.experience.metrics["group_std"]
 
 
 @pytest.mark.parametrize(
@@ -304,7 +313,6 @@ def test_the_probes_gradients_are_the_updates(make_trainer):
         ({"train_steps": ["auto:1"], "advantage_baseline": "batch"}, "advantages must be within groups"),
         ({"share_noise": "before", "advantage_baseline": "prompt"}, "share_noise before helps by cancelling"),
         ({"model_dtype": "float16"}, "model_dtype is float16 without fp16"),
-        ({"train_steps": ["auto:1"], "probe_rollouts": 0}, "probe_rollouts is 0"),
         ({"timestep_fraction": 0}, "timestep_fraction is 0"),
         ({"credit": "paid"}, "set importance_sampling_level to location"),
         ({"credit": "paid", "importance_sampling_level": "location", "scale_rewards": "none"}, "must be group"),

@@ -9,7 +9,6 @@ from rl.advantages import PromptStatistics
 from rl.experience import ScoredBatch, gather_experience
 from rl.rollout import Trajectory
 from rl.sde import step_mean
-from rl.step_probe import StepEstimate
 
 # ---- The loss ----
 
@@ -78,34 +77,24 @@ def test_beta_times_the_kl_is_added_to_the_loss(make_trainer, beta):
 
 AUTO = {
     "train_steps": ["auto:2"], "num_inference_steps": 5, "generation_batch_size": 16, "gradient_accumulation_steps": 8,
-    "probe_rollouts": 1,
 }  # fmt: skip
 
 
-def test_a_rollout_trains_the_steps_that_its_probe_chose(make_trainer):
-    """Of the steps 0 to 3: its choice, not the first two, nor the two that were chosen before."""
+def test_a_rollout_trains_the_steps_that_were_chosen_behind_the_one_before(make_trainer):
     trainer = make_trainer(**AUTO)
-    whole, told, probed = [], [], trainer._probed
-    one = torch.eye(4, dtype=torch.float64)
-
-    def choose(sketches):
-        told.append(sketches)
-        return (1, 3), StepEstimate(4 * one, one, one)
-
-    trainer.probe.learn = choose
-    trainer._probed = lambda experience: whole.append(experience.trajectory) or probed(experience)
     rows = list(trainer.rollout(0))
-    trajectory = trainer.experience.trajectory
-    assert [sketches.shape for sketches in told] == [(4, 4, 4096)]  # chunks, steps
-    assert whole[0].steps.tolist() == [0, 1, 2, 3]
-    assert trajectory.steps.tolist() == [1, 3] == list(trainer.train_steps)
-    for name in ("latents", "next_latents", "log_probs"):
-        assert torch.equal(getattr(trajectory, name), getattr(whole[0], name)[[1, 3]]), name
-    assert [row["step"] for row in rows] == [1, 3] * 4
-    metrics = trainer.experience.metrics
-    assert [metrics[f"probe/trained_step_{step}"] for step in range(4)] == [0, 1, 0, 1]
-    assert [metrics[f"probe/snr_step_{step}"] for step in range(4)] == [2.0] * 4
-    assert {row["step"] for row in trainer.rollout(1)} == {1, 3}, "also where none is measured"
+    assert [row["step"] for row in rows] == [0, 1] * 4
+    assert [row["measured_as"] for row in rows] == [(chunk, k) for chunk in range(4) for k in range(2)]
+    trainer._sketch.load({"scale": torch.ones(1)})
+
+    def choose(sketches, spread):
+        trainer.probe.window = (2, 3)
+
+    trainer.probe.learn, trainer.probe.snr = choose, lambda: {1: 0.5}
+    for row in rows:
+        trainer._measured(row["measured_as"], torch.ones(3))
+    assert [row["step"] for row in trainer.rollout(1)] == [2, 3] * 4
+    assert [float(value) for value in trainer._metrics["probe/snr_step_1"]] == [0.5]
 
 
 @pytest.mark.parametrize(
@@ -120,10 +109,9 @@ def test_a_rollout_trains_the_steps_that_its_probe_chose(make_trainer):
 )
 def test_the_probe_knows_what_a_rollout_costs_and_how_many_chunks_an_update_has(make_trainer, settings, cost, chunks):
     probe = make_trainer(**{**AUTO, **settings}).probe
-    assert probe.count == 2
-    assert probe.steps == (0, 1, 2, 3)
-    assert probe.chunks == chunks
-    assert probe.cost((1, 3)) == pytest.approx(cost)
+    assert probe.windows == [(0, 1), (1, 2), (2, 3)]
+    assert probe._chunks == chunks
+    assert probe._costs[1] == pytest.approx(cost)
 
 
 # ---- What is compared, and where it counts ----

@@ -1,29 +1,16 @@
-"""The policy gradient of each sampling step, chunk by chunk of a rollout, for `rl.step_probe`.
+"""The policy gradient of each sampling step and kind of credit, to compare them.
 
 Shapes: N pictures, S steps, P trained weights, M kinds of credit, h x w the latent grid.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from rl.ddpo_config import DDPOConfig
-from rl.experience import Experience
 from rl.policy import StableDiffusionPolicy
 from rl.rollout import Trajectory
 from rl.sde import Schedule, log_prob_map, step_mean
-
-
-def chunk_gradients(
-    policy: StableDiffusionPolicy, experience: Experience, schedule: Schedule, args: DDPOConfig
-) -> Iterator[torch.Tensor]:
-    """For each chunk of this rank's pictures (S, P) float32: `step_gradients` of its credit."""
-    credit = experience.advantages[:, None, None] * experience.weights
-    for first in range(0, len(experience.prompts), args.chunk_size):
-        pictures = range(first, first + args.chunk_size)
-        yield step_gradients(policy, experience.trajectory, experience.prompts, credit[None], schedule, args, pictures)[
-            0
-        ]
 
 
 def step_gradients(
