@@ -17,8 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from report import Row, flags, publish
+from scipy.stats import bootstrap
 
 from finetune.run import load_policy
 from reward.arguments import parse_arguments, read_prompt_file
@@ -55,12 +57,20 @@ def near(change: torch.Tensor, places: torch.Tensor) -> dict[int, torch.Tensor]:
     return {reach: (change * (away <= reach)).sum(dim=(1, 2)) for reach in REACHES}
 
 
-def resampled(of: Callable[[torch.Tensor], torch.Tensor], count: int) -> tuple[float, float, float]:
-    """What `of` says of all `count` pictures, given their indices, and its 95% bootstrap interval."""
-    drawn = torch.randint(count, (DRAWS, count), generator=torch.Generator().manual_seed(0))
-    found = torch.stack([of(pictures) for pictures in drawn])
-    low, high = found.quantile(torch.tensor([0.025, 0.975]).to(found)).tolist()
-    return float(of(torch.arange(count))), low, high
+def resampled(of: Callable[..., np.ndarray], *values: np.ndarray) -> tuple[float, float, float]:
+    """What `of` says of values (N,) of the same pictures, and its 95% bootstrap interval over pictures.
+
+    Args:
+        of: is given the values, of pictures along the last axis, and that axis.
+    """
+    found = bootstrap(values, of, paired=True, n_resamples=DRAWS, method="percentile", rng=np.random.default_rng(0))
+    low, high = found.confidence_interval
+    return float(of(*values, axis=-1)), float(low), float(high)
+
+
+def share_of_all(inside: np.ndarray, whole: np.ndarray, axis: int) -> np.ndarray:
+    """Of the change of all pictures together, the share of what is `inside`."""
+    return inside.sum(axis=axis) / whole.sum(axis=axis)
 
 
 def changes(
@@ -89,29 +99,14 @@ def rows_of(change: torch.Tensor, places: torch.Tensor) -> list[Row]:
     rows, count = [], len(places)
     for draw, of in enumerate(change):
         name = f"noise of step {draw - 1}" if draw else "the start"
-        whole = of.sum(dim=(1, 2)).double().cpu()
-
-        def median(who: torch.Tensor, whole=whole) -> torch.Tensor:
-            return whole[who].median()
-
-        def mean(who: torch.Tensor, whole=whole) -> torch.Tensor:
-            return whole[who].mean()
-
-        rows.append(Row(f"{name}: median change of a picture", *resampled(median, count), n=count))
-        rows.append(Row(f"{name}: mean change of a picture", *resampled(mean, count), n=count))
+        whole = of.sum(dim=(1, 2)).double().cpu().numpy()
+        rows.append(Row(f"{name}: median change of a picture", *resampled(np.median, whole), n=count))
+        rows.append(Row(f"{name}: mean change of a picture", *resampled(np.mean, whole), n=count))
         for reach, inside in near(of, places).items():
-            inside = inside.double().cpu()
-
-            def together(who: torch.Tensor, inside=inside, whole=whole) -> torch.Tensor:
-                return inside[who].sum() / whole[who].sum()
-
-            def each(who: torch.Tensor, inside=inside, whole=whole) -> torch.Tensor:
-                return (inside[who] / whole[who]).mean()
-
-            rows.append(
-                Row(f"{name}: share within {reach}, all pictures together", *resampled(together, count), n=count)
-            )
-            rows.append(Row(f"{name}: share within {reach}, mean over pictures", *resampled(each, count), n=count))
+            near_by = inside.double().cpu().numpy()
+            share = f"{name}: share within {reach}"
+            rows.append(Row(f"{share}, all pictures together", *resampled(share_of_all, near_by, whole), n=count))
+            rows.append(Row(f"{share}, mean over pictures", *resampled(np.mean, near_by / whole), n=count))
     alike = torch.ones_like(change[0])
     for reach, inside in near(alike, places).items():
         share = float((inside / alike.sum(dim=(1, 2))).mean())

@@ -39,13 +39,6 @@ class Trajectory:
     log_probs: torch.Tensor
     final_latents: torch.Tensor
 
-    def only(self, steps: Sequence[int]) -> "Trajectory":
-        """The same with fewer trained steps."""
-        kept = [self.steps.tolist().index(step) for step in steps]
-        return Trajectory(
-            self.steps[kept], self.latents[kept], self.next_latents[kept], self.log_probs[kept], self.final_latents
-        )
-
 
 def keyed_generator(*key: int | str) -> torch.Generator:
     """A CPU generator whose draws depend on `key` only, not on what was drawn before, on ranks or on batch sizes."""
