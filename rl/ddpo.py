@@ -124,7 +124,7 @@ class DDPOTrainer(PolicyTrainer):
             cost = partial(passes, args, steps=len(schedule))
             self.probe = StepProbe(steps, args.probed_steps, chunks, cost)
             self.train_steps = self.probe.window
-            self._sketch = GradientSketch(self.trained_weights(), args.seed)
+            self._sketch = GradientSketch(self.trained_weights())
 
     @property
     def samples(self) -> Samples | None:
@@ -238,14 +238,12 @@ class DDPOTrainer(PolicyTrainer):
         self._heard += 1
         if self._heard < self.plan.micro_batches:
             return
-        if self._sketch.scale is None:
-            self._sketch.measure(partial(self.accelerator.reduce, reduction="mean"))
-            return
         mine = torch.stack([self._sketches[place] for place in sorted(self._sketches)])
         sketches = self.accelerator.gather(mine.unflatten(0, (-1, self.plan.train_steps)))
-        self.probe.learn(sketches, self.experience.metrics["group_std"])
+        ratios = self.probe.learn(sketches, self.experience.metrics["group_std"])
+        self._log_later({f"probe/snr_step_{step}": ratio for step, ratio in ratios.items()})
         self.train_steps = self.probe.window
-        self._log_later({f"probe/snr_step_{step}": ratio for step, ratio in self.probe.snr().items()})
+        self._sketch.renew(partial(self.accelerator.reduce, reduction="mean"))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
@@ -282,7 +280,7 @@ class DDPOTrainer(PolicyTrainer):
             self._watch_kl(kl.detach())
             if args.beta > 0:
                 loss = loss + args.beta * kl
-        if self._sketch is not None:
+        if self._sketch is not None and inputs.get("measured_as") is not None:
             self._sketch.follow(loss)
         for name, value in metrics.items():
             self._metrics[name].append(value)
@@ -350,14 +348,10 @@ class DDPOTrainer(PolicyTrainer):
             "prompt_rewards": self.statistics.state(),
             "watch": self.watch.state(),
         }
-        parts = {"probe": self.probe, "sketch": self._sketch}
-        tensors = {
-            f"{name}.{key}": tensor
-            for name, part in parts.items()
-            if part is not None
-            for key, tensor in part.state().items()
-        }
-        return RunState(facts, tensors)
+        if self.probe is None:
+            return RunState(facts)
+        tensors = {f"sketch.{name}": tensor for name, tensor in self._sketch.state().items()}
+        return RunState(facts | {"measured": self.probe.state()}, tensors)
 
     def _boundary_state(self) -> RunState:
         """Of the boundary that the weights are at: a rollout of which no update was made is gone through again."""
@@ -375,6 +369,6 @@ class DDPOTrainer(PolicyTrainer):
                     f"the checkpoint has measured the steps {state.facts['probed']}, and this run is to choose from "
                     f"{list(self.probe.steps)}; give num_inference_steps, eta and sde_window the values they had"
                 )
-            self.train_steps = tuple(state.facts["train_steps"])
-            self.probe.load(state.part("probe"), self.train_steps)
+            self.probe.load(state.facts.get("measured", []), tuple(state.facts["train_steps"]))
+            self.train_steps = self.probe.window
             self._sketch.load(state.part("sketch"))

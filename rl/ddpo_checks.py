@@ -83,7 +83,7 @@ def check_steps(args: "DDPOConfig") -> None:
     )
     require(
         args.tune == "lora",
-        "train_steps auto keeps five bytes of each trained weight, too much with tune full; name them",
+        "train_steps auto keeps nine bytes of each trained weight, too much with tune full; name the steps",
     )
     require(
         args.advantage_baseline == "group" and args.scale_rewards == "group",

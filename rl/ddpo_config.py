@@ -66,7 +66,7 @@ class DDPOConfig(RewardedPolicyConfig):
         default_factory=lambda: ["1", "2"],
         metadata={
             "help": "Which sampling steps are trained, 0 the noisiest: a list (1 2), a window (1:3), all (that have "
-            "noise), or auto:2, in each rollout the two of most expected gain, which the run measures itself. "
+            "noise), or auto:2, in each rollout the two neighbours that promise most, as the run itself measures. "
             "Where the gradient's signal is differs much between steps."
         },
     )

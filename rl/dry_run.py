@@ -13,6 +13,7 @@ from rich.table import Table
 from torch.utils.checkpoint import checkpoint
 
 from rl.experience import rollout_noise, sample_and_score
+from rl.gradient_sketch import BYTES_A_WEIGHT
 from rl.rollout import Trajectory, shared_places
 from rl.timing import PhaseClock
 
@@ -70,6 +71,7 @@ def measure(trainer: "DDPOTrainer") -> dict[str, float]:
         **({"trained_weights_of_text_encoders": trained - unet} if policy.trained.trains_text else {}),
         **{f"weights_{name}_mib": size for name, size in everything.items()},
         "gradients_and_optimizer_mib": trained * 4 * 3 / MIB,
+        **({"gradient_sketch_mib": trained * BYTES_A_WEIGHT / MIB} if trainer.probe else {}),
         "activations_mib": activations,
         **({"peak_mib": torch.cuda.max_memory_allocated(args.device) / MIB} if args.device.type == "cuda" else {}),
         "buffer_mib": plan.pictures_per_rank * plan.train_steps * row / MIB,

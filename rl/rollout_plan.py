@@ -52,12 +52,18 @@ def passes(args: "DDPOConfig", train_steps: Sequence[int], steps: int) -> float:
     """What a rollout of `steps` sampling steps and its update on `train_steps` cost: forward passes of the network, a
     picture. A backward pass counts as two.
 
-    Where the pictures of a group share their noise, they are one until behind the first trained step (`rl.trunks`).
+    Where the pictures of a group share their noise, those of a batch are one until behind the first trained step
+    (`rl.trunks`).
     """
     shared = args.share_noise != "none" and args.credit != "words"
-    rows_of_one = 1 / args.num_generations if shared else 1.0
-    drawn = (min(train_steps) + 1) * rows_of_one + steps - min(train_steps) - 1
-    trained = rows_of_one + len(train_steps) - 1
+
+    def rows_of_one(batch: int) -> float:
+        return 1 / min(args.num_generations, batch) if shared else 1.0
+
+    batch = args.per_device_train_batch_size
+    sampled = rows_of_one(args.per_device_rollout_batch_size or batch)
+    drawn = (min(train_steps) + 1) * sampled + steps - min(train_steps) - 1
+    trained = rows_of_one(batch) + len(train_steps) - 1
     updated = trained * args.num_iterations * (4 if args.beta > 0 else 3)
     if args.guidance_scale == 1:
         return drawn + updated

@@ -3,11 +3,13 @@ that train it.
 
 Shapes: K steps of a window, C chunks of a rollout's pictures, d numbers of a gradient's sketch (`rl.gradient_sketch`).
 
-A chunk is some pictures, whole groups. Gradients of two chunks share their expectation and nothing else, so the mean of
-their inner products is the squared length of the expectation: the signal M of the window's gradient, without bias. The
-mean square of a chunk's gradient, less that, is its noise N, and r = M / N the squared signal-to-noise ratio of a
-chunk. (Prompts are drawn without repetition within one time round the list, see `rl.rollout.draw_prompts`; that takes
-away the prompts' own variance over their number.)
+A chunk is some pictures, whole groups. Gradients of two chunks of a rollout share their expectation and nothing else,
+so the mean of their inner products is the squared length of the expectation: the signal M of the window's gradient,
+without bias. (Prompts are drawn without repetition within one time round the list, see `rl.rollout.draw_prompts`; that
+takes away the prompts' own variance over their number. Where a rollout makes several updates, gradients behind the
+first are of a policy that has moved by it.) The mean square of a chunk's gradient, less M, is its noise N, and r = M /
+N the squared signal-to-noise ratio of a chunk. It is of the loss that is trained: with `beta`, of the reward less the
+KL.
 
 Advantages are divided by their groups' std, on the average s, so s times the gradient is about that of the expected
 reward, and an update of length 1 along the gradient of n chunks raises that, to first order, by s M / sqrt(M + N / n).
@@ -17,28 +19,30 @@ At equal distance, in the root of the KL divergence, it is
 
     gain = s r / sqrt(r + 1 / n).
 
-s and r are of just what is trained, with shared noise too (`rl.rollout.shared_places`): the later a window, the less of
-the reward is left for it to decide, and the less noise is left. `auto` trains the window that promises the most gain
-for its cost, in passes of the network (`rl.rollout_plan.passes`).
+(No optimizer keeps that distance; what it loses by going too far in a late window is not counted.) s and r are of just
+what is trained. With shared noise (`rl.rollout.shared_places`), the later a window, the less of the reward is left for
+it to decide, and the less noise is left. `auto` trains the window that promises the most gain for its cost, in passes
+of the network (`rl.rollout_plan.passes`).
 
-The signal is small: with few chunks r is known to +- e / sqrt(pairs of chunks), e being the spread of one pair's inner
-product over N, alike for all windows. So what is known of r is a normal distribution: before anything is measured, of
-mean 0 and as wide as one rollout's error; then as measured. The promise is of its mean and two std more ("optimism in
-the face of uncertainty", as UCB, Auer et al. 2002): where nothing is told apart, windows are trained in turn, those
-that decide more of the reward more often; what was measured long ago is forgotten, for the policy moves on. A window is
-tried when the one before it has been, and is taken to decide as much, until it is known to decide less.
+The signal is small, and one rollout says little. So what is known of r is a normal distribution: before anything is
+measured, of mean 0 and as wide as one rollout's error, then as measured, what is older counting less, for the policy
+moves on. The promise is of its mean and two std more ("optimism in the face of uncertainty", as UCB, Auer et al. 2002):
+where nothing is told apart windows take turns, those that decide more of the reward more often. A window is tried when
+the one before it has been, and is taken to decide as much as that, until it is known to decide less.
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 
 import torch
 
-MEMORY = 12
-"""Rollouts that are remembered."""
+HALF_LIFE = 16
+"""Rollouts after which a measurement counts half."""
 OPTIMISM = 2.0
 """Std of what is known that are hoped for beyond the mean."""
+ALIKE = 0.1
+"""Rollouts that it counts for that a window decides as much of the reward as the one before it."""
 
 Window = tuple[int, ...]
 """Consecutive sampling steps, indices into the schedule."""
@@ -55,38 +59,54 @@ def windows(steps: Sequence[int], count: int) -> list[Window]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What some chunks say of their gradients.
+    """What the chunks of one rollout say of a gradient.
 
     Attributes:
-        signal: M.
-        noise: N.
-        pairs: of different chunks, that M is the mean of.
-        square: mean square of a pair's inner product.
+        ratio: r, negative by chance only.
+        variance: of `ratio`.
     """
 
-    signal: float
-    noise: float
-    pairs: int
-    square: float
+    ratio: float
+    variance: float
 
     @classmethod
     def of(cls, sketches: torch.Tensor) -> "Estimate":
-        """From the gradients of at least 2 chunks, (C, d)."""
-        products = sketches.double() @ sketches.double().T
-        across = products[~torch.eye(len(products), dtype=torch.bool)]  # (a, b) and (b, a), which are one
-        signal = float(across.mean())
-        noise = float(products.diagonal().mean()) - signal
-        return cls(signal, max(noise, 1e-30), len(across) // 2, float(across.square().mean()))
+        """From (C, d), C at least 3, and not all zero.
 
-    @property
-    def ratio(self) -> float:
-        """r, negative by chance only."""
-        return self.signal / self.noise
+        The mean of C (C - 1) / 2 inner products has the variance of one over their number, if they are independent. Two
+        that have a chunk in common are not where there is a signal: both are the larger, the further the chunk's noise
+        lies along it. Of noise that is alike in all directions that is r times the variance of one.
+        """
+        count = len(sketches)
+        products = sketches.double() @ sketches.double().T
+        upper = torch.triu_indices(count, count, offset=1)
+        pairs = products[upper[0], upper[1]]
+        signal = pairs.mean()
+        noise = (products.diagonal().mean() - signal).clamp(min=torch.finfo(pairs.dtype).tiny)
+        ratio = float(signal / noise)
+        shared = 4 * (count - 2) / (count * (count - 1)) * max(ratio, 0.0)
+        return cls(ratio, float(pairs.var() / noise.square()) * (1 / len(pairs) + shared))
 
     @property
     def snr(self) -> float:
         """Signal-to-noise ratio of one chunk's gradient, with the sign of `ratio`."""
         return math.copysign(math.sqrt(abs(self.ratio)), self.ratio)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the update of one rollout told.
+
+    Attributes:
+        place: of the window that it trained, among the windows.
+        ratio, variance: see `Estimate`, of the sum of the window's steps.
+        spread: s, the mean std of what is compared within a group.
+    """
+
+    place: int
+    ratio: float
+    variance: float
+    spread: float
 
 
 def gain(ratio: float, spread: float, chunks: float) -> float:
@@ -117,69 +137,50 @@ class StepProbe:
         self.steps, self.windows = tuple(steps), windows(steps, count)
         self.window = self.windows[0]
         self._chunks, self._costs = chunks, [cost(window) for window in self.windows]
-        self._spreads: list[float] = []  # s of the windows that were tried, from the first on, when each was last
-        self._seen: list[tuple[int, torch.Tensor]] = []  # place of a window, sketches (C, K, d)
+        self._measured: list[Measured] = []
 
-    def learn(self, sketches: torch.Tensor, spread: float) -> None:
+    def learn(self, sketches: torch.Tensor, spread: float) -> dict[int, float]:
         """Take in what the update of `window` told, and choose the next one.
 
         Args:
             sketches: (C, K, d), of the chunks of all ranks, step by step. If they are not finite, of an update that
-                float16 could not hold, they tell nothing.
+                float16 could not hold, or all zero, of groups that are all alike, they tell nothing.
             spread: s, the mean std of what is compared within a group.
+
+        Returns:
+            Step -> signal-to-noise ratio of one chunk's gradient; empty where nothing was told.
         """
-        if not bool(sketches.isfinite().all()):
-            return
-        place = self.windows.index(self.window)
-        self._spreads[place : place + 1] = [spread]
-        self._seen = [*self._seen, (place, sketches.float().cpu())][-MEMORY:]
+        if not (bool(sketches.isfinite().all()) and bool(sketches.any())):
+            return {}
+        whole = Estimate.of(sketches.sum(dim=1))
+        told = Measured(self.windows.index(self.window), whole.ratio, whole.variance, spread)
+        self._measured.append(told)
+        found = {step: Estimate.of(sketches[:, k]).snr for k, step in enumerate(self.window)}
         worth = [gain / cost for gain, cost in zip(self.promises(), self._costs, strict=False)]
         self.window = self.windows[worth.index(max(worth))]
+        return found
 
     def promises(self) -> list[float]:
         """The gain that each window may have, as far as is known: of those that were tried, and of the next one."""
-        known = self._known()
-        error = _error(known.values())
-        first = math.comb(len(self._seen[-1][1]), 2)  # pairs of one rollout
-        promised = []
-        for place in range(min(len(self._spreads) + 1, len(self.windows))):
-            mean, pairs = (known[place].ratio, known[place].pairs) if place in known else (0.0, 0)
-            ratio = (mean * pairs + OPTIMISM * error * math.sqrt(pairs + first)) / (pairs + first)
-            promised.append(gain(ratio, self._spreads[min(place, len(self._spreads) - 1)], self._chunks))
+        weights = [0.5 ** (age / HALF_LIFE) for age in reversed(range(len(self._measured)))]
+        pairs = list(zip(weights, self._measured, strict=True))
+        variance = sum(weight * one.variance for weight, one in pairs) / sum(weights)
+        promised, spread = [], self._measured[0].spread
+        for place in range(min(2 + max(one.place for one in self._measured), len(self.windows))):
+            mine = [(weight, one) for weight, one in pairs if one.place == place]
+            known = sum(weight for weight, _ in mine)
+            mean = sum(weight * one.ratio for weight, one in mine) / (1 + known)
+            spread = (ALIKE * spread + sum(weight * one.spread for weight, one in mine)) / (ALIKE + known)
+            ratio = mean + OPTIMISM * math.sqrt(variance / (1 + known))
+            promised.append(gain(ratio, spread, self._chunks))
         return promised
 
-    def snr(self) -> dict[int, float]:
-        """Step -> signal-to-noise ratio of one chunk's gradient, of the steps that were trained lately."""
-        found: dict[int, list[torch.Tensor]] = {}
-        for place, sketches in self._seen:
-            for k, step in enumerate(self.windows[place]):
-                found.setdefault(step, []).append(sketches[:, k])
-        return {step: Estimate.of(torch.cat(sketches)).snr for step, sketches in sorted(found.items())}
+    def state(self) -> list[list[float]]:
+        """As JSON can hold it."""
+        return [list(astuple(one)) for one in self._measured]
 
-    def _known(self) -> dict[int, Estimate]:
-        """Place of a window -> what is known of the sum of its steps' gradients."""
-        found: dict[int, list[torch.Tensor]] = {}
-        for place, sketches in self._seen:
-            found.setdefault(place, []).append(sketches.sum(dim=1))
-        return {place: Estimate.of(torch.cat(sketches)) for place, sketches in sorted(found.items())}
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """As safetensors take it; empty before the first rollout."""
-        if not self._seen:
-            return {}
-        places = torch.tensor([place for place, _ in self._seen])
-        sketches = {f"sketches_{age}": one for age, (_, one) in enumerate(self._seen)}
-        return {"places": places, "spreads": torch.tensor(self._spreads, dtype=torch.float64), **sketches}
-
-    def load(self, state: dict[str, torch.Tensor], window: Window) -> None:
-        """Go on from where `state` was made, `window` being the one to train next."""
-        self.window = window
-        if state:
-            self._spreads = state["spreads"].tolist()
-            self._seen = [(place, state[f"sketches_{age}"]) for age, place in enumerate(state["places"].tolist())]
-
-
-def _error(known: Collection[Estimate]) -> float:
-    """e: of the ratio that one pair of chunks tells."""
-    pairs = sum(one.pairs for one in known)
-    return math.sqrt(sum(one.pairs * one.square / one.noise**2 for one in known) / pairs)
+    def load(self, state: Sequence[Sequence[float]], window: Window) -> None:
+        """Go on from where `state` was made, `window` being the one to train next; from the first, if it is none of
+        the windows, as an earlier version chose it."""
+        self._measured = [Measured(int(place), *rest) for place, *rest in state]
+        self.window = window if window in self.windows else self.windows[0]

@@ -107,7 +107,7 @@ def run(pipeline: str, folder: Path, engine: str, world_size: int) -> dict:
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "watch": trainer.watch.state(),
         "latents": torch.stack(drawn),
-        "probe": {**trainer.probe.state(), **trainer._sketch.state()} if trainer.probe else {},
+        "probe": trainer.probe and {"measured": torch.tensor(trainer.probe.state()), **trainer._sketch.state()},
         "steps": trainer.train_steps,
         "type": type(trainer.model_wrapped).__name__,
         "trained": sum(weight.numel() for weight in trainer.trained_weights()),

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from rl.gradient_sketch import GradientSketch, metric, random_signs
+from rl.gradient_sketch import WIDTH, GradientSketch, metric, random_signs
 
 
 def mean_over_one(tensor):
@@ -37,15 +37,14 @@ def heard(sketch, network, seed, factor=1.0):
     return found
 
 
-def folded(vector, width, seed=0):
+def folded(vector, width):
     """The sketch by its definition, number by number."""
-    found = torch.zeros(width)
-    return found.index_add(0, torch.arange(len(vector)) % width, vector * random_signs(len(vector), seed))
+    return torch.zeros(width).index_add(0, torch.arange(len(vector)) % width, vector * random_signs(len(vector)))
 
 
 @pytest.fixture
 def sketch(network):
-    made = GradientSketch(weights_of(network), seed=0, width=64)
+    made = GradientSketch(weights_of(network), width=64)
     made.load({"scale": torch.rand(sum(weight.numel() for weight in weights_of(network))) + 0.5})
     return made
 
@@ -66,47 +65,64 @@ def test_each_pass_is_heard_by_itself_and_the_gradients_are_left_alone(network, 
     torch.testing.assert_close(second, folded(gradient(network, 2) * sketch.scale, 64), rtol=1e-4, atol=1e-6)
 
 
-def test_sketches_keep_inner_products():
-    network = nn.Linear(400, 300)
-    sketch = GradientSketch(weights_of(network), seed=0)
-    sketch.load({"scale": torch.rand(400 * 300 + 300)})
+@pytest.mark.parametrize("columns", [400, 10], ids=["everywhere", "in a few columns"])
+def test_sketches_keep_inner_products(columns):
+    network = nn.Linear(1024, 300, bias=False)
+    sketch = GradientSketch(weights_of(network))
+    sketch.load({"scale": torch.rand(1024 * 300) + 0.5})
     small, large = [], []
     for seed in range(3):
-        rows = torch.randn(4, 400, generator=torch.Generator().manual_seed(seed)) + 0.5
+        rows = torch.zeros(4, 1024)
+        rows[:, :columns] = torch.randn(4, columns, generator=torch.Generator().manual_seed(seed)) + 0.5
         with sketch.listening() as found:
-            network(rows).square().mean().backward()
+            loss = network(rows).square().mean()
+            sketch.follow(loss)
+            loss.backward()
         small.append(found)
         large.append(torch.cat([weight.grad.flatten() for weight in weights_of(network)]) * sketch.scale)
         network.zero_grad()
     small, large = torch.stack(small), torch.stack(large)
     exact = large @ large.T
-    assert small.shape == (3, 4096)
-    torch.testing.assert_close(small @ small.T, exact, atol=float(4 * exact.diagonal().max() / 4096**0.5), rtol=0)
+    assert small.shape == (3, WIDTH)
+    torch.testing.assert_close(small @ small.T, exact, atol=float(4 * exact.diagonal().max() / WIDTH**0.5), rtol=0)
 
 
 def test_the_scale_is_made_of_mean_squares(network):
-    sketch = GradientSketch(weights_of(network), seed=0, width=64)
+    sketch = GradientSketch(weights_of(network), width=64)
     assert not heard(sketch, network, 1).any()
     heard(sketch, network, 2)
     assert sketch.state() == {}
-    sketch.measure(mean_over_one)
+    sketch.renew(mean_over_one)
     squares = (gradient(network, 1).square() + gradient(network, 2).square()) / 2
     torch.testing.assert_close(sketch.scale, metric(squares))
     large = squares > squares.mean()
     torch.testing.assert_close(
         (squares[large] + 0.01 * squares.mean()) * sketch.scale[large] ** 4, torch.ones(int(large.sum()))
     )
-    other = GradientSketch(weights_of(network), seed=0, width=64)
+    other = GradientSketch(weights_of(network), width=64)
     other.load(sketch.state())
     assert torch.equal(heard(other, network, 3), heard(sketch, network, 3))
+    sketch.renew(mean_over_one)
+    torch.testing.assert_close(sketch.scale, metric(gradient(network, 3).square()))
 
 
-def test_what_float16_cannot_hold_makes_no_scale(network):
-    sketch = GradientSketch(weights_of(network), seed=0, width=64)
-    with sketch.listening():
-        (loss_of(network, 1) * float("inf")).backward()
-    sketch.measure(mean_over_one)
-    assert sketch.scale is None
+@pytest.mark.parametrize("factor", [float("inf"), 0.0], ids=["float16 cannot hold it", "there is none"])
+def test_of_some_gradients_no_scale_is_made(network, factor):
+    sketch = GradientSketch(weights_of(network), width=64)
+    for _ in range(2):
+        with sketch.listening():
+            loss = loss_of(network, 1) * factor
+            sketch.follow(loss)
+            loss.backward()
+        before = sketch.scale
+        sketch.renew(mean_over_one)
+        assert sketch.scale is before
+        heard(sketch, network, 1)
+        sketch.renew(mean_over_one)
+        assert sketch.scale.isfinite().all()
+
+
+def test_a_pass_of_a_loss_that_was_not_followed_is_an_error(network, sketch):
     heard(sketch, network, 1)
-    sketch.measure(mean_over_one)
-    assert sketch.scale.isfinite().all()
+    with pytest.raises(AssertionError, match="not followed"), sketch.listening():
+        loss_of(network, 1).backward()

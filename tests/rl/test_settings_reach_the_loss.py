@@ -85,12 +85,12 @@ def test_a_rollout_trains_the_steps_that_were_chosen_behind_the_one_before(make_
     rows = list(trainer.rollout(0))
     assert [row["step"] for row in rows] == [0, 1] * 4
     assert [row["measured_as"] for row in rows] == [(chunk, k) for chunk in range(4) for k in range(2)]
-    trainer._sketch.load({"scale": torch.ones(1)})
 
     def choose(sketches, spread):
         trainer.probe.window = (2, 3)
+        return {1: 0.5}
 
-    trainer.probe.learn, trainer.probe.snr = choose, lambda: {1: 0.5}
+    trainer.probe.learn, trainer._sketch.renew = choose, lambda mean: None
     for row in rows:
         trainer._measured(row["measured_as"], torch.ones(3))
     assert [row["step"] for row in trainer.rollout(1)] == [2, 3] * 4
@@ -103,6 +103,7 @@ def test_a_rollout_trains_the_steps_that_were_chosen_behind_the_one_before(make_
         ({}, 5 + 3 * 2, 4),
         ({"beta": 0.1, "num_iterations": 2, "gradient_accumulation_steps": 4}, 5 + 4 * 2 * 2, 2),
         ({"share_noise": "before"}, 2 / 4 + 3 + 3 * 1.25, 4),  # of 4 pictures one up to step 1, and in its update
+        ({"share_noise": "before", "per_device_rollout_batch_size": 2}, 2 / 2 + 3 + 3 * 1.25, 4),  # one of each batch
         ({"guidance_scale": 3.0, "train_guidance": False}, 2 * 5 + 2 + 3 * 2, 4),
     ],
     ids=str,
