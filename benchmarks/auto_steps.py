@@ -6,7 +6,7 @@
 Three ways to choose the sampling steps that are trained - all of them, some windows, and `auto:2`, which measures by
 itself - with the demo's other settings, its learning rate too, as many rollouts, and one update a rollout.
 A judge that training never sees looks at the policy on held-out prompts every few rollouts. Time is the processor's, on
-one thread, for sampling, decoding, reward, probing and updates.
+one thread, for sampling, decoding, reward and updates, measuring among them.
 
 "To the same score" is to the lower one of the two ends, on mean curves made to rise only (`benchmarks/learning.py`).
 Intervals are of pairs, over seeds and prompts. Trainings are kept in `--work`, each a small file; what is there is not

@@ -281,10 +281,12 @@ def test_what_was_measured_is_of_no_use_to_other_choices(make_trainer, changes, 
     assert named.train_steps == (0, 3)
 
 
-def test_what_is_measured_is_what_the_update_goes_by(make_trainer):
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"activation_checkpointing": True}, {"beta": 0.1}], ids=str)
+def test_what_is_measured_is_what_the_update_goes_by(make_trainer, settings):
     """The sketches of an update by SGD, averaged, are the sketch of what it moves against."""
     trainer = make_trainer(
-        **AUTO, num_train_epochs=1, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, lr_scheduler_type="constant",
+        **AUTO, **settings, num_train_epochs=1, optim="sgd", learning_rate=1.0, max_grad_norm=0.0,
+        lr_scheduler_type="constant",
     )  # fmt: skip
     count = sum(weight.numel() for weight in trainer.trained_weights())
     trainer._sketch.load({"scale": torch.ones(count)})
