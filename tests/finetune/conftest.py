@@ -5,13 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
 from PIL import Image
 
 from finetune.predictions import MAP_SIDE, Predictions
 from reward.feedback import HEATMAPS, SCORES, tokenize
 from rl.policy import StableDiffusionPolicy
+from tests.finetune.inpaint_case import blue_spot
 from tests.reward.conftest import make_config, model, model_folder, predictor, tokenizer  # noqa: F401
-from tests.rl.conftest import make_pipeline
+from tests.rl.conftest import make_pipeline, make_unet, make_xl_pipeline
 
 PROMPTS = ["a red circle", "a blue square", "a red square"]
 
@@ -82,3 +84,33 @@ def make_predictions():
         )
 
     return make
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    """Every family that works, with 4 channels and with 9."""
+    root = tmp_path_factory.mktemp("inpaint")
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
+    folders = {"sd": make_pipeline(root / "sd", scheduler), "xl": make_xl_pipeline(root / "xl")}
+    for name, kind, changes in (
+        ("sd", StableDiffusionInpaintPipeline, {"requires_safety_checker": False, "safety_checker": None}),
+        ("xl", StableDiffusionXLInpaintPipeline, {"add_watermarker": False}),
+    ):
+        pipeline = kind.from_pretrained(folders[name], **changes)
+        pipeline.unet = make_unet(**dict(pipeline.unet.config) | {"in_channels": 9})
+        pipeline.save_pretrained(root / f"{name}9")
+        folders[f"{name}9"] = str(root / f"{name}9")
+    return folders
+
+
+@pytest.fixture
+def album(tmp_path):
+    """Three pictures with prompts: two with a blue spot, one without."""
+    folder = tmp_path / "album"
+    folder.mkdir()
+    pictures = {"spot": blue_spot(), "clean": blue_spot(rows=slice(0, 0)), "wide": blue_spot((16, 24))}
+    for name, picture in pictures.items():
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{name}.png")
+    rows = [json.dumps({"file_name": f"{name}.png", "prompt": "a red circle"}) for name in pictures]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
