@@ -2,6 +2,7 @@
 
     python tests/kill_resume.py --kills 200                             # one rank
     python tests/kill_resume.py --kills 20 --ranks 2 --engine zero2     # two, under torchrun
+    python tests/kill_resume.py --kills 20 --auto                       # steps chosen by what was measured before
 
 A tiny pipeline is fine-tuned by a toy reward, once without a disturbance by `run_ddpo.py`, then again and again with
 its process group killed and restarted until it ends. The end must be the same bit for bit: the adapter, the newest
@@ -64,7 +65,7 @@ ONCE = ("start", "evaluation", "claim", "finish")
 
 
 def arguments(pipeline: str, prompts: Path, output: Path, options: argparse.Namespace) -> list[str]:
-    """The command line: `options.rollouts` rollouts of 8 pictures in 2 updates, logged every 3."""
+    """The command line: `options.rollouts` rollouts of 8 pictures (16 with `auto`) in 2 updates, logged every 3."""
     settings = {
         "policy": pipeline, "reward": "tests.rl.toy_rewards:Redness", "prompts": prompts, "eval_prompts": prompts,
         "eval_generations": 1, "num_before_after": 2, "output_dir": output, "use_cpu": True, "disable_tqdm": True,
@@ -74,6 +75,11 @@ def arguments(pipeline: str, prompts: Path, output: Path, options: argparse.Name
         "resume_from_checkpoint": "auto", "ema_decay": 0.5, "advantage_baseline": "prompt", "prompt_min_count": 4,
         "eval_strategy": "steps", "eval_steps": 4,
     }  # fmt: skip
+    if options.auto:
+        settings |= {
+            "advantage_baseline": "group", "prompt_min_count": 2, "train_steps": "auto:1", "num_inference_steps": 4,
+            "generation_batch_size": 16, "gradient_accumulation_steps": 2,
+        }  # fmt: skip
     if options.engine == "zero2":
         settings["deepspeed"] = "configs/deepspeed/zero2.json"
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
@@ -420,6 +426,7 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--engine", choices=("none", "ddp", "zero2"), help="default: none for one rank, ddp for two")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--rollouts", type=int, default=8, help="of a run")
+    parser.add_argument("--auto", action="store_true", help="runs that choose their steps by train_steps auto")
     parser.add_argument(
         "--phases", nargs="+", choices=PHASES, default=(), help="that the kills fall in, in turn (default: any)"
     )

@@ -86,7 +86,7 @@ def make_predictions():
     return make
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def families(tmp_path_factory):
     """Every family that works, with 4 channels and with 9."""
     root = tmp_path_factory.mktemp("inpaint")
