@@ -240,10 +240,10 @@ class DDPOTrainer(PolicyTrainer):
             return
         mine = torch.stack([self._sketches[place] for place in sorted(self._sketches)])
         sketches = self.accelerator.gather(mine.unflatten(0, (-1, self.plan.train_steps)))
-        ratios = self.probe.learn(sketches, self.experience.metrics["group_std"])
+        length = self._sketch.renew(partial(self.accelerator.reduce, reduction="mean"))
+        ratios = self.probe.learn(sketches, self.experience.metrics["group_std"] * length)
         self._log_later({f"probe/snr_step_{step}": ratio for step, ratio in ratios.items()})
         self.train_steps = self.probe.window
-        self._sketch.renew(partial(self.accelerator.reduce, reduction="mean"))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None

@@ -82,16 +82,20 @@ class GradientSketch:
         micro-batches, and the scale against small numbers of float16."""
         loss.register_hook(self._take_factor)
 
-    def renew(self, mean: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def renew(self, mean: Callable[[torch.Tensor], torch.Tensor]) -> float:
         """Make the scale of what was heard since the last one was made; the last one stays if that is nothing, or not
         finite, which float16 makes it.
 
         Args:
             mean: of a tensor, over ranks.
+
+        Returns:
+            The root of the mean squared length of the gradients that were heard, not scaled.
         """
         squares, self._squares = mean(self._squares / self._passes), None
         if bool(squares.isfinite().all()) and bool(squares.any()):
             self.scale = metric(squares)
+        return float(squares.sum().sqrt())
 
     def _take_factor(self, gradient: torch.Tensor) -> None:
         self._factor = gradient.detach().float()

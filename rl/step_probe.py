@@ -12,23 +12,20 @@ N the squared signal-to-noise ratio of a chunk. It is of the loss that is traine
 KL.
 
 Advantages are divided by their groups' std, on the average s, so s times the gradient is about that of the expected
-reward, and an update of length 1 along the gradient of n chunks raises that, to first order, by s M / sqrt(M + N / n).
-But lengths do not compare windows: advantages being of variance 1, N is the size of what the window's log density
-changes by, so the same length leads sqrt(N) times as far, and the later a step the larger is N, by orders of magnitude.
-At equal distance, in the root of the KL divergence, it is
+reward. An update of length 1 along the gradient of n chunks, g in length each, raises that, to first order, by
 
-    gain = s r / sqrt(r + 1 / n).
+    gain = reach * r / sqrt((1 + r) (r + 1 / n)),    reach = s g,
 
-(No optimizer keeps that distance; what it loses by going too far in a late window is not counted.) s and r are of just
-what is trained. With shared noise (`rl.rollout.shared_places`), the later a window, the less of the reward is left for
-it to decide, and the less noise is left. `auto` trains the window that promises the most gain for its cost, in passes
-of the network (`rl.rollout_plan.passes`).
+where s and g are of just what is trained, with shared noise too (`rl.rollout.shared_places`): the later a window, the
+less of the reward it decides, and the farther a step of the weights moves it. `auto` trains the window that promises
+the most gain for its cost, in passes of the network (`rl.rollout_plan.passes`). (The length of its update is left to
+the optimizer: Adam, whose memory of squares all windows share, makes longer ones where gradients are longer.)
 
 The signal is small, and one rollout says little. So what is known of r is a normal distribution: before anything is
 measured, of mean 0 and as wide as one rollout's error, then as measured, what is older counting less, for the policy
 moves on. The promise is of its mean and two std more ("optimism in the face of uncertainty", as UCB, Auer et al. 2002):
-where nothing is told apart windows take turns, those that decide more of the reward more often. A window is tried when
-the one before it has been, and is taken to decide as much as that, until it is known to decide less.
+where nothing is told apart windows take turns, those of more reach more often. A window is tried when the one before it
+has been, and is taken to reach as far as that, until it is known not to.
 """
 
 import math
@@ -42,7 +39,7 @@ HALF_LIFE = 16
 OPTIMISM = 2.0
 """Std of what is known that are hoped for beyond the mean."""
 ALIKE = 0.1
-"""Rollouts that it counts for that a window decides as much of the reward as the one before it."""
+"""Rollouts that it counts for that a window reaches as far as the one before it."""
 
 Window = tuple[int, ...]
 """Consecutive sampling steps, indices into the schedule."""
@@ -100,24 +97,23 @@ class Measured:
     Attributes:
         place: of the window that it trained, among the windows.
         ratio, variance: see `Estimate`, of the sum of the window's steps.
-        spread: s, the mean std of what is compared within a group.
+        reach: the mean std of what is compared within a group, times the length of a chunk's gradient.
     """
 
     place: int
     ratio: float
     variance: float
-    spread: float
+    reach: float
 
 
-def gain(ratio: float, spread: float, chunks: float) -> float:
-    """Of an update from `chunks` chunks; see above.
+def gain(ratio: float, reach: float, chunks: float) -> float:
+    """Of an update of length 1 from `chunks` chunks; see above.
 
     Args:
         ratio: r; below 0 it counts as 0.
-        spread: s.
     """
     ratio = max(ratio, 0.0)
-    return spread * ratio / math.sqrt(ratio + 1 / chunks)
+    return reach * ratio / math.sqrt((1 + ratio) * (ratio + 1 / chunks))
 
 
 class StepProbe:
@@ -139,13 +135,13 @@ class StepProbe:
         self._chunks, self._costs = chunks, [cost(window) for window in self.windows]
         self._measured: list[Measured] = []
 
-    def learn(self, sketches: torch.Tensor, spread: float) -> dict[int, float]:
+    def learn(self, sketches: torch.Tensor, reach: float) -> dict[int, float]:
         """Take in what the update of `window` told, and choose the next one.
 
         Args:
             sketches: (C, K, d), of the chunks of all ranks, step by step. If they are not finite, of an update that
                 float16 could not hold, or all zero, of groups that are all alike, they tell nothing.
-            spread: s, the mean std of what is compared within a group.
+            reach: see `Measured`; in any unit.
 
         Returns:
             Step -> signal-to-noise ratio of one chunk's gradient; empty where nothing was told.
@@ -153,7 +149,7 @@ class StepProbe:
         if not (bool(sketches.isfinite().all()) and bool(sketches.any())):
             return {}
         whole = Estimate.of(sketches.sum(dim=1))
-        told = Measured(self.windows.index(self.window), whole.ratio, whole.variance, spread)
+        told = Measured(self.windows.index(self.window), whole.ratio, whole.variance, reach)
         self._measured.append(told)
         found = {step: Estimate.of(sketches[:, k]).snr for k, step in enumerate(self.window)}
         worth = [gain / cost for gain, cost in zip(self.promises(), self._costs, strict=False)]
@@ -165,14 +161,14 @@ class StepProbe:
         weights = [0.5 ** (age / HALF_LIFE) for age in reversed(range(len(self._measured)))]
         pairs = list(zip(weights, self._measured, strict=True))
         variance = sum(weight * one.variance for weight, one in pairs) / sum(weights)
-        promised, spread = [], self._measured[0].spread
+        promised, reach = [], self._measured[0].reach
         for place in range(min(2 + max(one.place for one in self._measured), len(self.windows))):
             mine = [(weight, one) for weight, one in pairs if one.place == place]
             known = sum(weight for weight, _ in mine)
             mean = sum(weight * one.ratio for weight, one in mine) / (1 + known)
-            spread = (ALIKE * spread + sum(weight * one.spread for weight, one in mine)) / (ALIKE + known)
+            reach = (ALIKE * reach + sum(weight * one.reach for weight, one in mine)) / (ALIKE + known)
             ratio = mean + OPTIMISM * math.sqrt(variance / (1 + known))
-            promised.append(gain(ratio, spread, self._chunks))
+            promised.append(gain(ratio, reach, self._chunks))
         return promised
 
     def state(self) -> list[list[float]]:

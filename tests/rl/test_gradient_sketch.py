@@ -92,8 +92,9 @@ def test_the_scale_is_made_of_mean_squares(network):
     assert not heard(sketch, network, 1).any()
     heard(sketch, network, 2)
     assert sketch.state() == {}
-    sketch.renew(mean_over_one)
+    length = sketch.renew(mean_over_one)
     squares = (gradient(network, 1).square() + gradient(network, 2).square()) / 2
+    assert length == pytest.approx(float(squares.sum()) ** 0.5)
     torch.testing.assert_close(sketch.scale, metric(squares))
     large = squares > squares.mean()
     torch.testing.assert_close(

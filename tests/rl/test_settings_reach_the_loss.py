@@ -86,11 +86,11 @@ def test_a_rollout_trains_the_steps_that_were_chosen_behind_the_one_before(make_
     assert [row["step"] for row in rows] == [0, 1] * 4
     assert [row["measured_as"] for row in rows] == [(chunk, k) for chunk in range(4) for k in range(2)]
 
-    def choose(sketches, spread):
+    def choose(sketches, reach):
         trainer.probe.window = (2, 3)
         return {1: 0.5}
 
-    trainer.probe.learn, trainer._sketch.renew = choose, lambda mean: None
+    trainer.probe.learn, trainer._sketch.renew = choose, lambda mean: 1.0
     for row in rows:
         trainer._measured(row["measured_as"], torch.ones(3))
     assert [row["step"] for row in trainer.rollout(1)] == [2, 3] * 4

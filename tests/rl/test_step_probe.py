@@ -15,13 +15,13 @@ def chunks(signal, noise, count, seed=0):
     return rest + (signal / WEIGHTS) ** 0.5
 
 
-def trained(probe, rollouts, ratio_of, spread_of=lambda window: 1.0, seed=0, count=4):
+def trained(probe, rollouts, ratio_of, reach_of=lambda window: 1.0, seed=0, count=4):
     """Which windows are trained in so many rollouts, noise being 1 in all of them."""
     found = []
     for rollout in range(rollouts):
         found.append(probe.window)
         of_window = chunks(ratio_of(probe.window, rollout), 1.0, count, seed=1000 * seed + rollout)
-        probe.learn((of_window / len(probe.window))[:, None].expand(-1, len(probe.window), -1), spread_of(probe.window))
+        probe.learn((of_window / len(probe.window))[:, None].expand(-1, len(probe.window), -1), reach_of(probe.window))
     return found
 
 
@@ -67,9 +67,9 @@ def test_an_estimate_has_no_bias_and_its_variance_is_that_of_its_spread(ratio, c
 
 
 def test_gain_is_by_hand():
-    """A signal of 4 beside a noise of 8: 4 / sqrt(4 + 8 / 2), over the root of the noise."""
-    assert gain(ratio=0.5, spread=0.1, chunks=2) == pytest.approx(0.1 * 4.0 / (4.0 + 8.0 / 2) ** 0.5 / 8.0**0.5)
-    assert gain(ratio=-0.1, spread=0.1, chunks=2) == 0
+    """A signal of 4 beside a noise of 8, so a length of 12 ** 0.5: 4 / sqrt(4 + 8 / 2), times the rewards' std."""
+    assert gain(ratio=0.5, reach=0.1 * 12**0.5, chunks=2) == pytest.approx(0.1 * 4.0 / (4.0 + 8.0 / 2) ** 0.5)
+    assert gain(ratio=-0.1, reach=0.1, chunks=2) == 0
 
 
 def test_promises_are_by_hand():
@@ -77,19 +77,19 @@ def test_promises_are_by_hand():
     probe, gradients = plain(4, 1), chunks(0.5, 1.0, 4)[:, None]
     one = Estimate.of(gradients[:, 0])
     error = one.variance**0.5
-    probe.learn(gradients, spread=0.5)
+    probe.learn(gradients, reach=0.5)
     known = one.ratio / 2 + 2 * error / 2**0.5  # the mean of nothing and of what was measured, and two errors
     assert probe.promises() == pytest.approx([gain(known, 0.5, 4), gain(2 * error, 0.5, 4)])
     probe.window = (1,)
-    probe.learn(gradients, spread=0.1)
+    probe.learn(gradients, reach=0.1)
     old = 0.5 ** (1 / HALF_LIFE)
     aged = one.ratio * old / (1 + old) + 2 * error / (1 + old) ** 0.5
-    nearly = (0.1 * 0.5 + 0.1) / 1.1  # it hardly counts that the window before decides more
+    nearly = (0.1 * 0.5 + 0.1) / 1.1  # it hardly counts that the window before reaches farther
     expected = [gain(aged, 0.5, 4), gain(known, nearly, 4), gain(2 * error, nearly, 4)]
     assert probe.promises() == pytest.approx(expected)
 
 
-def test_windows_are_tried_one_after_another_and_none_that_decides_next_to_nothing():
+def test_windows_are_tried_one_after_another_and_none_that_hardly_reaches_anything():
     probe = StepProbe(range(6), count=2, chunks=4, cost=lambda window: 3.0 - window[0] / 4)
     found = trained(probe, 60, lambda window, rollout: 0.0, lambda window: 0.1 ** window[0])
     assert found[0] == (0, 1)
@@ -112,7 +112,7 @@ def test_the_sums_signal_counts_not_its_steps():
     for rollout in range(60):
         found.append(probe.window)
         first, second = chunks(0.5, 1.0, 8, seed=rollout), chunks(0.5, 1.0, 8, seed=100 + rollout)
-        probe.learn(torch.stack([first, second if probe.window == (1, 2) else -second], dim=1), spread=1.0)
+        probe.learn(torch.stack([first, second if probe.window == (1, 2) else -second], dim=1), reach=1.0)
     assert Counter(found)[1, 2] > 45
 
 
@@ -125,11 +125,11 @@ def test_a_window_of_twice_the_gain_is_not_worth_thrice_the_time():
     assert found[3.0][1,] > 40
 
 
-def test_where_nothing_is_told_apart_all_are_trained_those_more_that_decide_more_of_the_reward():
-    spreads = {0: 1.0, 1: 0.7, 2: 0.5, 3: 0.3, 4: 0.1}
+def test_where_nothing_is_told_apart_all_are_trained_those_of_more_reach_more_often():
+    reaches = {0: 1.0, 1: 0.7, 2: 0.5, 3: 0.3, 4: 0.1}
     found = Counter()
     for seed in range(4):
-        found.update(trained(plain(6, 2), 50, lambda window, rollout: 0.0, lambda window: spreads[window[0]], seed))
+        found.update(trained(plain(6, 2), 50, lambda window, rollout: 0.0, lambda window: reaches[window[0]], seed))
     counts = [found[first, first + 1] for first in range(5)]
     assert min(counts) > 0
     assert counts[0] > counts[2] > counts[4]
@@ -150,13 +150,13 @@ def test_what_was_measured_long_ago_is_forgotten():
 @pytest.mark.parametrize("value", [float("nan"), 0.0], ids=["float16 could not hold it", "no group differs"])
 def test_an_update_may_tell_nothing(value):
     probe = plain(3, 1)
-    assert probe.learn(torch.full((4, 1, WEIGHTS), value), spread=1.0) == {}
+    assert probe.learn(torch.full((4, 1, WEIGHTS), value), reach=1.0) == {}
     assert probe.window == (0,)
     assert probe.state() == []
 
 
 def test_each_step_has_its_own_ratio():
-    found = plain(3, 2).learn(torch.stack([chunks(1.0, 1.0, 60), chunks(0.0, 1.0, 60, seed=1)], dim=1), spread=1.0)
+    found = plain(3, 2).learn(torch.stack([chunks(1.0, 1.0, 60), chunks(0.0, 1.0, 60, seed=1)], dim=1), reach=1.0)
     assert found[0] == pytest.approx(1.0, abs=0.1)
     assert found[1] == pytest.approx(0.0, abs=0.2)
 
