@@ -77,8 +77,8 @@ class DDPOTrainer(PolicyTrainer):
     Attributes:
         schedule, plan, total_rollouts: what the settings come to.
         rollout_schedule: the sampling steps of the rollout in use; `schedule`, of the first, where the window slides.
-        train_steps: the steps trained, or those a rollout draws its own from; with `auto`, those of the next rollout;
-            where the window slides, the first rollout's.
+        train_steps: the steps trained, or those a rollout draws its own from; with `auto`, those of the next rollout
+            as soon as this one is measured; where the window slides, the first rollout's.
         clock, train_seconds: seconds of each phase so far, and of `train`; of the whole run, also where it goes on.
         experience: of the rollout in use; None before the first.
         watch: what is known of the reward being gamed.
@@ -298,7 +298,8 @@ class DDPOTrainer(PolicyTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         with self._sketch.listening() as sketch:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self._measured(inputs["measured_as"], sketch)
+        with self.clock("update"):
+            self._measured(inputs["measured_as"], sketch)
         return loss
 
     # ---- Logs ----
@@ -351,7 +352,7 @@ class DDPOTrainer(PolicyTrainer):
         if self.probe is None:
             return RunState(facts)
         tensors = {f"sketch.{name}": tensor for name, tensor in self._sketch.state().items()}
-        return RunState(facts | {"measured": self.probe.state()}, tensors)
+        return RunState(facts | {"measured": self.probe.state(), "chunk_size": self.args.chunk_size}, tensors)
 
     def _boundary_state(self) -> RunState:
         """Of the boundary that the weights are at: a rollout of which no update was made is gone through again."""
@@ -369,6 +370,7 @@ class DDPOTrainer(PolicyTrainer):
                     f"the checkpoint has measured the steps {state.facts['probed']}, and this run is to choose from "
                     f"{list(self.probe.steps)}; give num_inference_steps, eta and sde_window the values they had"
                 )
-            self.probe.load(state.facts.get("measured", []), tuple(state.facts["train_steps"]))
+            same = state.facts.get("chunk_size") == self.args.chunk_size  # else it was measured in another unit
+            self.probe.load(state.facts["measured"] if same else [], tuple(state.facts["train_steps"]))
             self.train_steps = self.probe.window
             self._sketch.load(state.part("sketch"))

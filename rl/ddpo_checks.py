@@ -78,8 +78,8 @@ def check_steps(args: "DDPOConfig") -> None:
     require(args.timestep_fraction == 1, "timestep_fraction does not go with train_steps auto; leave it out")
     require(
         args.timestep_weighting == "uniform",
-        f"timestep_weighting is {args.timestep_weighting}, but train_steps auto rates the steps as if they counted "
-        "alike; leave it out, or name the steps",
+        f"timestep_weighting is {args.timestep_weighting}, but train_steps auto compares windows, and within each of "
+        "them the weights' mean is 1; leave it out, or name the steps",
     )
     require(
         args.tune == "lora",

@@ -29,7 +29,7 @@ def measure(trainer: "DDPOTrainer") -> dict[str, float]:
     Nothing is written, no weight is changed. Each is run twice, the second time counts; of the update, a micro-batch of
     the first trained step and one of the last, for what a group shares (`rl.trunks`) makes the first one cheaper. The
     network is the policy's own: what an engine of several processes adds (waiting, gathering) is not in it, and what it
-    shards not taken off.
+    shards not taken off. With `train_steps: auto` it is a rollout that trains the first window.
 
     Returns:
         name -> number; names that end in `_mib` are memory, in `seconds` time. `activations_mib` is what autograd keeps

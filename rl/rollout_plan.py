@@ -1,5 +1,6 @@
 """The arithmetic of a rollout's batches: pictures, rows, micro-batches, updates."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -55,10 +56,12 @@ def passes(args: "DDPOConfig", train_steps: Sequence[int], steps: int) -> float:
     Where the pictures of a group share their noise, those of a batch are one until behind the first trained step
     (`rl.trunks`).
     """
-    shared = args.share_noise != "none" and args.credit != "words"
+    group, shared = args.num_generations, args.share_noise != "none" and args.credit != "words"
 
     def rows_of_one(batch: int) -> float:
-        return 1 / min(args.num_generations, batch) if shared else 1.0
+        """Of a picture where its group is one in each batch: the parts that batches cut groups into, a picture."""
+        whole = math.lcm(batch, group)
+        return (whole // batch + whole // group - 1) / whole if shared else 1.0
 
     batch = args.per_device_train_batch_size
     sampled = rows_of_one(args.per_device_rollout_batch_size or batch)
@@ -69,7 +72,8 @@ def passes(args: "DDPOConfig", train_steps: Sequence[int], steps: int) -> float:
         return drawn + updated
     if args.train_guidance:
         return 2 * (drawn + updated)
-    return 2 * drawn + trained + updated  # the rollout asks once more for the log-probs without guidance
+    asked_again = sampled + len(train_steps) - 1  # by the rollout, for the log-probs without guidance
+    return 2 * drawn + asked_again + updated
 
 
 def plan_rollout(args: "DDPOConfig", train_steps: int) -> RolloutPlan:

@@ -18,8 +18,9 @@ reward. An update of length 1 along the gradient of n chunks, g in length each, 
 
 where s and g are of just what is trained, with shared noise too (`rl.rollout.shared_places`): the later a window, the
 less of the reward it decides, and the farther a step of the weights moves it. `auto` trains the window that promises
-the most gain for its cost, in passes of the network (`rl.rollout_plan.passes`). (The length of its update is left to
-the optimizer: Adam, whose memory of squares all windows share, makes longer ones where gradients are longer.)
+the most gain for its cost, in passes of the network (`rl.rollout_plan.passes`). (r is of gradients that are scaled as
+`rl.gradient_sketch.metric` says, g of them as they are; the length of an update is left to the optimizer: Adam, whose
+memory of squares all windows share, makes longer ones where gradients are longer.)
 
 The signal is small, and one rollout says little. So what is known of r is a normal distribution: before anything is
 measured, of mean 0 and as wide as one rollout's error, then as measured, what is older counting less, for the policy
@@ -72,7 +73,8 @@ class Estimate:
 
         The mean of C (C - 1) / 2 inner products has the variance of one over their number, if they are independent. Two
         that have a chunk in common are not where there is a signal: both are the larger, the further the chunk's noise
-        lies along it. Of noise that is alike in all directions that is r times the variance of one.
+        lies along it. Of noise that is alike in all directions that is r times the variance of one, where r is small,
+        and less where it is not.
         """
         count = len(sketches)
         products = sketches.double() @ sketches.double().T
@@ -97,7 +99,9 @@ class Measured:
     Attributes:
         place: of the window that it trained, among the windows.
         ratio, variance: see `Estimate`, of the sum of the window's steps.
-        reach: the mean std of what is compared within a group, times the length of a chunk's gradient.
+        reach: s g, as far as windows can be compared by it: the mean std of what is compared within a group, times the
+            root of the mean squared length of the gradient of a micro-batch at one step. Where most of it is noise, a
+            chunk's is that times a factor that all windows have.
     """
 
     place: int
@@ -141,13 +145,14 @@ class StepProbe:
         Args:
             sketches: (C, K, d), of the chunks of all ranks, step by step. If they are not finite, of an update that
                 float16 could not hold, or all zero, of groups that are all alike, they tell nothing.
-            reach: see `Measured`; in any unit.
+            reach: see `Measured`; in any unit, and finite where `sketches` are.
 
         Returns:
             Step -> signal-to-noise ratio of one chunk's gradient; empty where nothing was told.
         """
         if not (bool(sketches.isfinite().all()) and bool(sketches.any())):
             return {}
+        assert math.isfinite(reach), reach
         whole = Estimate.of(sketches.sum(dim=1))
         told = Measured(self.windows.index(self.window), whole.ratio, whole.variance, reach)
         self._measured.append(told)
@@ -157,7 +162,7 @@ class StepProbe:
         return found
 
     def promises(self) -> list[float]:
-        """The gain that each window may have, as far as is known: of those that were tried, and of the next one."""
+        """The gain that each window may have, as far as is known, up to the next one behind the last that was tried."""
         weights = [0.5 ** (age / HALF_LIFE) for age in reversed(range(len(self._measured)))]
         pairs = list(zip(weights, self._measured, strict=True))
         variance = sum(weight * one.variance for weight, one in pairs) / sum(weights)

@@ -104,6 +104,7 @@ def test_a_rollout_trains_the_steps_that_were_chosen_behind_the_one_before(make_
         ({"beta": 0.1, "num_iterations": 2, "gradient_accumulation_steps": 4}, 5 + 4 * 2 * 2, 2),
         ({"share_noise": "before"}, 2 / 4 + 3 + 3 * 1.25, 4),  # of 4 pictures one up to step 1, and in its update
         ({"share_noise": "before", "per_device_rollout_batch_size": 2}, 2 / 2 + 3 + 3 * 1.25, 4),  # one of each batch
+        ({"share_noise": "before", "per_device_rollout_batch_size": 6}, 2 / 3 + 3 + 3 * 1.25, 4),  # 4 and 2, 2 and 4
         ({"guidance_scale": 3.0, "train_guidance": False}, 2 * 5 + 2 + 3 * 2, 4),
     ],
     ids=str,
