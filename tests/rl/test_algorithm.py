@@ -281,6 +281,16 @@ def test_what_was_measured_is_of_no_use_to_other_choices(make_trainer, changes, 
     assert named.train_steps == (0, 3)
 
 
+@pytest.mark.parametrize(("batch", "measured"), [(4, 2), (8, 1)], ids=["the same chunks", "larger ones"])
+def test_measurements_of_other_chunks_are_not_gone_on_with(make_trainer, batch, measured):
+    settings = AUTO | {"generation_batch_size": 32, "gradient_accumulation_steps": 16}
+    make_trainer(num_train_epochs=2, **settings).train()
+    settings |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 64 // batch}
+    trainer = make_trainer(num_train_epochs=3, **settings)
+    trainer.train(resume_from_checkpoint="latest")
+    assert len(trainer.probe.state()) == measured, "the first rollout makes the gradients' scale"
+
+
 @pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"activation_checkpointing": True}, {"beta": 0.1}], ids=str)
 def test_what_is_measured_is_what_the_update_goes_by(make_trainer, settings):
     """The sketches of an update by SGD, averaged, are the sketch of what it moves against."""
