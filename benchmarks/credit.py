@@ -4,11 +4,11 @@
 
 Every kind of credit (rl/credit.py) gets the same reward, as many pictures and as many updates, two a rollout, so that
 the clip range matters. Each is tuned over the same grid of learning rate and clip range, on seeds of their own and by
-the judge's score of training prompts, in two rounds (successive halving): every setting for a third of the rollouts,
-then the better half of each kind's, anew and in full, of which the best is taken. Then that setting is trained anew on
-the seeds that are reported, and judged on held-out prompts, whose compositions are in no training data. So nothing
-reported was selected by itself; which place-aware kind is "the best" is decided by the second round as well. Intervals
-are of pairs, over seeds and prompts.
+the judge's score of training prompts, in two rounds (successive halving, here by thirds: "Hyperband", Li et al. 2018):
+every setting for a third of the rollouts, then the better third of each kind's, anew and in full, of which the best is
+taken. Then that setting is trained anew on the seeds that are reported, and judged on held-out prompts, whose
+compositions are in no training data. So nothing reported was selected by itself; which place-aware kind is "the best"
+is decided by the second round as well. Intervals are of pairs, over seeds and prompts.
 
 How many images a kind takes to where `image` ends: its mean curve, made to rise only (`benchmarks/learning.py`).
 
@@ -40,6 +40,8 @@ LEARNING_RATES, CLIPS = (1.5e-3, 3e-3, 6e-3), (5e-5, 1e-2)
 """5e-5 clips about a quarter of the second update's ratios at 3e-3, 1e-2 none."""
 LOCATION = 16
 """A place's ratio moves sqrt(h * w) times as far as an image's, so its clip range is as much wider; h = w = 16."""
+ROUNDS_GROW = 3
+"""The second round is so many times as long as the first, of so many times fewer settings."""
 TUNING_SEEDS = 1000  # and on: none is reported; the first is the first round's
 MAIN = ("image", "scalar", "focus on maps", "words", "paid, own place", "mask")
 WITHOUT_PLACE = ("image", "scalar")
@@ -107,9 +109,9 @@ def ranking(scores: Mapping[tuple[str, Setting, int], float]) -> dict[str, list[
     }
 
 
-def better_half(ranked: Mapping[str, Sequence[tuple[Setting, float]]]) -> dict[str, list[Setting]]:
-    """Of each kind's settings the better half, rounded up."""
-    return {kind: [setting for setting, _ in order[: (len(order) + 1) // 2]] for kind, order in ranked.items()}
+def better_third(ranked: Mapping[str, Sequence[tuple[Setting, float]]]) -> dict[str, list[Setting]]:
+    """Of each kind's settings the better third, rounded up."""
+    return {kind: [setting for setting, _ in order[: -(-len(order) // ROUNDS_GROW)]] for kind, order in ranked.items()}
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def tune(options: Namespace, train: Callable[[Mapping], Mapping[tuple[str, Setti
     second = range(TUNING_SEEDS + 1, TUNING_SEEDS + 1 + options.tuning_seeds)
     rows, done = [], 0
     for which, rollouts, seeds in (
-        ("first round", options.rollouts // 3, [TUNING_SEEDS]),
+        ("first round", options.rollouts // ROUNDS_GROW, [TUNING_SEEDS]),
         ("second round", options.rollouts, second),
     ):
         planned = plan_tuning(options, left, rollouts, seeds)
@@ -146,7 +148,7 @@ def tune(options: Namespace, train: Callable[[Mapping], Mapping[tuple[str, Setti
         if len(scores) < len(planned):
             return Tuning(None, rows=rows, done=done)
         ranked = ranking(scores)
-        left = better_half(ranked)
+        left = better_third(ranked)
     aware = [kind for kind in options.kinds if kind not in WITHOUT_PLACE]
     best = max(aware, key=lambda kind: ranked[kind][0][1], default=None)
     return Tuning({kind: order[0][0] for kind, order in ranked.items()}, best, rows, done)
@@ -155,7 +157,7 @@ def tune(options: Namespace, train: Callable[[Mapping], Mapping[tuple[str, Setti
 def count_planned(options: Namespace) -> int:
     """Trainings of the tuning and of the report."""
     settings = len(grid(options))
-    tuning = settings + (settings + 1) // 2 * options.tuning_seeds if settings > 1 else 0
+    tuning = settings + -(-settings // ROUNDS_GROW) * options.tuning_seeds if settings > 1 else 0
     return len(options.kinds) * (tuning + options.seeds)
 
 

@@ -32,7 +32,7 @@ from finetune.paired import paired_interval
 from finetune.reward_choice import RewardArguments
 from reward.arguments import parse_arguments
 from reward.predict import read_prompts
-from rl.rollout import keyed_generator
+from rl.keyed import keyed_generator
 from tinyworld.judge import JudgeReward
 
 TERMS = ("overall", "plausibility", "alignment", "satisfied")

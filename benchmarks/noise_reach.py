@@ -26,8 +26,9 @@ from finetune.run import load_policy
 from reward.arguments import parse_arguments, read_prompt_file
 from rl.ddpo import DDPOConfig
 from rl.experience import rollout_noise
+from rl.keyed import keyed_generator
 from rl.policy import StableDiffusionPolicy
-from rl.rollout import draw_prompts, keyed_generator, sample
+from rl.rollout import draw_prompts, sample
 from rl.sde import Schedule
 from run_ddpo import RunArguments
 

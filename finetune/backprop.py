@@ -25,9 +25,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from rl.keyed import keyed_generator
+from rl.lora_dropout import DropoutKeys
 from rl.pipelines import Conditioning
 from rl.policy import StableDiffusionPolicy
-from rl.rollout import keyed_generator
 from rl.sde import Schedule, kl_map, predicted_x0_and_noise, step_mean
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ class Sampler:
         fresh_noise: torch.Tensor | None = None,
         measure: bool = False,
         guard: bool = False,
+        dropout_keys: DropoutKeys | None = None,
     ) -> Drawn:
         """Sample `reach.draws` latents for each of B prompts; the gradient goes through `reach`, if it is enabled.
 
@@ -157,8 +159,9 @@ class Sampler:
             fresh_noise: (B, D - 1, C, h, w), for the draws after the first.
             measure: whether the distance to the base model is measured.
             guard: whether gradients flow into that distance.
+            dropout_keys: see `StableDiffusionPolicy.encode`.
         """
-        conditioning = self.policy.encode(prompts)
+        conditioning = self.policy.encode(prompts, dropout_keys)
         latents, distances = noise[:, 0], []
         with torch.no_grad():
             for step in range(reach.first):
@@ -175,7 +178,7 @@ class Sampler:
             rest = reach.draws - 1
             fresh = fresh_noise.transpose(0, 1).flatten(0, 1)  # ((D - 1) * B, C, h, w)
             noised = noise_again(first.repeat(rest, 1, 1, 1), fresh, last, self.schedule)
-            repeated = self.policy.encode(list(prompts) * rest)
+            repeated = self.policy.encode(list(prompts) * rest, dropout_keys and list(dropout_keys) * rest)
             ends = noise[:, last + 1].repeat(rest, 1, 1, 1)
             again, distance = self._step(noised, last, repeated, ends, measure=measure, guard=guard)
             latents = torch.cat([latents, again])

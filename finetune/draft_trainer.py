@@ -22,10 +22,11 @@ from finetune.region_constraint import only_within, place_cost, problem_region, 
 from reward.feedback import Reward, RewardFn, check_reward
 from rl.evaluate import HeldOut
 from rl.experience import Samples, rollout_noise
+from rl.keyed import keyed_noise
 from rl.monitors import edge_energy, thumbnails
 from rl.policy import StableDiffusionPolicy
 from rl.policy_trainer import PolicyTrainer
-from rl.rollout import check_pictures, draw_prompts, keyed_noise
+from rl.rollout import check_pictures, draw_prompts
 from rl.scoring import ask, features
 from rl.watch import StopWhenGamed, Watch, measure_pictures, measure_rollout
 from rl.watch_limits import never_told
@@ -192,7 +193,8 @@ class DraftTrainer(PolicyTrainer):
         sampler = self._sampler(model, on_step=on_step)
         guard = args.beta > 0
         measure = self.policy.has_reference and (guard or inputs["first"])
-        drawn = sampler.draw(inputs["prompts"], noise, reach, fresh, measure, guard)
+        keys = [(args.seed, "dropout", number, picture) for picture in inputs["pictures"]]
+        drawn = sampler.draw(inputs["prompts"], noise, reach, fresh, measure, guard, keys)
         images = self.policy.decode(drawn.latents)
         check_pictures(drawn.latents, images, prompts, f"update {number + 1}")
         felt = images

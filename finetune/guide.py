@@ -38,11 +38,11 @@ from reward.pictures import decode as decode_picture  # noqa: E402
 from reward.predict import read_prompts  # noqa: E402
 from rl.adapter import AdapterSettings, check_adapter_files  # noqa: E402
 from rl.experience import Samples  # noqa: E402
+from rl.keyed import keyed_generator  # noqa: E402
 from rl.lora import fuse_base_adapters  # noqa: E402
 from rl.pictures import before_after_sheet  # noqa: E402
 from rl.pipelines import check_pipeline_folder, load_pipeline, load_scheduler  # noqa: E402
 from rl.policy_checks import warn_of_ignored  # noqa: E402
-from rl.rollout import keyed_generator  # noqa: E402
 from rl.scoring import score  # noqa: E402
 from rl.timing import now  # noqa: E402
 

@@ -13,7 +13,7 @@ import torch
 from finetune.inpaint_arguments import InpaintArguments
 from finetune.region import put_in, region
 from reward.feedback import Reward, RewardFn
-from rl.rollout import keyed_generator
+from rl.keyed import keyed_generator
 from rl.scoring import score
 
 FIXED, NOTHING, TOO_LARGE, NO_BETTER = "fixed", "nothing found", "region too large", "no candidate better"

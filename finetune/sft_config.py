@@ -30,15 +30,6 @@ class SftConfig(PolicyConfig):
     )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many updates."})
 
-    # What is trained
-    lora_dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of its input that the U-Net's LoRA does not see in an update, so that few pictures are not "
-            "learnt by heart; usually 0 to 0.1. Text encoders' LoRAs see all."
-        },
-    )
-
     # The loss
     noise_offset: float = field(
         default=0.0,

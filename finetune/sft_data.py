@@ -20,8 +20,8 @@ from finetune.rule_reading import unknown_name
 from reward.data import resize
 from reward.pictures import size_of
 from rl.adapter import require
+from rl.keyed import keyed_generator
 from rl.policy import StableDiffusionPolicy
-from rl.rollout import keyed_generator
 
 logger = logging.getLogger(__name__)
 

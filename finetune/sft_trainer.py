@@ -5,8 +5,7 @@ Shapes: B pictures of a micro-batch, C latent channels, h x w the latent grid.
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +19,10 @@ from finetune.sft_data import BucketBatches, BucketLoader, TrainingPictures, Vis
 from finetune.sft_loss import min_snr_weights, noised, offset_noise, sft_loss, target
 from reward.feedback import RewardFn
 from rl.evaluate import TRAINING_REWARD, Evaluation, HeldOut
+from rl.keyed import keyed_generator
 from rl.pipelines import Conditioning
 from rl.policy import StableDiffusionPolicy
-from rl.policy_trainer import Judged, PolicyTrainer
-from rl.rollout import keyed_generator
+from rl.policy_trainer import PolicyTrainer
 from rl.watch import Watch
 from rl.watch_limits import MONITORS
 
@@ -42,8 +41,8 @@ class EveryUpdate:
 class SftTrainer(PolicyTrainer):
     """Teaches a diffusion policy to draw what it is shown.
 
-    All noise, timesteps and dropped prompts are keyed by the seed and the picture's visit, and what a LoRA's dropout
-    drops by those of the micro-batch, so a resumed run goes on to the same bits.
+    All noise, timesteps, dropped prompts and what a LoRA's dropout drops are keyed by the seed and the picture's visit,
+    so a resumed run goes on to the same bits.
 
     Args:
         policy: what is trained.
@@ -98,9 +97,8 @@ class SftTrainer(PolicyTrainer):
         drawn = self._draws(inputs["visit"], clean.shape)
         noise = offset_noise(drawn["noise"], drawn["shift"], args.noise_offset)
         alphas = self.alphas.to(clean.device)[drawn["timestep"]].float()
-        conditioning = self._conditioning(inputs["prompt"], inputs["time_ids"], drawn["drop"] < args.prompt_dropout)
-        with self._keyed_dropout(inputs["visit"]):
-            output = policy.predict(model, noised(clean, noise, alphas), drawn["timestep"], conditioning)
+        conditioning = self._conditioning(inputs, drawn["drop"] < args.prompt_dropout)
+        output = policy.predict(model, noised(clean, noise, alphas), drawn["timestep"], conditioning)
         weights = inputs["weight"]
         if args.snr_gamma is not None:
             weights = weights * min_snr_weights(alphas, args.snr_gamma, kind)
@@ -124,29 +122,15 @@ class SftTrainer(PolicyTrainer):
             )
         return {name: torch.stack([row[name] for row in rows]).to(self.args.device) for name in rows[0]}
 
-    @contextmanager
-    def _keyed_dropout(self, visits: Sequence[Visit]) -> Iterator[None]:
-        """Inside, what is dropped depends on the seed and the micro-batch alone; torch's own draws go on behind it."""
-        if self.args.lora_dropout == 0:
-            yield
-            return
-        device = self.args.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(keyed_generator(self.args.seed, "dropout", *visits[0]).initial_seed())
-            yield
-
-    def judge(self, held_out: HeldOut, on_batch: Callable[[int], None] = lambda pictures: None) -> Judged:
-        self.policy.network.eval()  # nothing is dropped; the next update switches back
-        return super().judge(held_out, on_batch)
-
     def watch_evaluation(self, figures: Evaluation, rewards: Mapping[str, RewardFn]) -> dict[str, float]:
         return super().watch_evaluation(figures, rewards) if TRAINING_REWARD in rewards else {}
 
-    def _conditioning(self, prompts: list[str], time_ids: torch.Tensor, dropped: torch.Tensor) -> Conditioning:
-        conditioning = self.policy.drop_prompts(self.policy.encode(prompts), dropped)
+    def _conditioning(self, inputs: dict[str, Any], dropped: torch.Tensor) -> Conditioning:
+        keys = [(self.args.seed, "dropout", *visit) for visit in inputs["visit"]]
+        conditioning = self.policy.drop_prompts(self.policy.encode(inputs["prompt"], keys), dropped)
         if conditioning.time_ids is None:
             return conditioning
-        return dataclasses.replace(conditioning, time_ids=time_ids)
+        return dataclasses.replace(conditioning, time_ids=inputs["time_ids"])
 
 
 def warn_of_rare(sampler: BucketBatches) -> None:

@@ -77,11 +77,6 @@ class AdapterSettings:
             "use one of the two",
         )
         require(
-            not (self.starts_from_base and self.lora_dropout > 0),
-            f"init_lora_weights {name} with lora_dropout would not start as the base model: what it starts as and what "
-            "is taken away for that would drop different things; use one of the two",
-        )
-        require(
             self.tune == "lora" or self.init_adapter is None,
             "tune full trains the U-Net's own weights, and init_adapter is a LoRA to train on; "
             "to start from it, fuse it: base_adapters",

@@ -25,10 +25,12 @@ from rl.experience import (
     sample_and_score,
 )
 from rl.gradient_sketch import GradientSketch
+from rl.keyed import keyed_generator
+from rl.lora_dropout import DropoutKeys
 from rl.losses import ppo_loss
 from rl.policy import StableDiffusionPolicy
 from rl.policy_trainer import PolicyTrainer
-from rl.rollout import draw_prompts, keyed_generator, shared_places
+from rl.rollout import draw_prompts, shared_places
 from rl.rollout_plan import RolloutPlan, passes
 from rl.run_state import RunState
 from rl.sde import Schedule, draw_steps, kl_map, log_prob_map, step_mean, step_weights
@@ -158,6 +160,7 @@ class DDPOTrainer(PolicyTrainer):
                     "advantages": experience.advantages[pictures],
                     "weights": experience.weights[pictures],
                     "prompts": experience.prompts[pictures],
+                    "dropout_keys": self.dropout_keys(number, self._mine[pictures]),
                     "trunks": self.trunks(self._mine[pictures]) if step == parting else None,
                     "measured_as": (pictures.start // self.args.chunk_size, k) if iteration == 0 else None,
                     "measure_kl": self.policy.has_reference
@@ -193,6 +196,7 @@ class DDPOTrainer(PolicyTrainer):
                     on_step=self._stop_if_asked,
                     held_out=self.held_out,
                     trunks=self.trunks(pictures),
+                    dropout_keys=self.dropout_keys(number, pictures),
                 )
             )
         return gather_experience(batches, prompts, args, self.accelerator.gather, rank, self.statistics)
@@ -211,6 +215,14 @@ class DDPOTrainer(PolicyTrainer):
         if self.args.share_noise == "none" or self.args.credit == "words":
             return None
         return Trunks.of_groups(pictures, self.args.num_generations, self.policy.device)
+
+    def dropout_keys(self, number: int, pictures: Sequence[int]) -> DropoutKeys:
+        """What the LoRA's dropout for these pictures of a rollout is drawn by.
+
+        Pictures of a group drop the same: they are compared with each other, and what is dropped is no picture's
+        merit; and where they share noise, they remain one.
+        """
+        return [(self.args.seed, "dropout", number, picture // self.args.num_generations) for picture in pictures]
 
     def _steps_of(self, number: int) -> tuple[int, ...]:
         """The steps of which rollout `number` keeps what training needs."""
@@ -252,7 +264,7 @@ class DDPOTrainer(PolicyTrainer):
         args, latents = self.args, inputs["latents"]
         steps = torch.full((len(latents),), inputs["step"], device=latents.device)
         timesteps = self.rollout_schedule.timesteps.to(latents.device)[steps]
-        conditioning = self.policy.encode(inputs["prompts"])
+        conditioning = self.policy.encode(inputs["prompts"], inputs["dropout_keys"])
         guidance_scale = args.guidance_scale if args.train_guidance else 1.0
 
         def mean_and_std() -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,6 +52,7 @@ def measure(trainer: "DDPOTrainer") -> dict[str, float]:
             batch = sample_and_score(
                 policy, policy.network, trainer.reward_fn, prompts, noise, trainer.schedule, kept, args, clock, 0,
                 held_out=trainer.held_out, trunks=trainer.trunks(pictures),
+                dropout_keys=trainer.dropout_keys(0, pictures),
             )  # fmt: skip
         updates = [_update(trainer, batch.trajectory, prompts, k) for k in sorted({0, plan.train_steps - 1})]
     (first, _), (other, _) = updates[0], updates[-1]
@@ -100,6 +101,7 @@ def _update(trainer: "DDPOTrainer", trajectory: Trajectory, prompts: list[str], 
         "advantages": torch.linspace(-1, 1, count, device=trajectory.latents.device),
         "weights": torch.ones_like(trajectory.log_probs[k, rows]),
         "prompts": [prompts[row] for row in rows],
+        "dropout_keys": trainer.dropout_keys(0, range(count)),
         "trunks": trainer.trunks(range(count)) if k == 0 else None,
         "measure_kl": trainer.args.beta > 0,
     }

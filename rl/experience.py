@@ -24,9 +24,11 @@ from rl.credit import (
     word_map,
 )
 from rl.ddpo_config import DDPOConfig
+from rl.keyed import keyed_noise
+from rl.lora_dropout import DropoutKeys
 from rl.monitors import diversity, edge_energy, thumbnails
 from rl.policy import StableDiffusionPolicy
-from rl.rollout import Trajectory, check_pictures, keyed_noise, sample
+from rl.rollout import Trajectory, check_pictures, sample
 from rl.scoring import concatenate, features, score
 from rl.sde import Schedule
 from rl.timing import PhaseClock
@@ -129,11 +131,12 @@ def sample_and_score(
     on_step: Callable[[], None] = lambda: None,
     held_out: RewardFn | None = None,
     trunks: Trunks | None = None,
+    dropout_keys: DropoutKeys | None = None,
 ) -> ScoredBatch:
     """One batch of pictures of a rollout, one a prompt, from `noise` (B, S + 1, C, h, w) to its scores.
 
     Args:
-        trunks: see `rl.rollout.sample`.
+        trunks, dropout_keys: see `rl.rollout.sample`.
         held_out: a reward that is not trained on, to watch.
 
     Raises:
@@ -145,7 +148,7 @@ def sample_and_score(
     with clock("rollout"), looking or nullcontext():
         trajectory = sample(
             policy, network, prompts, noise, schedule, train_steps, args.guidance_scale, args.train_guidance, on_step,
-            trunks,
+            trunks, dropout_keys,
         )  # fmt: skip
     with clock("decode"):
         images = policy.decode(trajectory.final_latents)

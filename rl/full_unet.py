@@ -23,6 +23,7 @@ class FullUnet:
 
     what = "U-Net"
     trains_text = False
+    dropout = None
 
     def __init__(self, pipeline: DiffusionPipeline, keep_reference: bool):
         """Make `pipeline.unet` trainable.

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from rl.rollout import keyed_generator
+from rl.keyed import keyed_generator
 
 WIDTH = 4093
 """d: an inner product of sketches errs by about |g| |h| / sqrt(d), far below the noise between chunks. A prime number,

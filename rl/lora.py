@@ -24,6 +24,7 @@ from rl.adapter import (
 )
 from rl.adapter_file import sort_metadata
 from rl.full_unet import prepare_for_trainer, shapes
+from rl.lora_dropout import LoraDropout
 from rl.part_lora import PEFT_PREFIX, TRAINED, PartLora, new_config, targeted
 from rl.pipelines import family_of
 
@@ -40,6 +41,7 @@ class Lora:
         network: a `PeftModel` around the U-Net; a module that holds the text encoders' beside it, where these are
             trained.
         trains_text: whether they are.
+        dropout: of the U-Net's LoRA; None: it has none. A text encoder's never has.
     """
 
     what = "LoRA"
@@ -61,6 +63,9 @@ class Lora:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self._parts = {name: PartLora(getattr(pipeline, name), configs[name], starts.get(name)) for name in names}
+        self.dropout: LoraDropout | None = None
+        if settings.lora_dropout > 0:
+            self.dropout = LoraDropout(self._parts[UNET].layers, settings.lora_dropout)
         networks = {name: part.network for name, part in self._parts.items()}
         self.network: nn.Module = _WithTextEncoders(networks) if self.trains_text else networks[UNET]
         prepare_for_trainer(self.network, pipeline.unet, self._run_and_run_again)
@@ -86,9 +91,16 @@ class Lora:
 
     def _run_and_run_again(self, block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         """A block of which only the inputs are kept for the backward pass. There it runs with the LoRAs switched on or
-        off as they are now: a `reference` that gradients flow through has ended by then."""
+        off, and their inputs dropped, as they are now: a `reference` that gradients flow through has ended by then."""
         off = self._parts[UNET].layers[0].disable_adapters
-        return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), self._switched(off)))
+        kept = self.dropout and self.dropout.kept
+
+        @contextmanager
+        def as_now() -> Iterator[None]:
+            with self._switched(off), self.dropout.applied(kept) if self.dropout else nullcontext():
+                yield
+
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), as_now()))
 
     def folded(self) -> AbstractContextManager[None]:
         """Within it the U-Net may compute as fast as the base model's; see `PartLora.folded`."""
@@ -248,7 +260,7 @@ def _read_adapter(
         # diffusers has just lost its magnitudes.
         require(part == UNET or not config.use_dora, f"init_adapter {folder} has a DoRA on the {part}, {NO_TEXT_DORA}")
         config.inference_mode, config.init_lora_weights = False, True
-        config.lora_dropout = settings.lora_dropout
+        config.lora_dropout = 0.0  # `rl.lora_dropout` takes its place
     return found
 
 

@@ -98,7 +98,6 @@ class PartLora:
         """The config of `weights`, as JSON can hold it. Without it diffusers assumes alpha = rank."""
         config = copy.copy(self.network.peft_config[TRAINED])
         config.init_lora_weights = True  # or diffusers would change the base's weights before it loads these
-        config.lora_dropout = 0.0  # or a pipeline would drop while it draws: layers that it loads are in training mode
         if self._initial is not None:
             config.lora_alpha = config.lora_alpha * (2**0.5 if config.use_rslora else 2)  # the same scale at rank 2 r
             config.r = 2 * config.r
@@ -154,7 +153,6 @@ def new_config(settings: AdapterSettings, module: nn.Module, targets: Sequence[s
         lora_alpha=settings.lora_alpha,
         target_modules=sorted(targets),
         exclude_modules=exclude,
-        lora_dropout=settings.lora_dropout,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         init_lora_weights=settings.peft_init,

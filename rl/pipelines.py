@@ -37,23 +37,30 @@ class Conditioning:
             height and width ("SDXL", Podell et al. 2023, section 2.2); None for 1.x and 2.x.
         prompts: what was encoded, B texts, where text encoders are trained: the base model is told them in its own
             words. None where all encode alike.
+        kept_inputs: (B, F) bool, which inputs of its layers the LoRA keeps; see `rl.lora_dropout`. None: all.
     """
 
     embeds: torch.Tensor
     pooled: torch.Tensor | None = None
     time_ids: torch.Tensor | None = None
     prompts: Sequence[str] | None = None
+    kept_inputs: torch.Tensor | None = None
 
     def after(self, other: "Conditioning") -> "Conditioning":
         """Both behind one another, `other` first."""
-        pairs = [(getattr(other, name), getattr(self, name)) for name in ("embeds", "pooled", "time_ids")]
-        return Conditioning(*[None if mine is None else torch.cat([theirs, mine]) for theirs, mine in pairs])
+        pairs = {name: (getattr(other, name), mine) for name, mine in self._tensors.items()}
+        return Conditioning(**{name: torch.cat(both) for name, both in pairs.items()})
 
     def at(self, places: torch.Tensor) -> "Conditioning":
         """Of some of the B pictures, `places` (U,) int64."""
-        tensors = [getattr(self, name) for name in ("embeds", "pooled", "time_ids")]
         prompts = None if self.prompts is None else [self.prompts[place] for place in places.tolist()]
-        return Conditioning(*[None if one is None else one[places] for one in tensors], prompts)
+        return Conditioning(**{name: tensor[places] for name, tensor in self._tensors.items()}, prompts=prompts)
+
+    @property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """All that there are, with B rows each."""
+        tensors = {name: getattr(self, name) for name in ("embeds", "pooled", "time_ids", "kept_inputs")}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
         """The keyword arguments of a diffusers U-Net, in its dtype."""

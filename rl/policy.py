@@ -20,6 +20,7 @@ from torch import nn
 from rl.adapter import AdapterSettings, check_adapter_files
 from rl.full_unet import FullUnet
 from rl.lora import Lora, fuse_base_adapters
+from rl.lora_dropout import DropoutKeys
 from rl.memory import MemorySettings, borrowed, compile_blocks
 from rl.pipelines import Conditioning, check_pipeline_folder, encode_prompts, family_of, load_pipeline, time_ids
 from rl.sde import at_least_float32
@@ -181,16 +182,22 @@ class StableDiffusionPolicy:
         self._embeddings.clear()
         return self
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def encode(self, prompts: Sequence[str], dropout_keys: DropoutKeys | None = None) -> Conditioning:
         """What the network is told of B prompts.
 
         Each prompt is encoded once, then remembered (on the CPU, the last `REMEMBERED_PROMPTS`); and by itself, so that
         its embedding depends on nothing but the prompt. Where text encoders are trained, prompts are encoded anew every
         time, those of one call together, with gradients if they are enabled; but for `reference`, which remembers.
+
+        Args:
+            dropout_keys: for each prompt, what the inputs that are dropped for its picture depend on, where the LoRA
+                has dropout; None: nothing is dropped.
         """
-        if self.trained.trains_text and not self._asks_reference:
-            return self._encode_anew(prompts)
-        return self._encode_once(prompts)
+        again = self.trained.trains_text and not self._asks_reference
+        told = self._encode_anew(prompts) if again else self._encode_once(prompts)
+        if dropout_keys is None or self.trained.dropout is None:
+            return told
+        return replace(told, kept_inputs=self.trained.dropout.draw(dropout_keys).to(self.device))
 
     def _encode_anew(self, prompts: Sequence[str]) -> Conditioning:
         different = list(dict.fromkeys(prompts))
@@ -225,18 +232,21 @@ class StableDiffusionPolicy:
     def _without_prompt(self, like: Conditioning) -> Conditioning:
         """What guidance leads away from: the empty prompt, or zeros if the pipeline says so."""
         if self.pipeline.config.get("force_zeros_for_empty_prompt"):
-            return Conditioning(torch.zeros_like(like.embeds), torch.zeros_like(like.pooled), like.time_ids)
-        return self.encode([""] * len(like.embeds))
+            embeds, pooled = torch.zeros_like(like.embeds), torch.zeros_like(like.pooled)
+            return replace(like, embeds=embeds, pooled=pooled, prompts=None)
+        return replace(self.encode([""] * len(like.embeds)), kept_inputs=like.kept_inputs)
 
     def drop_prompts(self, conditioning: Conditioning, dropped: torch.Tensor) -> Conditioning:
         """The same with the prompts of rows for which `dropped` (B,) is true taken away, as guidance does."""
         if not dropped.any():
             return conditioning
         without, dropped = self._without_prompt(conditioning), dropped.to(self.device)
-        return Conditioning(
-            torch.where(dropped[:, None, None], without.embeds, conditioning.embeds),
-            None if conditioning.pooled is None else torch.where(dropped[:, None], without.pooled, conditioning.pooled),
-            conditioning.time_ids,
+        pooled = conditioning.pooled
+        return replace(
+            conditioning,
+            embeds=torch.where(dropped[:, None, None], without.embeds, conditioning.embeds),
+            pooled=None if pooled is None else torch.where(dropped[:, None], without.pooled, pooled),
+            prompts=None,
         )
 
     def predict(
@@ -285,7 +295,9 @@ class StableDiffusionPolicy:
             conditioning = conditioning.after(self._without_prompt(conditioning))
             latents, timesteps = latents.repeat(2, 1, 1, 1), timesteps.repeat(2)
         network = network if self._stand_in is None else self._stand_in
-        output = network(latents.to(dtype), timesteps, **conditioning.arguments(dtype)).sample
+        dropout = self.trained.dropout
+        with nullcontext() if dropout is None else dropout.applied(conditioning.kept_inputs):
+            output = network(latents.to(dtype), timesteps, **conditioning.arguments(dtype)).sample
         output = at_least_float32(output)
         if guided:
             unconditional, conditional = output.chunk(2)

@@ -131,7 +131,10 @@ class PolicyConfig(TrainingArguments):
     lora_dropout: float = field(
         default=0.0,
         metadata={
-            "help": "Must be 0: what is dropped in DDPO's update was not in its rollout, and the ratio would not be 1."
+            "help": "Probability that an input of a layer of the U-Net's LoRA is dropped in training, so that few "
+            "prompts or pictures are not learnt by heart; usually 0 to 0.1. What is dropped stays so for a picture, "
+            "from its noise to its update, and in DDPO for all pictures of a prompt's group. Text encoders' LoRAs see "
+            "all."
         },
     )
     use_rslora: bool = field(
@@ -283,12 +286,6 @@ class RewardedPolicyConfig(PolicyConfig):
             self.stop_on = [self.stop_on]
         check_watch(self.watch_limits, self.stop_on)
         super().__post_init__()
-        require(
-            self.lora_dropout == 0,
-            f"lora_dropout is {self.lora_dropout}; it is not supported: in DDPO an update would not drop what the "
-            "rollout dropped, so the ratio of the first pass would not be 1; leave it at 0, and hold the LoRA back by "
-            "weight_decay, a smaller lora_rank or, where there is a KL term, beta",
-        )
         check_measured(self.stop_on, self.never_measured)
         if self.stop_on and self.save_strategy == "no":
             logger.warning(

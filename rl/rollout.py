@@ -3,7 +3,6 @@
 Shapes: B pictures, K trained steps, C latent channels, h x w the latent grid.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from itertools import groupby
 import torch
 from torch import nn
 
+from rl.keyed import keyed_generator
+from rl.lora_dropout import DropoutKeys
 from rl.policy import StableDiffusionPolicy
 from rl.sde import Schedule, log_prob_map, step_mean
 from rl.trunks import Trunks
@@ -38,23 +39,6 @@ class Trajectory:
     next_latents: torch.Tensor
     log_probs: torch.Tensor
     final_latents: torch.Tensor
-
-
-def keyed_generator(*key: int | str) -> torch.Generator:
-    """A CPU generator whose draws depend on `key` only, not on what was drawn before, on ranks or on batch sizes."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-def keyed_noise(
-    seed: int, rollout: int | str, samples: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"
-) -> torch.Tensor:
-    """Standard normal noise, one independent draw for each sample index -> (B, *shape) float32.
-
-    Drawn on the CPU whatever the device, so that every machine draws the same.
-    """
-    draws = [torch.randn(*shape, generator=keyed_generator(seed, rollout, sample)) for sample in samples]
-    return torch.stack(draws).to(device)
 
 
 def shared_places(share: str, train_steps: Sequence[int], steps: int) -> list[int]:
@@ -85,6 +69,7 @@ def sample(
     train_guidance: bool = True,
     on_step: Callable[[], None] = lambda: None,
     trunks: Trunks | None = None,
+    dropout_keys: DropoutKeys | None = None,
 ) -> Trajectory:
     """Sample one picture a prompt.
 
@@ -94,15 +79,18 @@ def sample(
         train_steps: indices of the steps to keep; every one must have a std above 0.
         train_guidance: whether the log-probs kept are of the guided network, that drew, or of the one without guidance.
         on_step: called after every step.
-        trunks: which pictures have the same prompt, and the same noise before the first trained step; None: none have.
+        trunks: which pictures have the same prompt, keys and noise before the first trained step; None: none have.
+        dropout_keys: see `StableDiffusionPolicy.encode`.
     """
     parting = min(train_steps, default=-1)
-    conditioning = policy.encode(prompts)
+    conditioning = policy.encode(prompts, dropout_keys)
+    # A policy from which pictures' own inputs are dropped is another for each, so there is none to fold.
+    folded = policy.folded if conditioning.kept_inputs is None else nullcontext
     latents = noise[:, 0]
     kept: list[tuple[torch.Tensor, ...]] = []
     for trained, stretch in groupby(enumerate(schedule.timesteps.tolist()), lambda at: at[0] in train_steps):
         # A trained step must be computed as the update computes it, or the ratio would not be 1 on the first pass.
-        with nullcontext() if trained else policy.folded():
+        with nullcontext() if trained else folded():
             for step, timestep in stretch:
                 index = torch.full((len(prompts),), step, device=latents.device)
                 timesteps = torch.full_like(index, timestep)

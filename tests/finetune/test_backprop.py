@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetune.backprop import Reach, Sampler, choose_reach, noise_again
+from rl.keyed import keyed_noise
 from rl.policy import StableDiffusionPolicy
-from rl.rollout import keyed_noise, sample
+from rl.rollout import sample
 from rl.sde import Schedule, ddim_scheduler, make_schedule
 from tests.rl.conftest import PROMPTS, pipeline_folder  # noqa: F401
 from tests.rl.toy_rewards import Redness

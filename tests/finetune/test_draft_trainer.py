@@ -65,7 +65,7 @@ def trained(trainer):
 VARIANTS = {
     "draft": {},
     "draft_k": {"backprop_steps": 2},
-    "draft_lv": {"lv_draws": 2},
+    "draft_lv": {"lv_draws": 2, "lora_dropout": 0.1},
     "alignprop": {"backprop_range": [1, 2]},
     "refl": {"refl_steps": 2},
 }
@@ -97,7 +97,7 @@ def test_every_method_raises_the_reward_of_every_family(make_trainer, variant, f
 
 
 def test_batch_size_and_accumulation_are_one_and_the_same(make_trainer, tmp_path):
-    how = {"optim": "sgd", "learning_rate": 1.0, "variant": "alignprop", "num_train_epochs": 3}
+    how = {"optim": "sgd", "learning_rate": 1.0, "variant": "alignprop", "num_train_epochs": 3, "lora_dropout": 0.5}
     many = trained(make_trainer(per_device_train_batch_size=2, gradient_accumulation_steps=4, **how))
     one = trained(make_trainer(per_device_train_batch_size=8, gradient_accumulation_steps=1, **how))
     assert_same(many, one, rtol=1e-4, atol=1e-6)
@@ -105,8 +105,9 @@ def test_batch_size_and_accumulation_are_one_and_the_same(make_trainer, tmp_path
 
 @pytest.mark.parametrize("checkpointing", ["recompute_steps", "activation_checkpointing"])
 def test_checkpointing_changes_nothing_but_memory(make_trainer, checkpointing):
-    """Nor does it where gradients flow through the base model too, for the guard."""
-    how = {"optim": "sgd", "learning_rate": 1.0, "variant": "draft", "num_train_epochs": 2, "beta": 0.1}
+    """Nor does it where gradients flow through the base model too, for the guard, or where inputs are dropped."""
+    how = {"optim": "sgd", "learning_rate": 1.0, "variant": "draft", "num_train_epochs": 2, "beta": 0.1,
+           "lora_dropout": 0.5}  # fmt: skip
     with_it, without = (trained(make_trainer(**{checkpointing: on}, **how)) for on in (True, False))
     assert_same(with_it, without, rtol=1e-4, atol=1e-7)
 

@@ -23,8 +23,8 @@ from finetune.guidance import (
 from finetune.guidance_callback import GuidanceCallback, following_step
 from finetune.guided_sampling import guided_path, reward_gradient, sample
 from reward.feedback import Reward, RewardError
+from rl.keyed import keyed_generator
 from rl.pipelines import load_pipeline
-from rl.rollout import keyed_generator
 from tests.rl.conftest import PROMPTS, make_pipeline, make_xl_pipeline
 from tests.rl.toy_rewards import Plain, Redness
 

@@ -19,7 +19,7 @@ from reward.arguments import ArgumentsError
 from reward.feedback import Reward
 from reward.folder_lock import FolderInUseError, taken
 from rl.checkpoints import RUN_CONFIG
-from rl.rollout import keyed_generator
+from rl.keyed import keyed_generator
 from tests.finetune.conftest import write_lora
 from tests.rl.conftest import make_pipeline
 

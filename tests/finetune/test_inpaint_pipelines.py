@@ -13,7 +13,7 @@ from diffusers import (
 
 from finetune.inpaint_arguments import InpaintArguments
 from finetune.inpainter import Inpainter
-from rl.rollout import keyed_generator
+from rl.keyed import keyed_generator
 from tests.finetune.conftest import write_lora
 from tests.finetune.inpaint_case import blue_spot
 

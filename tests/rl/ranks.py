@@ -29,8 +29,8 @@ from tests.rl.toy_rewards import Plain, Redness
 ROOT = Path(__file__).parents[2]
 WAYS = {
     "across": {"num_generations": 8, "share_noise": "before"},
-    "mask": {"credit": "mask"},
-    "preset": {"bf16": True, "activation_checkpointing": True},
+    "mask": {"credit": "mask", "lora_dropout": 0.5},
+    "preset": {"bf16": True, "activation_checkpointing": True, "lora_dropout": 0.5},
     "prompt": {"advantage_baseline": "prompt", "prompt_buffer_size": 8, "prompt_min_count": 2},
     "auto": {
         "train_steps": ["auto:2"], "num_inference_steps": 4, "generation_batch_size": 16,

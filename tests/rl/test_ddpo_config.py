@@ -48,7 +48,6 @@ def test_steps_per_generation_says_the_same(make_args):
         ({"save_only_model": True}, "save_only_model"),
         ({"fsdp": "full_shard"}, "fsdp is not supported"),
         ({"torch_compile": True}, "use torch_compile_unet"),
-        ({"lora_dropout": 0.1}, r"0.1; .*ratio of the first pass.*leave it at 0.*weight_decay.*rank.*beta"),
         ({"original_size": [64]}, r"original_size is \[64\]"),
     ],
 )

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rl.rollout import keyed_noise, sample
+from rl.keyed import keyed_noise
+from rl.rollout import sample
 from rl.sde import ddim_scheduler, make_schedule
 from tests.rl.conftest import PROMPTS
 from tests.rl.test_adapter import KINDS, kinds, load, trained

@@ -9,9 +9,10 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 import rl.policy
+from rl.keyed import keyed_noise
 from rl.pipelines import load_pipeline, load_scheduler, picture_size
 from rl.policy import PictureSize, StableDiffusionPolicy
-from rl.rollout import keyed_noise, sample
+from rl.rollout import sample
 from rl.sde import ddim_scheduler, make_schedule
 from tests.rl.conftest import PROMPTS, put_in_hub_cache
 

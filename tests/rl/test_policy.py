@@ -7,8 +7,9 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from rl.keyed import keyed_noise
 from rl.policy import StableDiffusionPolicy
-from rl.rollout import keyed_noise, sample
+from rl.rollout import sample
 from rl.sde import ddim_scheduler, make_schedule
 from tests.rl.conftest import PROMPTS
 

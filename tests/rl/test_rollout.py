@@ -5,9 +5,10 @@ import torch
 
 from reward.feedback import Reward
 from rl.experience import rollout_noise
+from rl.keyed import keyed_noise
 from rl.monitors import diversity, edge_energy
 from rl.policy import StableDiffusionPolicy
-from rl.rollout import draw_prompts, keyed_noise, sample, shared_places
+from rl.rollout import draw_prompts, sample, shared_places
 from rl.scoring import RewardError, score
 from rl.sde import ddim_scheduler, make_schedule
 from tests.rl.conftest import PROMPTS

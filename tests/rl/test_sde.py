@@ -10,7 +10,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from rl.rollout import keyed_generator
+from rl.keyed import keyed_generator
 from rl.sde import (
     ddim_scheduler,
     draw_steps,
