@@ -109,8 +109,8 @@ def ranking(scores: Mapping[tuple[str, Setting, int], float]) -> dict[str, list[
     }
 
 
-def better_third(ranked: Mapping[str, Sequence[tuple[Setting, float]]]) -> dict[str, list[Setting]]:
-    """Of each kind's settings the better third, rounded up."""
+def better_part(ranked: Mapping[str, Sequence[tuple[Setting, float]]]) -> dict[str, list[Setting]]:
+    """Of each kind's settings those that the next round is of, rounded up."""
     return {kind: [setting for setting, _ in order[: -(-len(order) // ROUNDS_GROW)]] for kind, order in ranked.items()}
 
 
@@ -148,7 +148,7 @@ def tune(options: Namespace, train: Callable[[Mapping], Mapping[tuple[str, Setti
         if len(scores) < len(planned):
             return Tuning(None, rows=rows, done=done)
         ranked = ranking(scores)
-        left = better_third(ranked)
+        left = better_part(ranked)
     aware = [kind for kind in options.kinds if kind not in WITHOUT_PLACE]
     best = max(aware, key=lambda kind: ranked[kind][0][1], default=None)
     return Tuning({kind: order[0][0] for kind, order in ranked.items()}, best, rows, done)

@@ -107,6 +107,10 @@ class Gradients:
         argv = ["--config", str(options.config), "--output_dir"]
         with TemporaryDirectory() as folder:
             run, self.args = parse_arguments([RunArguments, DDPOConfig], [*argv, folder])
+        if self.args.lora_dropout > 0:
+            raise SystemExit(
+                f"{options.config} sets lora_dropout, but gradients are measured of the whole LoRA; leave it out"
+            )
         self.args.per_device_train_batch_size = PICTURES
         self.args.share_noise = share_noise or self.args.share_noise
         self.policy: StableDiffusionPolicy = load_policy(run.policy, self.args)

@@ -159,9 +159,9 @@ class Sampler:
             fresh_noise: (B, D - 1, C, h, w), for the draws after the first.
             measure: whether the distance to the base model is measured.
             guard: whether gradients flow into that distance.
-            dropout_keys: see `StableDiffusionPolicy.encode`.
+            dropout_keys: see `StableDiffusionPolicy.drop_inputs`.
         """
-        conditioning = self.policy.encode(prompts, dropout_keys)
+        conditioning = self.policy.drop_inputs(self.policy.encode(prompts), dropout_keys)
         latents, distances = noise[:, 0], []
         with torch.no_grad():
             for step in range(reach.first):
@@ -178,7 +178,8 @@ class Sampler:
             rest = reach.draws - 1
             fresh = fresh_noise.transpose(0, 1).flatten(0, 1)  # ((D - 1) * B, C, h, w)
             noised = noise_again(first.repeat(rest, 1, 1, 1), fresh, last, self.schedule)
-            repeated = self.policy.encode(list(prompts) * rest, dropout_keys and list(dropout_keys) * rest)
+            repeated = self.policy.encode(list(prompts) * rest)
+            repeated = self.policy.drop_inputs(repeated, dropout_keys and list(dropout_keys) * rest)
             ends = noise[:, last + 1].repeat(rest, 1, 1, 1)
             again, distance = self._step(noised, last, repeated, ends, measure=measure, guard=guard)
             latents = torch.cat([latents, again])

@@ -127,7 +127,8 @@ class SftTrainer(PolicyTrainer):
 
     def _conditioning(self, inputs: dict[str, Any], dropped: torch.Tensor) -> Conditioning:
         keys = [(self.args.seed, "dropout", *visit) for visit in inputs["visit"]]
-        conditioning = self.policy.drop_prompts(self.policy.encode(inputs["prompt"], keys), dropped)
+        conditioning = self.policy.drop_prompts(self.policy.encode(inputs["prompt"]), dropped)
+        conditioning = self.policy.drop_inputs(conditioning, keys)
         if conditioning.time_ids is None:
             return conditioning
         return dataclasses.replace(conditioning, time_ids=inputs["time_ids"])

@@ -59,11 +59,12 @@ class WordAttention:
     def _hook(self, factor: int):
         @torch.no_grad()
         def add(layer: nn.Module, inputs: tuple, keywords: dict) -> None:
-            hidden = (inputs[0] if inputs else keywords["hidden_states"])[-self._batch_size :]  # (B, n, D)
-            text = keywords["encoder_hidden_states"][-self._batch_size :]
-            query, key = (layer.head_to_batch_dim(part) for part in (layer.to_q(hidden), layer.to_k(text)))
+            hidden = inputs[0] if inputs else keywords["hidden_states"]
+            # Projected with all rows: a LoRA's dropout is drawn for all of them.
+            asked, told = layer.to_q(hidden), layer.to_k(keywords["encoder_hidden_states"])
+            query, key = (layer.head_to_batch_dim(part[-self._batch_size :]) for part in (asked, told))
             looked = layer.get_attention_scores(query, key).float()  # (B * heads, n, L)
-            looked = looked.unflatten(0, (len(hidden), -1)).mean(dim=1).transpose(1, 2)  # (B, L, n)
+            looked = looked.unflatten(0, (self._batch_size, -1)).mean(dim=1).transpose(1, 2)  # (B, L, n)
             height, width = (-(-side // factor) for side in self._grid)
             looked = nn.functional.interpolate(looked.unflatten(-1, (height, width)), self._size, mode="nearest")
             self._sum = looked if self._sum is None else self._sum + looked

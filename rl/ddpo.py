@@ -219,8 +219,8 @@ class DDPOTrainer(PolicyTrainer):
     def dropout_keys(self, number: int, pictures: Sequence[int]) -> DropoutKeys:
         """What the LoRA's dropout for these pictures of a rollout is drawn by.
 
-        Pictures of a group drop the same: they are compared with each other, and what is dropped is no picture's
-        merit; and where they share noise, they remain one.
+        Pictures of a group drop the same: where they are compared with each other, what that does to the reward is no
+        picture's merit; and where they share noise, they remain one.
         """
         return [(self.args.seed, "dropout", number, picture // self.args.num_generations) for picture in pictures]
 
@@ -264,7 +264,7 @@ class DDPOTrainer(PolicyTrainer):
         args, latents = self.args, inputs["latents"]
         steps = torch.full((len(latents),), inputs["step"], device=latents.device)
         timesteps = self.rollout_schedule.timesteps.to(latents.device)[steps]
-        conditioning = self.policy.encode(inputs["prompts"], inputs["dropout_keys"])
+        conditioning = self.policy.drop_inputs(self.policy.encode(inputs["prompts"]), inputs["dropout_keys"])
         guidance_scale = args.guidance_scale if args.train_guidance else 1.0
 
         def mean_and_std() -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils.checkpoint import checkpoint
 
 from rl.experience import rollout_noise, sample_and_score
 from rl.gradient_sketch import BYTES_A_WEIGHT
@@ -119,7 +118,7 @@ def _update(trainer: "DDPOTrainer", trajectory: Trajectory, prompts: list[str], 
         for one in inputs:
             if isinstance(one, torch.Tensor):
                 note(one)
-        return checkpoint(block.__call__, *inputs, use_reentrant=False)
+        return trainer.policy.trained.run_and_run_again(block, *inputs)
 
     if trainer.args.activation_checkpointing:  # as the Trainer does when it begins
         unet.enable_gradient_checkpointing(checkpointed)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 UNET_FOLDER = "unet"
 """Where a whole U-Net is left, as `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")` reads it."""
@@ -34,7 +35,7 @@ class FullUnet:
         unet = pipeline.unet.float()
         self.base = copy.deepcopy(unet) if keep_reference else None
         self.network = _WholeUnet(unet.requires_grad_(True))
-        prepare_for_trainer(self.network, unet)
+        prepare_for_trainer(self.network, unet, self.run_and_run_again)
 
     @property
     def has_reference(self) -> bool:
@@ -47,6 +48,11 @@ class FullUnet:
         if self.base.dtype != self.network.unet.dtype:  # an engine has cast the network
             self.base.to(self.network.unet.dtype)
         yield self.base
+
+    @staticmethod
+    def run_and_run_again(block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        """A block of which only the inputs are kept for the backward pass, where it runs again."""
+        return checkpoint(block, *inputs, use_reentrant=False)
 
     def folded(self) -> AbstractContextManager[None]:
         """Nothing is beside the U-Net's own weights."""
@@ -101,14 +107,11 @@ class _WholeUnet(nn.Module):
         return self.unet(*args, **kwargs)
 
 
-def prepare_for_trainer(
-    network: nn.Module, unet: UNet2DConditionModel, run_and_run_again: Callable | None = None
-) -> None:
+def prepare_for_trainer(network: nn.Module, unet: UNet2DConditionModel, run_and_run_again: Callable) -> None:
     """Make `network`, around `unet`, one that Trainer takes.
 
     Args:
-        run_and_run_again: (block, *inputs) -> its output, of which only the inputs are kept for the backward pass;
-            None: as diffusers does it.
+        run_and_run_again: (block, *inputs) -> its output, of which only the inputs are kept for the backward pass.
     """
     # Trainer's callbacks take a model's config for one of transformers and call methods that diffusers' lacks.
     network.config = None

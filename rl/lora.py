@@ -68,7 +68,7 @@ class Lora:
             self.dropout = LoraDropout(self._parts[UNET].layers, settings.lora_dropout)
         networks = {name: part.network for name, part in self._parts.items()}
         self.network: nn.Module = _WithTextEncoders(networks) if self.trains_text else networks[UNET]
-        prepare_for_trainer(self.network, pipeline.unet, self._run_and_run_again)
+        prepare_for_trainer(self.network, pipeline.unet, self.run_and_run_again)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -89,7 +89,7 @@ class Lora:
             for layer in layers:
                 layer._disable_adapters = before
 
-    def _run_and_run_again(self, block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    def run_and_run_again(self, block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         """A block of which only the inputs are kept for the backward pass. There it runs with the LoRAs switched on or
         off, and their inputs dropped, as they are now: a `reference` that gradients flow through has ended by then."""
         off = self._parts[UNET].layers[0].disable_adapters

@@ -23,48 +23,44 @@ DropoutKeys = Sequence[tuple[int | str, ...]]
 
 
 class InputDropout(nn.Module):
-    """What stands before a LoRA's A in the place of peft's dropout.
+    """What stands before a LoRA's A where inputs are dropped.
 
     Attributes:
-        kept: (B, in) bool, which inputs each row that comes in keeps; None: all.
+        factors: (B, in) float32, of the inputs of each row that comes in: 0, or so much that the mean stays.
+        axis: of what comes in, on which its inputs are.
     """
 
-    def __init__(self, probability: float, axis: int):
-        """
-        Args:
-            probability: that an input is dropped; those kept are scaled by 1 / (1 - probability).
-            axis: of what comes in, on which its inputs are.
-        """
+    def __init__(self, axis: int):
         super().__init__()
-        self.kept: torch.Tensor | None = None
-        self._scale, self._axis = 1 / (1 - probability), axis
+        self.factors: torch.Tensor | None = None
+        self.axis = axis
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        if self.kept is None:
-            return values
-        shape = [len(self.kept)] + [1] * (values.ndim - 1)
-        shape[self._axis] = -1
-        return values * (self.kept.to(values.dtype) * self._scale).reshape(shape)
+        assert len(values) == len(self.factors), "other rows than inputs were drawn for"
+        shape = [len(values)] + [1] * (values.ndim - 1)
+        shape[self.axis] = -1
+        return values * self.factors.to(values.dtype).reshape(shape)
 
 
 class LoraDropout:
-    """The dropout of all LoRA layers of a network: nothing is dropped but within `applied`."""
+    """The dropout of all LoRA layers of a network: nothing is dropped, nor done, but within `applied`.
+
+    Attributes:
+        kept: (B, F) bool, which inputs are kept just now; None: all.
+    """
 
     def __init__(self, layers: Sequence[LoraLayer], probability: float):
-        """Put it on `layers`, in the order in which their inputs are counted; a layer's adapters all drop the same.
-
-        Args:
-            probability: that an input is dropped, in (0, 1).
         """
-        self._probability = probability
-        self._sizes = [layer.in_features for layer in layers]
-        self._parts: list[InputDropout] = []
-        for layer in layers:
-            part = InputDropout(probability, axis=1 if isinstance(layer.get_base_layer(), nn.Conv2d) else -1)
-            for adapter in layer.lora_A:
-                layer.lora_dropout[adapter] = part
-            self._parts.append(part)
+        Args:
+            layers: in the order in which their inputs are counted; a layer's adapters all drop the same.
+            probability: that an input is dropped, in (0, 1); those kept are scaled by 1 / (1 - probability).
+        """
         self.kept: torch.Tensor | None = None
+        self._probability, self._layers = probability, list(layers)
+        self._sizes = [layer.in_features for layer in layers]
+        convolves = [isinstance(layer.get_base_layer(), nn.Conv2d) for layer in layers]
+        self._parts = [InputDropout(axis=1 if one else -1) for one in convolves]
+        self._nothing = nn.Identity()  # as peft has it: by it a DoRA knows that the base need not be asked twice
 
     def draw(self, keys: DropoutKeys) -> torch.Tensor:
         """(B, F) bool on the CPU, which inputs B pictures keep: by each picture's key alone."""
@@ -73,7 +69,10 @@ class LoraDropout:
 
     @contextmanager
     def applied(self, kept: torch.Tensor | None) -> Iterator[None]:
-        """Within it the network's B rows keep only those inputs, (B, F) bool; None: all."""
+        """Within it the network's B rows keep only those inputs, (B, F) bool; None: all.
+
+        A DoRA's layers must be in training mode: in the other, peft passes by what stands before A.
+        """
         before = self.kept
         self._set(kept)
         try:
@@ -83,6 +82,16 @@ class LoraDropout:
 
     def _set(self, kept: torch.Tensor | None) -> None:
         self.kept = kept
-        each = [None] * len(self._parts) if kept is None else kept.split(self._sizes, dim=1)
-        for part, own in zip(self._parts, each, strict=True):
-            part.kept = own
+        if kept is None:
+            self._stand([self._nothing] * len(self._layers))
+            return
+        assert all(layer.training or not layer.lora_variant for layer in self._layers), "a DoRA would drop nothing"
+        factors = kept.float() / (1 - self._probability)
+        for part, own in zip(self._parts, factors.split(self._sizes, dim=1), strict=True):
+            part.factors = own
+        self._stand(self._parts)
+
+    def _stand(self, parts: Sequence[nn.Module]) -> None:
+        for layer, part in zip(self._layers, parts, strict=True):
+            for adapter in layer.lora_A:
+                layer.lora_dropout[adapter] = part

@@ -72,7 +72,7 @@ def compile_blocks(unet: UNet2DConditionModel) -> None:
 
     Blocks of one shape share what is compiled, and names of weights stay as they are, so checkpoints do too.
     """
-    # Each shape of block is compiled with and without gradients, with and without its LoRA: more than dynamo's default.
+    # Each shape of block is compiled with and without gradients, LoRA and dropped inputs: more than dynamo's default.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # Credit by words hangs hooks on the blocks' attention for the time of a rollout: dynamo must look for them.
     torch._dynamo.config.skip_nnmodule_hook_guards = False

@@ -28,7 +28,7 @@ from rl.pipeline_files import check_loaded, check_tokenizer, check_tokenizer_fil
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the network is told about B pictures besides their latents and timesteps.
+    """What the network is told about B pictures besides their latents and timesteps, and what it drops for them.
 
     Attributes:
         embeds: (B, T, D) text embeddings.
@@ -48,8 +48,9 @@ class Conditioning:
 
     def after(self, other: "Conditioning") -> "Conditioning":
         """Both behind one another, `other` first."""
-        pairs = {name: (getattr(other, name), mine) for name, mine in self._tensors.items()}
-        return Conditioning(**{name: torch.cat(both) for name, both in pairs.items()})
+        mine, theirs = self._tensors, other._tensors
+        assert mine.keys() == theirs.keys(), "of unlike kinds"
+        return Conditioning(**{name: torch.cat([theirs[name], mine[name]]) for name in mine})
 
     def at(self, places: torch.Tensor) -> "Conditioning":
         """Of some of the B pictures, `places` (U,) int64."""

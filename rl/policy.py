@@ -182,22 +182,16 @@ class StableDiffusionPolicy:
         self._embeddings.clear()
         return self
 
-    def encode(self, prompts: Sequence[str], dropout_keys: DropoutKeys | None = None) -> Conditioning:
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
         """What the network is told of B prompts.
 
         Each prompt is encoded once, then remembered (on the CPU, the last `REMEMBERED_PROMPTS`); and by itself, so that
         its embedding depends on nothing but the prompt. Where text encoders are trained, prompts are encoded anew every
         time, those of one call together, with gradients if they are enabled; but for `reference`, which remembers.
-
-        Args:
-            dropout_keys: for each prompt, what the inputs that are dropped for its picture depend on, where the LoRA
-                has dropout; None: nothing is dropped.
         """
-        again = self.trained.trains_text and not self._asks_reference
-        told = self._encode_anew(prompts) if again else self._encode_once(prompts)
-        if dropout_keys is None or self.trained.dropout is None:
-            return told
-        return replace(told, kept_inputs=self.trained.dropout.draw(dropout_keys).to(self.device))
+        if self.trained.trains_text and not self._asks_reference:
+            return self._encode_anew(prompts)
+        return self._encode_once(prompts)
 
     def _encode_anew(self, prompts: Sequence[str]) -> Conditioning:
         different = list(dict.fromkeys(prompts))
@@ -249,6 +243,17 @@ class StableDiffusionPolicy:
             prompts=None,
         )
 
+    def drop_inputs(self, conditioning: Conditioning, keys: DropoutKeys | None) -> Conditioning:
+        """The same with inputs of the LoRA's layers dropped for each of the B pictures, where the LoRA has dropout.
+
+        Args:
+            keys: B, what the draw for each picture depends on; None: nothing is dropped.
+        """
+        if keys is None or self.trained.dropout is None:
+            return conditioning
+        assert len(keys) == len(conditioning.embeds), "a key for each picture"
+        return replace(conditioning, kept_inputs=self.trained.dropout.draw(keys).to(self.device))
+
     def predict(
         self,
         network: nn.Module,
@@ -267,8 +272,8 @@ class StableDiffusionPolicy:
             conditioning: of B prompts, by `encode`.
             guidance_scale: 1 costs one pass, anything else a second one for the empty prompt
                 ("Classifier-free diffusion guidance", Ho & Salimans 2022).
-            trunks: which pictures have the same latents and prompt; the network is asked about one of them. None: all
-                may differ.
+            trunks: which pictures have the same latents, prompt and dropped inputs; the network is asked about one of
+                them. None: all may differ.
 
         Returns:
             (B, C, h, w) float32 (float64 of a float64 network).

@@ -108,6 +108,11 @@ def check_policy_ranges(args: "PolicyConfig") -> None:
         f"ema_decay is {args.ema_decay}; it must lie between 0 and 1, e.g. 0.9",
     )
     require(
+        not (args.use_dora and args.lora_dropout > 0) or args.model_dtype == "float32" or args.bf16 or args.fp16,
+        f"use_dora with lora_dropout on weights of {args.model_dtype} needs bf16, or peft would multiply numbers of "
+        "unlike precision; set bf16 to true, or model_dtype to float32",
+    )
+    require(
         args.max_train_seconds is None or args.max_train_seconds > 0,
         f"max_train_seconds is {args.max_train_seconds}; it must be above 0",
     )

@@ -133,8 +133,8 @@ class PolicyConfig(TrainingArguments):
         metadata={
             "help": "Probability that an input of a layer of the U-Net's LoRA is dropped in training, so that few "
             "prompts or pictures are not learnt by heart; usually 0 to 0.1. What is dropped stays so for a picture, "
-            "from its noise to its update, and in DDPO for all pictures of a prompt's group. Text encoders' LoRAs see "
-            "all."
+            "from its noise to its update, and in DDPO for all pictures of a prompt's group. A rollout's figures are "
+            "of what is left; evaluations, and what is saved, are of the whole. Text encoders' LoRAs see all."
         },
     )
     use_rslora: bool = field(

@@ -80,10 +80,10 @@ def sample(
         train_guidance: whether the log-probs kept are of the guided network, that drew, or of the one without guidance.
         on_step: called after every step.
         trunks: which pictures have the same prompt, keys and noise before the first trained step; None: none have.
-        dropout_keys: see `StableDiffusionPolicy.encode`.
+        dropout_keys: see `StableDiffusionPolicy.drop_inputs`.
     """
     parting = min(train_steps, default=-1)
-    conditioning = policy.encode(prompts, dropout_keys)
+    conditioning = policy.drop_inputs(policy.encode(prompts), dropout_keys)
     # A policy from which pictures' own inputs are dropped is another for each, so there is none to fold.
     folded = policy.folded if conditioning.kept_inputs is None else nullcontext
     latents = noise[:, 0]

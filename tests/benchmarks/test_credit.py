@@ -7,7 +7,7 @@ import pytest
 from credit import (
     MAIN,
     STEPS,
-    better_third,
+    better_part,
     count_planned,
     grid,
     make_parser,
@@ -87,9 +87,9 @@ def test_the_better_third_goes_on_and_the_best_mean_is_chosen():
               ("mask", (2.0, 3.0), 0): 0.6}  # fmt: skip
     ranked = ranking(scores)
     assert ranked["image"] == [((2.0, 3.0), 0.8), ((1.0, 3.0), 0.7), ((4.0, 3.0), 0.6)]
-    assert better_third(ranked) == {"image": [(2.0, 3.0)], "mask": [(1.0, 3.0)]}
+    assert better_part(ranked) == {"image": [(2.0, 3.0)], "mask": [(1.0, 3.0)]}
     four = {("mask", (float(rate), 3.0), 0): rate for rate in range(4)}
-    assert better_third(ranking(four)) == {"mask": [(3.0, 3.0), (2.0, 3.0)]}
+    assert better_part(ranking(four)) == {"mask": [(3.0, 3.0), (2.0, 3.0)]}
 
 
 def test_tuning_goes_as_far_as_its_trainings():

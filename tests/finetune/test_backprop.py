@@ -15,6 +15,8 @@ from rl.policy import StableDiffusionPolicy
 from rl.rollout import sample
 from rl.sde import Schedule, ddim_scheduler, make_schedule
 from tests.rl.conftest import PROMPTS, pipeline_folder  # noqa: F401
+from tests.rl.test_adapter import load, trained
+from tests.rl.test_lora_dropout import without_columns
 from tests.rl.toy_rewards import Redness
 
 STEPS, COUNT = 4, 2
@@ -253,6 +255,21 @@ def test_reaches():
     assert {(reach.first, reach.last) for reach in late} == {(7, 7), (8, 8), (9, 9)}
     assert all(reach.estimate for reach in late)
     assert late[7] == choose_reach(settings(variant="refl"), 10, 7)  # keyed by the update
+
+
+@torch.no_grad()
+def test_every_draw_of_a_picture_is_that_of_a_policy_without_what_it_drops(pipeline_folder):  # noqa: F811
+    """Up to the last step, and from it again with fresh noise."""
+    keys, reach = [(0, place) for place in range(COUNT)], Reach(STEPS - 1, STEPS - 1, draws=3)
+    policy = trained(load(pipeline_folder, dtype=torch.float64, lora_dropout=0.5))
+    schedule, noise, fresh = schedule_of(policy), noise_of(policy), fresh_of(policy, 3)
+    sampler = Sampler(policy, policy.network, schedule)
+    drawn = sampler.draw(PROMPTS[:COUNT], noise, reach, fresh, dropout_keys=keys).latents.unflatten(0, (3, COUNT))
+    for place, kept in enumerate(policy.trained.dropout.draw(keys)):
+        other = without_columns(trained(load(pipeline_folder, dtype=torch.float64)), kept)
+        rows = slice(place, place + 1)
+        alone = Sampler(other, other.network, schedule).draw(PROMPTS[rows], noise[rows], reach, fresh[rows]).latents
+        torch.testing.assert_close(drawn[:, place], alone)
 
 
 class Peak(TorchDispatchMode):

@@ -1,10 +1,10 @@
 """The same small run by one engine after another, under torchrun: `ranks.py PIPELINE FOLDER ENGINE... [-- FLAG...]`.
 
-An engine is ddp or the name of a file in configs/deepspeed: three rollouts, and a checkpoint of each. A word behind it
-makes it two rollouts and one checkpoint: `:full` trains the whole U-Net, `:text` the text encoder too, where DeepSpeed
-goes on from a checkpoint behind the first, and then there are the names of `WAYS`. What is noted of each goes to
-FOLDER/ENGINE/noted-RANK.pt. At the end, if there are flags, `run_ddpo.py FLAG...`. Importing takes longer than a run,
-so one launch does them all.
+An engine is ddp or the name of a file in configs/deepspeed: three rollouts, and a checkpoint of each, with a LoRA's
+dropout. A word behind it makes it two rollouts, one checkpoint and no dropout: `:full` trains the whole U-Net, `:text`
+the text encoder too, where DeepSpeed goes on from a checkpoint behind the first, and then there are the names of
+`WAYS`. What is noted of each goes to FOLDER/ENGINE/noted-RANK.pt. At the end, if there are flags, `run_ddpo.py
+FLAG...`. Importing takes longer than a run, so one launch does them all.
 """
 
 import json
@@ -29,7 +29,7 @@ from tests.rl.toy_rewards import Plain, Redness
 ROOT = Path(__file__).parents[2]
 WAYS = {
     "across": {"num_generations": 8, "share_noise": "before"},
-    "mask": {"credit": "mask", "lora_dropout": 0.5},
+    "mask": {"credit": "mask"},
     "preset": {"bf16": True, "activation_checkpointing": True, "lora_dropout": 0.5},
     "prompt": {"advantage_baseline": "prompt", "prompt_buffer_size": 8, "prompt_min_count": 2},
     "auto": {
@@ -63,7 +63,8 @@ def settings(folder: Path, engine: str, world_size: int) -> dict:
         "gradient_accumulation_steps": accumulated, "num_iterations": 2, "lora_rank": 2, "lora_alpha": 4.0,
         "disable_tqdm": True, "report_to": [], "seed": 3, "num_log_images": 0,
         "train_steps": ["0:2"], "optim": "sgd", "learning_rate": 0.003 if full else 0.02,
-        "tune": "full" if full else "lora", "train_text_encoder": trained == "text", "deepspeed": deepspeed,
+        "lora_dropout": 0.0 if trained else 0.25, "tune": "full" if full else "lora",
+        "train_text_encoder": trained == "text", "deepspeed": deepspeed,
         **way,
     }  # fmt: skip
 

@@ -49,6 +49,10 @@ def test_steps_per_generation_says_the_same(make_args):
         ({"fsdp": "full_shard"}, "fsdp is not supported"),
         ({"torch_compile": True}, "use torch_compile_unet"),
         ({"original_size": [64]}, r"original_size is \[64\]"),
+        (
+            {"use_dora": True, "lora_dropout": 0.1, "model_dtype": "bfloat16"},
+            "use_dora with lora_dropout on weights of bfloat16 needs bf16",
+        ),
     ],
 )
 def test_wrong_settings_are_named(make_args, changes, message):

@@ -24,6 +24,17 @@ def test_what_a_run_would_cost(make_trainer):
     assert all(torch.equal(old, new) for old, new in zip(before, trainer.trained_weights(), strict=True))
 
 
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_what_is_computed_again_is_what_was(make_trainer, tune):
+    """In the backward pass of checkpointed blocks, with a LoRA's inputs dropped as they were."""
+    dropout = {"lora_dropout": 0.5} if tune == "lora" else {"learning_rate": 1e-3}
+    every, few = (
+        measure(make_trainer(activation_checkpointing=again, tune=tune, **dropout))["activations_mib"]
+        for again in (False, True)
+    )
+    assert 0 < few < every
+
+
 def test_the_watched_reward_costs_too(make_trainer):
     asked = []
 

@@ -1,7 +1,10 @@
 """A LoRA's dropout: what is dropped, for whom, and that a picture's update drops what its rollout dropped."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch import nn
 
 from rl.keyed import keyed_noise
 from rl.lora_dropout import InputDropout
@@ -10,7 +13,7 @@ from rl.rollout import sample
 from rl.sde import ddim_scheduler, make_schedule
 from tests.rl.conftest import PROMPTS
 from tests.rl.outcomes import assert_resumes_to_the_bit, logged
-from tests.rl.test_adapter import KINDS, kinds, load, trained
+from tests.rl.test_adapter import KINDS, load, trained
 
 DROPPED = {"lora_dropout": 0.5}
 COUNT = 2
@@ -21,6 +24,10 @@ FIRST = {"train_steps": ["0:1"], "gradient_accumulation_steps": 2}  # all of a r
 def predict(policy, conditioning, guidance_scale=1.0):
     latents = keyed_noise(1, 0, range(COUNT), policy.latent_shape)
     return policy.predict(policy.network, latents, torch.tensor([500, 20]), conditioning, guidance_scale)
+
+
+def dropping(policy, keys=KEYS):
+    return policy.drop_inputs(policy.encode(PROMPTS[:COUNT]), keys)
 
 
 def adapted(policy):
@@ -39,13 +46,14 @@ def without_columns(policy, kept):
 
 
 def test_an_input_is_dropped_at_all_places_or_kept_and_scaled():
-    kept = torch.tensor([[True, False, True], [False, True, True]])
+    factors = torch.tensor([[1.25, 0, 1.25], [0, 1.25, 1.25]])
     for values, axis in ((torch.ones(2, 3), -1), (torch.ones(2, 5, 3), -1), (torch.ones(2, 3, 4, 4), 1)):
-        layer = InputDropout(0.2, axis)
-        assert layer(values) is values
-        layer.kept = kept
-        expected = torch.where(kept.view(2, *[1] * (values.ndim - 2), 3), 1.25, 0.0).movedim(-1, axis)
-        torch.testing.assert_close(layer(values), expected.expand_as(values))
+        layer = InputDropout(axis)
+        layer.factors = factors
+        expected = factors.view(2, *[1] * (values.ndim - 2), 3).movedim(-1, axis)
+        assert torch.equal(layer(values), expected.expand_as(values))
+    with pytest.raises(AssertionError, match="other rows"):
+        layer(values[:1])
 
 
 def test_what_is_dropped_is_drawn_by_the_key_alone_and_as_often_as_asked_for(pipeline_folder):
@@ -63,7 +71,7 @@ def test_what_is_dropped_is_drawn_by_the_key_alone_and_as_often_as_asked_for(pip
 def test_dropped_inputs_are_columns_of_a_that_are_not_there(pipeline_folder, kind, guidance_scale):
     """Each picture of a batch has its own, in both halves of guidance."""
     policy = trained(load(pipeline_folder, **KINDS[kind], **DROPPED))
-    conditioning = policy.encode(PROMPTS[:COUNT], KEYS)
+    conditioning = dropping(policy)
     together = predict(policy, conditioning, guidance_scale)
     assert not torch.equal(together, predict(policy, policy.encode(PROMPTS[:COUNT]), guidance_scale))
     for place in range(COUNT):
@@ -74,23 +82,45 @@ def test_dropped_inputs_are_columns_of_a_that_are_not_there(pipeline_folder, kin
 
 
 @torch.no_grad()
-@kinds
-def test_a_lora_of_every_kind_starts_as_the_base_model_whatever_is_dropped(pipeline_folder, kind):
-    policy = load(pipeline_folder, **kind, **DROPPED)
+@pytest.mark.parametrize("kind", ["dora", "olora", "pissa"])
+def test_what_starts_from_the_base_starts_as_the_base_whatever_is_dropped(pipeline_folder, kind):
+    policy = load(pipeline_folder, **KINDS[kind], **DROPPED)
     policy.network.train()
-    found = predict(policy, policy.encode(PROMPTS[:COUNT], KEYS))
+    found = predict(policy, dropping(policy))
     with policy.reference():
-        torch.testing.assert_close(found, predict(policy, policy.encode(PROMPTS[:COUNT], KEYS)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, predict(policy, dropping(policy)), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_a_dora_drops_too(pipeline_folder):
-    policy = trained(load(pipeline_folder, use_dora=True, **DROPPED))
+def test_of_a_dora_all_that_it_adds_is_without_what_is_dropped(pipeline_folder):
+    """W x + (m / n - 1) W x' + (m / n) s B A x', where x' is what is left of x; and nothing else is asked of it."""
+    policy = trained(load(pipeline_folder, use_dora=True, lora_alpha=4.0, lora_target_modules=["to_q"], **DROPPED))
     policy.network.train()
-    told = [policy.encode(PROMPTS[:COUNT], keys) for keys in (KEYS, KEYS[::-1], KEYS)]
-    one, other, again = (predict(policy, conditioning) for conditioning in told)
-    assert torch.equal(one, again)
-    assert (one - other).abs().max() > 1e-3
+    layer, dropout = adapted(policy)[0], policy.trained.dropout
+    base, values = layer.get_base_layer().weight, torch.randn(1, 5, layer.in_features)
+    kept = dropout.draw(KEYS[:1])
+    left = values * kept[0, : layer.in_features] * 2
+    update = 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight  # alpha / rank
+    ratio = layer.lora_magnitude_vector["default"].weight / (base + update).norm(dim=1)
+    expected = values @ base.T + (ratio - 1) * (left @ base.T) + ratio * (left @ update.T)
+    bias = layer.get_base_layer().bias
+    with dropout.applied(kept):
+        torch.testing.assert_close(layer(values), expected + (0 if bias is None else bias), rtol=1e-4, atol=1e-5)
+    policy.network.eval()
+    with pytest.raises(AssertionError, match="a DoRA would drop nothing"), dropout.applied(kept):
+        pass
+
+
+@torch.no_grad()
+def test_where_nothing_is_dropped_a_dora_is_as_without_dropout_in_any_precision(pipeline_folder):
+    """Peft computes otherwise where something stands before A, and not on a base of bfloat16."""
+    outputs = []
+    for settings in (DROPPED, {}):
+        policy = trained(load(pipeline_folder, use_dora=True, dtype=torch.bfloat16, **settings))
+        policy.network.train()
+        with policy.trained.dropout.applied(None) if settings else nullcontext():
+            outputs.append(predict(policy, policy.encode(PROMPTS[:COUNT])))
+    assert torch.equal(*outputs)
 
 
 @torch.no_grad()
@@ -105,11 +135,11 @@ def test_pictures_are_drawn_without_unless_asked_for(pipeline_folder):
 
     assert torch.equal(draw(policy), draw(plain))
     dropped = draw(policy, keys=KEYS)
-    kept = policy.encode(PROMPTS[:1], KEYS[:1]).kept_inputs[0]
+    kept = dropping(policy).kept_inputs[0]
     torch.testing.assert_close(
         dropped[:1], draw(without_columns(plain, kept), PROMPTS[:1], noise[:1]), rtol=1e-4, atol=1e-4
     )
-    assert all(layer.lora_dropout["default"].kept is None for layer in adapted(policy))
+    assert all(isinstance(layer.lora_dropout["default"], nn.Identity) for layer in adapted(policy))
 
 
 @pytest.mark.parametrize(
@@ -121,8 +151,9 @@ def test_pictures_are_drawn_without_unless_asked_for(pipeline_folder):
         {"use_dora": True, "lora_target_modules": ["to_q"]},
         {"train_text_encoder": True},
         {"activation_checkpointing": True},
+        {"credit": "words", "guidance_scale": 3.0},
     ],
-    ids=["plain", "guidance", "trunks", "dora", "text encoder", "activations again"],
+    ids=["plain", "guidance", "trunks", "dora", "text encoder", "activations again", "words"],
 )
 def test_an_update_drops_what_its_rollout_dropped(make_trainer, settings):
     """Or the ratio of the first pass would not be 1: also where the LoRA has learned, in the second rollout."""
@@ -184,7 +215,7 @@ def test_compiled_blocks_drop_what_others_do(pipeline_folder, monkeypatch):
     found = []
     for compiled in (False, True):
         policy = trained(load(pipeline_folder, memory=MemorySettings(torch_compile_unet=compiled), **DROPPED))
-        outputs = [predict(policy, policy.encode(PROMPTS[:COUNT], keys)) for keys in (KEYS, KEYS[::-1], None)]
+        outputs = [predict(policy, dropping(policy, keys)) for keys in (KEYS, KEYS[::-1], None)]
         sum(output.square().mean() for output in outputs).backward()
         gradients = [weight.grad for weight in policy.network.parameters() if weight.requires_grad]
         found.append([*(output.detach() for output in outputs), *gradients])
@@ -194,4 +225,4 @@ def test_compiled_blocks_drop_what_others_do(pipeline_folder, monkeypatch):
 
 def test_the_whole_unet_has_no_dropout(pipeline_folder):
     policy = load(pipeline_folder, tune="full")
-    assert policy.encode(PROMPTS[:1], KEYS[:1]).kept_inputs is None
+    assert dropping(policy).kept_inputs is None
