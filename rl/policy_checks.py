@@ -107,8 +107,9 @@ def check_policy_ranges(args: "PolicyConfig") -> None:
         args.ema_decay is None or 0 < args.ema_decay < 1,
         f"ema_decay is {args.ema_decay}; it must lie between 0 and 1, e.g. 0.9",
     )
+    dropping_dora = args.tune == "lora" and args.use_dora and args.lora_dropout > 0
     require(
-        not (args.use_dora and args.lora_dropout > 0) or args.model_dtype == "float32" or args.bf16 or args.fp16,
+        not dropping_dora or args.model_dtype == "float32" or args.bf16 or args.fp16,
         f"use_dora with lora_dropout on weights of {args.model_dtype} needs bf16, or peft would multiply numbers of "
         "unlike precision; set bf16 to true, or model_dtype to float32",
     )

@@ -60,6 +60,11 @@ def test_wrong_settings_are_named(make_args, changes, message):
         make_args(**changes)
 
 
+def test_settings_of_a_lora_are_no_obstacle_where_there_is_none(make_args):
+    dora = {"use_dora": True, "lora_dropout": 0.1, "model_dtype": "bfloat16"}
+    assert make_args(tune="full", **dora).model_dtype == "bfloat16"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
