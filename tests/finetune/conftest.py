@@ -114,3 +114,22 @@ def album(tmp_path):
     rows = [json.dumps({"file_name": f"{name}.png", "prompt": "a red circle"}) for name in pictures]
     (folder / "metadata.jsonl").write_text("\n".join(rows))
     return folder
+
+
+@pytest.fixture
+def given(write_pictures, model_folder, tmp_path):  # noqa: F811
+    """Settings of a selection from a folder."""
+    return {
+        "pictures": write_pictures(tmp_path / "pictures"), "model": model_folder, "output_dir": tmp_path / "chosen",
+        "rules": {"some": {"random": 3}}, "use_cpu": True,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def drawn(pipeline_folder, model_folder, prompt_file, tmp_path):  # noqa: F811
+    """Settings of a selection from pictures that are drawn: 6 of them, in batches of 4."""
+    return {
+        "pictures": tmp_path / "pool", "policy": pipeline_folder, "prompts": prompt_file, "model": model_folder,
+        "num_generations": 2, "num_inference_steps": 2, "generation_batch_size": 4, "use_cpu": True,
+        "output_dir": tmp_path / "chosen", "rules": {"best": {"best_of": "overall"}},
+    }  # fmt: skip
