@@ -5,8 +5,10 @@
 The same small pipeline, LoRA (rank 4 on attention: what TRL's pipeline fixes), pictures, steps, guidance, reward
 (cheap, so that trainers are compared) and precision; every sampling step has noise and is trained, and a rollout makes
 one update. Runs alternate, `--seeds` of each, so that the machine's moods meet both; the value is the quotient of
-pictures a second, its interval a bootstrap over the rollouts of both. "models' share" is how much of our wall time lies
-within calls of U-Net, VAE and text encoder, backward included.
+pictures a second, its interval a bootstrap over the rollouts of both. Seconds a rollout are given by part: calls of the
+U-Net, in sampling and update, of the VAE's decoder, and the backward pass; "models' share" is theirs in our wall time.
+What TRL's trainer draws is of as many prompts as pictures, ours of groups of 8, as its advantages need them: its text
+encoder has less to do.
 
 TRL needs older libraries: without `--trl_python` an environment is made in `build/trl_environment` on first use.
 """
@@ -33,6 +35,7 @@ PINS = (
     "accelerate==1.11.0",
 )
 GOAL, MODELS_GOAL = 1.5, 0.9
+PARTS = ("network", "decode", "backward")
 GUIDANCE = 2.0  # TRL's pipeline fails without guidance: it joins the empty prompt's embeddings to the others anyway
 
 
@@ -59,7 +62,7 @@ def stochastic_pipeline(folder: Path) -> str:
 
 
 def ours(settings: dict) -> None:
-    """The child that runs our trainer; prints the seconds of each rollout but the first, in all and of the models."""
+    """The child that runs our trainer; prints the seconds of each rollout but the first, in all and by part."""
     import torch
     from ddpo_cost import CostOfRollouts
 
@@ -88,15 +91,15 @@ def ours(settings: dict) -> None:
         noted = CostOfRollouts(trainer)
         trainer.add_callback(noted)
         trainer.train()
-    print(json.dumps([[cost.wall, sum(cost.work.values())] for cost in noted.costs[1:]]))
+    print(json.dumps([[cost.wall, {part: cost.work[part] for part in PARTS}] for cost in noted.costs[1:]]))
 
 
-def child(command: list, settings: dict) -> list:
-    """The last line that a child process prints, as JSON."""
+def child(command: list, settings: dict) -> list[tuple[float, dict[str, float]]]:
+    """The last line that a child process prints, as JSON: of each rollout its seconds, in all and by part."""
     done = subprocess.run([*map(str, command), json.dumps(settings)], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{command} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return [(wall, work) for wall, work in json.loads(done.stdout.strip().splitlines()[-1])]
 
 
 def quotient(theirs: list[float], own: list[float]) -> tuple[float, float, float]:
@@ -105,6 +108,22 @@ def quotient(theirs: list[float], own: list[float]) -> tuple[float, float, float
     theirs, own = np.array(theirs), np.array(own)
     drawn = [rng.choice(theirs, len(theirs)).mean() / rng.choice(own, len(own)).mean() for _ in range(10_000)]
     return float(theirs.mean() / own.mean()), *map(float, np.quantile(drawn, [0.025, 0.975]))
+
+
+def rows_of(pictures: int, theirs: list[tuple[float, dict]], own: list[tuple[float, dict]]) -> list[Row]:
+    """Of the rollouts of both, as `child` gives them, each of so many pictures."""
+    rows, walls = [], {"TRL": [wall for wall, _ in theirs], "ours": [wall for wall, _ in own]}
+    rows += [
+        Row(f"{who}, pictures a second", pictures / float(np.mean(wall)), n=len(wall)) for who, wall in walls.items()
+    ]
+    rows.append(Row("ours / TRL", *quotient(walls["TRL"], walls["ours"]), n=len(own), goal=f">= {GOAL}"))
+    share = sum(sum(work.values()) for _, work in own) / sum(walls["ours"])
+    rows.append(Row("models' share of ours", share, n=len(own), goal=f">= {MODELS_GOAL}"))
+    for who, costs in (("TRL", theirs), ("ours", own)):
+        spent = {part: float(np.mean([work[part] for _, work in costs])) for part in PARTS}
+        spent["everything else"] = float(np.mean(walls[who])) - sum(spent.values())
+        rows += [Row(f"{who}, seconds of {part}", seconds, n=len(costs)) for part, seconds in spent.items()]
+    return rows
 
 
 def main() -> None:
@@ -127,15 +146,9 @@ def main() -> None:
         for run in range(1 if options.quick else options.seeds):
             theirs += child([python, "benchmarks/trl_ddpo.py"], settings)
             own += child([sys.executable, "benchmarks/ddpo_speed.py", "--child"], settings)
-            print(f"{run + 1} runs of each: {np.mean(theirs):.2f} s and {np.mean(own, axis=0)[0]:.2f} s", flush=True)
-    pictures, walls, count = settings["batch"] * settings["batches"], [wall for wall, _ in own], len(own)
-    share = sum(work for _, work in own) / sum(walls)
-    rows = [
-        Row("TRL, pictures a second", pictures / float(np.mean(theirs)), n=count),
-        Row("ours, pictures a second", pictures / float(np.mean(walls)), n=count),
-        Row("ours / TRL", *quotient(theirs, walls), n=count, goal=f">= {GOAL}"),
-        Row("models' share of ours", share, n=count, goal=f">= {MODELS_GOAL}"),
-    ]
+            means = [float(np.mean([wall for wall, _ in costs])) for costs in (theirs, own)]
+            print(f"{run + 1} runs of each: {means[0]:.2f} s and {means[1]:.2f} s", flush=True)
+    rows = rows_of(settings["batch"] * settings["batches"], theirs, own)
     publish(rows, began, options.json, options.quick)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "tinyworld" / "assets"
 TRAINED_WITH = ("sd", "rahf", "prompts_*.txt")
-"""What of the assets a training's outcome depends on."""
+"""What of the assets a training's outcome depends on; their cards (README.md) are for people."""
 
 
 def add_flags(parser: ArgumentParser, work: str) -> None:
@@ -62,7 +62,8 @@ def digest(*what: Any) -> str:
 def assets_digest() -> str:
     """Of the small world's generator, predictor and prompts: with others, nothing that was trained is the same."""
     found = [path for pattern in TRAINED_WITH for path in sorted(ASSETS.glob(pattern))]
-    files = [file for path in found for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
+    inside = [file for path in found for file in (path, *sorted(path.rglob("*"))) if file.name != "README.md"]
+    files = [file for file in inside if file.is_file()]
     contents = [[str(file.relative_to(ASSETS)), hashlib.blake2b(file.read_bytes()).hexdigest()] for file in files]
     return digest(contents)
 

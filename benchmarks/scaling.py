@@ -15,8 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,50 +31,12 @@ PHASES = ("rollout", "decode", "reward", "watch", "update", "wait", "rest")
 def run(settings: dict) -> None:
     """The child, on each rank: writes the seconds of each rollout but the first, in all and by phase."""
     import torch
-    from transformers import TrainerCallback
+    from wait_clock import RolloutCosts, WaitClock
 
     from finetune.run import load_policy, place_reward
     from reward.arguments import parse_arguments, read_prompt_file
     from rl.ddpo import DDPOConfig, DDPOTrainer
-    from rl.timing import PhaseClock
     from run_ddpo import RunArguments
-
-    class WaitClock(PhaseClock):
-        """What is waited in the midst of a phase is not counted to it."""
-
-        phase: str | None = None
-
-        @contextmanager
-        def __call__(self, phase: str) -> Iterator[None]:
-            self.phase = phase
-            with super().__call__(phase):
-                yield
-            self.phase = None
-
-        def waiting(self, function: Callable) -> Callable:
-            def call(*args, **kwargs):
-                began = time.perf_counter()
-                result = function(*args, **kwargs)
-                spent = time.perf_counter() - began
-                self.seconds["wait"] += spent
-                if self.phase is not None:
-                    self.seconds[self.phase] -= spent
-                return result
-
-            return call
-
-    class Rollouts(TrainerCallback):
-        """Notes what each rollout took."""
-
-        def __init__(self, clock: WaitClock):
-            self.clock, self.costs = clock, []
-
-        def on_epoch_begin(self, args, state, control, **kwargs):
-            self.clock.seconds.clear()
-            self.began = time.perf_counter()
-
-        def on_epoch_end(self, args, state, control, **kwargs):
-            self.costs.append(self.clock.summary(time.perf_counter() - self.began))
 
     torch.set_num_threads(settings["threads"])
     ranks, pictures, output = settings["ranks"], settings["pictures"], settings["output"]
@@ -94,7 +54,7 @@ def run(settings: dict) -> None:
         assert args.world_size == ranks, args.world_size
         trainer.clock = clock = WaitClock()
         trainer.accelerator.gather = clock.waiting(trainer.accelerator.gather)
-        noted = Rollouts(clock)
+        noted = RolloutCosts(clock)
         trainer.add_callback(noted)
         trainer.train()
     if args.should_save:

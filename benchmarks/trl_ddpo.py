@@ -2,7 +2,7 @@
 
     python benchmarks/trl_ddpo.py '{"pipeline": ..., "prompts": [...], "batch": 32, "batches": 2, "steps": 10, ...}'
 
-Prints one line of JSON: seconds of each rollout with its update, the first (a warm-up) left out.
+Prints one line of JSON: seconds of each rollout with its update, the first (a warm-up) left out, in all and by part.
 """
 
 import json
@@ -36,6 +36,19 @@ def redness(images, prompts, metadata):
     return images[:, 0].float().mean(dim=(1, 2)), {}
 
 
+work: dict[str, float] = {}
+
+
+def timed(part, function):
+    def call(*args, **kwargs):
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        work[part] = work.get(part, 0.0) + time.perf_counter() - start
+        return result
+
+    return call
+
+
 with tempfile.TemporaryDirectory() as folder:
     pipeline = DefaultDDPOStableDiffusionPipeline(settings["pipeline"], use_lora=True)
     config = DDPOConfig(
@@ -56,9 +69,13 @@ with tempfile.TemporaryDirectory() as folder:
         per_prompt_stat_tracking=False,
     )
     trainer = DDPOTrainer(config, redness, next_prompt, pipeline)
-    seconds, step = [], 0
+    pipeline.unet.forward = timed("network", pipeline.unet.forward)
+    pipeline.vae.decode = timed("decode", pipeline.vae.decode)
+    trainer.accelerator.backward = timed("backward", trainer.accelerator.backward)
+    costs, step = [], 0
     for epoch in range(settings["rollouts"] + 1):
+        work.clear()
         start = time.perf_counter()
         step = trainer.step(epoch, step)
-        seconds.append(time.perf_counter() - start)
-print(json.dumps(seconds[1:]))
+        costs.append([time.perf_counter() - start, dict(work)])
+print(json.dumps(costs[1:]))

@@ -121,7 +121,8 @@ def place_reward(reward: RewardFn, args: PolicyConfig) -> RewardFn:
 
 
 def try_rewards(rewards: Mapping[str, RewardFn], policy: str, args: PolicyConfig, prompt: str) -> dict[str, Reward]:
-    """Ask each reward about one grey picture, as large as the policy's, before the policy is loaded and draws any.
+    """Ask each reward about two grey pictures, as large as the policy's, before the policy is loaded and draws any. Of
+    one alone, a mean over the batch would look like a total for each.
 
     Returns:
         name -> what it says of it.
@@ -133,12 +134,12 @@ def try_rewards(rewards: Mapping[str, RewardFn], policy: str, args: PolicyConfig
         size = picture_size(policy, args.resolution)
     except OSError:  # of a name on the hub that is not there; loading it says so
         size = (512, 512)
-    grey, said = torch.full((1, 3, *size), 0.5, device=args.device), {}
+    grey, said = torch.full((2, 3, *size), 0.5, device=args.device), {}
     for name, reward in rewards.items():
         try:
-            said[name] = score(reward, grey, [prompt])
+            said[name] = score(reward, grey, [prompt, prompt])
         except RewardError as error:
-            raise ValueError(f"asked about one grey picture, the reward {name!r} fails: {error}") from error
+            raise ValueError(f"asked about two grey pictures, the reward {name!r} fails: {error}") from error
     return said
 
 

@@ -49,9 +49,16 @@ def licence_of(place: str | Path) -> str:
     """What the model card in a folder, or of a name on the hub, says of its licence; else where to look for it.
 
     The front matter of `README.md` is read, as the hub writes it.
+
+    Args:
+        place: a folder, the hub's owner/name, or one file of either: what lies in its folder, or of its name, is read.
     """
+    path = Path(place)
+    model = str(path.parent) if path.is_file() else str(place)
+    if not path.exists() and model.count("/") > 1:  # the hub's owner/name/file
+        model = "/".join(model.split("/")[:2])
     try:
-        card = pipeline_file(str(place), "README.md")
+        card = pipeline_file(model, "README.md")
         licence = ModelCard.load(card).data.get("license") if card.is_file() else None
     except (ValueError, yaml.YAMLError):  # the hub does not give it, or its front matter is none
         licence = None

@@ -69,6 +69,12 @@ STAGES = (
 EXTRA = ("verdicts", "ceiling", "finer", "more")
 """Stages that are run where they are named only."""
 
+CARDS = {
+    "sd": "# The small world's generator\n\nDraws captions of coloured shapes, many with flaws.",
+    "rahf": "# The small world's predictor\n\nRich feedback on the pictures of that generator.",
+}
+"""Of the models that the repository keeps; they are under its own licence."""
+
 SNAPSHOTS = {"early": 2500, "middle": 4500}
 """States of the generator's training that draw some of the rated pictures, by step."""
 
@@ -215,6 +221,8 @@ class Build:
         self.verdicts()
         shutil.rmtree(ASSETS / "rahf", ignore_errors=True)
         keep_predictor(self.work / "rahf", ASSETS / "rahf")
+        for name, what in CARDS.items():
+            (ASSETS / name / "README.md").write_text(f"---\nlicense: apache-2.0\n---\n\n{what}\n")
         for name, prompts in draw_prompts().items():
             (ASSETS / f"prompts_{name}.txt").write_text("\n".join(prompts) + "\n")
 

@@ -1,5 +1,6 @@
 import json
 
+import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
@@ -21,9 +22,23 @@ def test_card_says_what_was_done_and_what_came_of_it(tmp_path):
     assert "base_model: somebody/a-pipeline" in card.split("---")[1]
     assert "library_name: diffusers" in card.split("---")[1]
     assert "| reward | 0.2500 | 0.5000 | +0.2500 +- 0.0000 |" in card
+    assert "](before_after.png)" in card
+    assert "](curves.png)" in card
     assert json.loads(card.split("```json")[1].split("```")[0]) == SETTINGS
     with Image.open(tmp_path / "curves.png") as curves:
         assert curves.size == (900, 500)
+
+
+@pytest.mark.parametrize("name", ["reward", "kl", "grad_norm", "watch/drawn"])
+def test_curves_are_of_what_was_logged(tmp_path, name):
+    def drawn(history):
+        write_model_card(tmp_path, SETTINGS, history)
+        return (tmp_path / "curves.png").read_bytes()
+
+    history = [{"step": step, name: 0.1 * step**2} for step in range(1, 4)]
+    assert drawn(history) == drawn([{**entry, "loss": 1.0} for entry in history])
+    assert drawn(history) != drawn([])
+    assert drawn(history) != drawn([{**entry, name: 1 - entry[name]} for entry in history])
 
 
 def test_a_run_without_evaluation_has_a_card_too(tmp_path):
@@ -50,6 +65,9 @@ def test_licences_of_names_on_the_hub_are_asked_for_there(tmp_path, monkeypatch)
     monkeypatch.setattr("rl.pipelines.hf_hub_download", lambda *what: asked.append(what) or tmp_path / "README.md")
     assert licence_of("somebody/a-pipeline") == "creativeml-openrail-m"
     assert asked == [("somebody/a-pipeline", "README.md")]
+
+    assert licence_of("somebody/weights/a.pt") == "creativeml-openrail-m"
+    assert asked[1:] == [("somebody/weights", "README.md")]
 
     def offline(*what):
         raise EntryNotFoundError("no README.md there")
@@ -84,6 +102,8 @@ def test_licences_are_those_of_the_cards_that_are_there(tmp_path):
     assert licence_of(tmp_path) == f"unknown here; see {tmp_path}"
     (tmp_path / "README.md").write_text("---\nlicense: openrail++\n---\n# A model\n")
     assert licence_of(tmp_path) == "openrail++"
+    (tmp_path / "weights.pt").touch()
+    assert licence_of(tmp_path / "weights.pt") == "openrail++"
     for card in ("no front matter", "---\nlicense: [a\n---\n", "---\nlicense: !unheard a\n---\n", "---\n- a\n---\n"):
         (tmp_path / "README.md").write_text(card)
         assert "unknown" in licence_of(tmp_path), card

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import run_ddpo
 from finetune.run import judge
@@ -37,6 +38,12 @@ def test_from_yaml_to_lora_figures_and_pictures(config, tmp_path, capsys, pipeli
     assert {"rollout", "decode", "reward", "update", "rest", "total"} <= summary["seconds"].keys()
     for name in ("before_after.png", "evaluation.json", "run_config.json", "runs", "checkpoint-1"):
         assert (folder / name).exists(), name
+    events = EventAccumulator(str(folder / "runs"), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in events.Images("before_after")] == [2], "one step behind the last update"
+    curves = set(events.Tags()["scalars"])
+    for name in ("reward", "agreement", "diversity", "drawn", "file_size", "kl", "saturation", "dead_groups"):
+        assert f"train/watch/{name}" in curves
+    assert {"train/reward", "train/kl", "train/ratio", "train/clip_fraction", "train/grad_norm"} <= curves
     said = capsys.readouterr().out
     for phrase in ("evaluating before", "training for 1 rollouts of 8 pictures", "judge.satisfied", "tensorboard"):
         assert phrase in said

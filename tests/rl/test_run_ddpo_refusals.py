@@ -11,6 +11,23 @@ from tests.rl.command import command, write_config
 from tests.rl.conftest import put_in_hub_cache
 
 
+def the_error(capsys):
+    """The line that a command leaves."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    """Rewards and policies that are asked for too early."""
+    loaded = []
+    monkeypatch.setattr(run_ddpo.RunArguments, "make_rewards", lambda run: loaded.append("rewards") or {})
+    monkeypatch.setattr(run_ddpo, "load_policy", lambda path, args: loaded.append(path))
+    yield
+    assert loaded == []
+
+
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
@@ -52,24 +69,44 @@ from tests.rl.conftest import put_in_hub_cache
         (["--eval_strategy", "steps", "--eval_steps", "0.5"], ["eval_steps (0.5)", "1 updates"]),
         (["--num_before_after", "0"], ["num_before_after is 0"]),
         (["--save_strategy", "best"], ["save_strategy is 'best'", "epoch, steps, no"]),
-        (["--reward_kwargs", '{"nan_after": 3}'], ["term `red` is nan for the prompt"]),
     ],
 )
-def test_mistakes_end_in_one_line_and_exit_code_2(config, capsys, flags, names):
+def test_mistakes_end_in_one_line_and_exit_code_2(config, capsys, nothing_is_loaded, flags, names):
     assert command("--config", config, *flags) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert all(name in lines[0] for name in names), lines[0]
+    line = the_error(capsys)
+    assert all(name in line for name in names), line
 
 
-@pytest.fixture
-def nothing_is_loaded(monkeypatch):
-    """Rewards and policies that are asked for too early."""
-    loaded = []
-    monkeypatch.setattr(run_ddpo.RunArguments, "make_rewards", lambda run: loaded.append("rewards") or {})
-    monkeypatch.setattr(run_ddpo, "load_policy", lambda path, args: loaded.append(path))
-    yield
-    assert loaded == []
+@pytest.mark.parametrize(
+    ("flag", "text", "message"),
+    [
+        ("--prompts", "", "holds no prompt"),
+        ("--prompts", "a red circle\n...\n", "line 2 of the prompt file"),
+        ("--eval_prompts", "\n \n", "holds no prompt"),
+    ],
+)
+def test_prompt_files_are_read_before_anything_is_loaded(
+    config, tmp_path, capsys, nothing_is_loaded, flag, text, message
+):
+    (tmp_path / "wrong.txt").write_text(text)
+    assert command("--config", config, flag, str(tmp_path / "wrong.txt")) == 2
+    line = the_error(capsys)
+    assert "wrong.txt" in line
+    assert message in line
+
+
+def test_a_pipeline_that_lacks_a_part_is_found_out_before_anything_is_loaded(
+    config, pipeline_folder, tmp_path, capsys, nothing_is_loaded
+):
+    shutil.copytree(pipeline_folder, tmp_path / "pipeline")
+    shutil.rmtree(tmp_path / "pipeline/vae")
+    assert command("--config", config, "--policy", str(tmp_path / "pipeline")) == 2
+    assert "vae" in the_error(capsys)
+
+
+def test_a_reward_that_is_nan_while_it_is_trained_on_names_the_prompt(config, capsys):
+    assert command("--config", config, "--reward_kwargs", '{"nan_after": 3}') == 2
+    assert "term `red` is nan for the prompt" in the_error(capsys)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +215,9 @@ def test_what_a_reward_says_of_its_arguments_is_said_first(config, capsys, nothi
 @pytest.mark.parametrize(
     ("how", "credit", "message"),
     [
-        ("column", "image", "(1, 1)"),
+        ("column", "image", "(2, 1)"),
+        ("mean of all", "image", "(1,)"),
+        ("one map for all", "focus", "blame"),
         ("nan", "image", "is nan for the prompt"),
         ("negative", "focus", "negative"),
         ("one map", "focus", "blame"),
@@ -196,7 +235,7 @@ def test_a_reward_that_cannot_be_trained_on_is_found_out_before_the_policy_is_lo
     assert command("--config", config, *flags) == 2
     said = capsys.readouterr().err
     name = "reward" if asked == "trained on" else "it"
-    assert f"asked about one grey picture, the reward '{name}' fails: " in said
+    assert f"asked about two grey pictures, the reward '{name}' fails: " in said
     assert message in said
     assert not (tmp_path / "run/run_config.json").exists()
 

@@ -92,6 +92,10 @@ class Broken:
         total, penalty = images.mean(dim=(1, 2, 3)), images[:, 0]
         if self.how == "column":
             total = total[:, None]
+        elif self.how == "mean of all":
+            total = total.mean()[None]
+        elif self.how == "one map for all":
+            penalty = penalty[:1]
         elif self.how == "nan":
             total = total * float("nan")
         elif self.how == "negative":

@@ -11,8 +11,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from reward.feedback import HEATMAPS, SCORES
 from reward.predict import RichFeedbackPredictor
+from rl.model_card import licence_of
 from tinyworld.autoencoder import decode, encode
-from tinyworld.build import draw_prompts
+from tinyworld.build import CARDS, draw_prompts
 from tinyworld.eye import disagreements, labelled_pictures
 from tinyworld.generator import sample
 from tinyworld.grammar import ASSETS, COLOURS, draw_held_out, draw_request, held_out_compositions, is_held_out, parse
@@ -34,6 +35,12 @@ def test_the_pipeline_is_made_of_genuine_parts(pipeline):
     assert json.loads((ASSETS / "sd" / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
     for name in ("vocab.json", "merges.txt"):
         assert (ASSETS / "sd" / "tokenizer" / name).is_file()
+
+
+@pytest.mark.parametrize("name", ["sd", "rahf"])
+def test_its_models_say_their_licence(name):
+    assert licence_of(ASSETS / name) == "apache-2.0"
+    assert CARDS[name] in (ASSETS / name / "README.md").read_text()
 
 
 def test_it_draws_the_same_pictures_whatever_the_batch(pipeline):
