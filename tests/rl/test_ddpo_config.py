@@ -121,9 +121,16 @@ def test_settings_that_are_ignored_are_warned_about(make_args, caplog, ignored, 
 
 
 @pytest.mark.parametrize(
-    "ignored", [{"dataloader_num_workers": 2}, {"data_seed": 1}, {"label_smoothing_factor": 0.1}, {"use_cache": True}]
+    "ignored",
+    [
+        {"dataloader_num_workers": 2},
+        {"data_seed": 1},
+        {"label_smoothing_factor": 0.1},
+        {"use_cache": True},
+        {"hub_always_push": True},
+    ],
 )
-def test_trainers_settings_for_data_and_labels_are_ignored_and_warned_about(make_args, caplog, ignored):
+def test_trainers_settings_for_what_is_done_otherwise_are_ignored_and_warned_about(make_args, caplog, ignored):
     make_args()
     assert "is ignored" not in caplog.text
     make_args(**ignored)
