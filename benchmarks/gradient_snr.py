@@ -23,6 +23,9 @@ so each step has pictures of its own then, and a chunk takes 1.6 times as long (
 objective's gradient has the same expectation in all of them, whatever is shared, so that what they differ in is the
 variance, and a share of 0.5 of it is worth twice the pictures.
 
+`--credits` takes three more kinds, which nothing else offers (`benchmarks/other_credits.py`): `focus` on what is drawn
+and right, `focus` on where the total's gradient by the pixels is large, and `paid` with a baseline by what is drawn.
+
 `--maps judge` takes the true judge's maps in place of the predictor's, in the objective as in the credit: how much of
 what credit by place could gain is lost by predicting the places. `--maps learned` adds one of where the scores come
 from (`benchmarks/learned_maps.py`), the objective being what it is: `paid` then places the scores too. A chunk's
@@ -43,6 +46,7 @@ import torch
 from judge_maps import JUDGE_MAPS
 from learned_maps import LearnedMaps, learn, seen_by, unseen_share
 from long_runs import assets_digest, digest
+from other_credits import OTHERS, other_credit
 from report import Row, flags, publish
 from safetensors import safe_open
 from safetensors.torch import load_file, save
@@ -125,7 +129,7 @@ class Gradients:
         if options.maps == "learned":
             self.reward = self._with_learned_maps(self.reward)
             learned = [self.reward.weights.tolist()]
-        self.kinds = {name: with_credit(self.args, **CREDITS[name]) for name in options.credits}
+        self.kinds = {name: with_credit(self.args, **CREDITS.get(name, {})) for name in options.credits}
         self.names = [*self.kinds, OBJECTIVE]
         told = (
             options.config.read_text(encoding="utf-8"), self.args.share_noise, self.steps, self.names, self.seed,
@@ -209,10 +213,14 @@ class Gradients:
         images = policy.decode(batch.trajectory.final_latents)
         said, attention = score(self.reward, images, drawn), looking.maps if looking else None
         credits = []
-        for kind in self.kinds.values():
+        for name, kind in self.kinds.items():
             maps = credit_map(policy, kind, said, images, drawn, attention)
             compared = gather_experience([replace(batch, maps=maps)], drawn, kind, lambda tensor: tensor, rank=0)
-            credits.append(compared.advantages[:, None, None] * compared.weights)
+            credit = compared.advantages[:, None, None] * compared.weights
+            if name in OTHERS:
+                grid, floors = policy.latent_shape[1:], (args.focus_floor, args.advantage_std_floor)
+                credit = other_credit(name, self.reward, said, images, drawn, compared.advantages, grid, group, *floors)
+            credits.append(credit)
         credits.append(objective_credit(said.objective, group, batch.trajectory.final_latents))
         pictures = range(PICTURES)
         return step_gradients(policy, batch.trajectory, drawn, torch.stack(credits), self.schedule, args, pictures)
@@ -338,7 +346,9 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=48, help=f"of {PICTURES} pictures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", nargs="*", type=int, help="which sampling steps (default: all with noise)")
-    parser.add_argument("--credits", nargs="+", default=list(CREDITS), choices=list(CREDITS), help="besides image")
+    parser.add_argument(
+        "--credits", nargs="+", default=list(CREDITS), choices=[*CREDITS, *OTHERS], help="besides image"
+    )
     parser.add_argument("--share_noise", nargs="+", choices=SHARED, help="default: the config's")
     parser.add_argument("--maps", choices=MAPS, default="predictor", help="that are rewarded by")
     parser.add_argument("--work", type=Path, default=Path("outputs/gradient_snr"), help="folder of chunks' gradients")

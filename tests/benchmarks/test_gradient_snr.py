@@ -1,4 +1,5 @@
 from argparse import Namespace
+from itertools import combinations
 from pathlib import Path
 
 import gradient_snr
@@ -18,6 +19,7 @@ from gradient_snr import (
 )
 from judge_maps import JudgeMaps
 from learned_maps import LearnedMaps
+from other_credits import OTHERS
 from step_gradients import step_gradients
 
 from rl.advantages import group_advantages
@@ -191,3 +193,11 @@ def test_learned_maps_leave_the_objective_alone(options, monkeypatch):
     for kind in (image, objective):
         assert torch.allclose(found[kind], plain[kind], atol=1e-3 * float(plain[kind].abs().max()))
     assert not torch.allclose(found[paid], plain[paid], atol=0.05 * float(plain[paid].abs().max()))
+
+
+def test_credits_that_nothing_else_offers_have_gradients_of_their_own(options):
+    options.credits = ["image", *OTHERS]
+    image, *others, _ = Gradients(options, "none").of_chunk(0)
+    for one, another in combinations([image, *others], 2):
+        assert torch.isfinite(another).all()
+        assert not torch.allclose(one, another)

@@ -41,7 +41,7 @@ def test_from_yaml_to_lora_figures_and_pictures(config, tmp_path, capsys, pipeli
     events = EventAccumulator(str(folder / "runs"), size_guidance={"images": 0}).Reload()
     assert [event.step for event in events.Images("before_after")] == [2], "one step behind the last update"
     curves = set(events.Tags()["scalars"])
-    for name in ("reward", "agreement", "diversity", "drawn", "file_size", "kl", "saturation", "dead_groups"):
+    for name in ("reward", "diversity", "drawn", "file_size", "kl", "map_entropy", "dead_groups"):
         assert f"train/watch/{name}" in curves
     assert {"train/reward", "train/kl", "train/ratio", "train/clip_fraction", "train/grad_norm"} <= curves
     said = capsys.readouterr().out
