@@ -148,6 +148,7 @@ def warn_of_ignored_policy_settings(args: "PolicyConfig") -> None:
         warn_of_ignored(args, ("init_lora_weights",), "the LoRA starts from init_adapter")
     if args.device.type == "cpu":
         warn_of_ignored(args, ("offload",), "the run is on the CPU")
+        warn_of_ignored(args, ("fp16",), "the run is on the CPU, where nothing scales the loss; bf16 works there too")
 
 
 def warn_of_ignored(settings: object, names: Iterable[str], why: str) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from rl.advantages import group_advantages
 from rl.credit import focus_weights, paid_credit, unit_paid_credit
+from rl.ddpo_config import DDPOConfig
 from rl.losses import ppo_loss
 from rl.sde import log_prob_map
 
@@ -101,6 +102,7 @@ def trained(credit, updates=40):
         elif credit == "paid":
             push = gradient(theta, actions, ones, paid_credit(totals, penalties, GROUP, 1e-3, reach=0), "location")
         else:
+            assert credit == "unit"
             push = gradient(theta, actions, ones, unit_paid_credit(totals, penalties, GROUP, 1e-3, 1.0), "location")
         theta = theta + 2 * push / push.norm()
     return float(drawn(theta[None]).mean())
@@ -108,6 +110,7 @@ def trained(credit, updates=40):
 
 def test_the_trap_empties_the_pictures_and_the_default_does_not_fall_into_it():
     """Drawing pays in the objective, but a penalty is paid only where something is drawn."""
-    assert {credit for credit in ("image", "focus", "paid") if trained(credit) > 0.55} == {"image", "focus", "paid"}
+    sound = {DDPOConfig.credit, "image", "focus", "paid"}
+    assert {credit for credit in sound if trained(credit) > 0.55} == sound
     assert trained("unit") < 0.1
     assert trained("by sign") < 0.1

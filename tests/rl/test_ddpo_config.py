@@ -138,11 +138,12 @@ def test_trainers_settings_for_what_is_done_otherwise_are_ignored_and_warned_abo
     assert caplog.text.count(f"{name}={value!r} is ignored") == 1
 
 
-def test_offloading_means_nothing_on_the_cpu(make_args, caplog):
+@pytest.mark.parametrize("setting", ["offload", "fp16"])
+def test_what_means_nothing_on_the_cpu(make_args, caplog, setting):
     make_args()
-    assert "offload" not in caplog.text
-    make_args(offload=True)
-    assert "offload=True is ignored: the run is on the CPU" in caplog.text
+    assert setting not in caplog.text
+    make_args(**{setting: True})
+    assert f"{setting}=True is ignored: the run is on the CPU" in caplog.text
 
 
 @pytest.mark.parametrize("none", ["[]", "null"])

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 
@@ -22,6 +24,29 @@ def test_what_a_run_would_cost(make_trainer):
     phases = [value for name, value in costs.items() if name.startswith("rollout_") and name.endswith("_seconds")]
     assert costs["seconds"] == pytest.approx(5 * sum(phases))
     assert all(torch.equal(old, new) for old, new in zip(before, trainer.trained_weights(), strict=True))
+
+
+def test_time_is_that_of_all_batches_and_micro_batches(make_trainer, monkeypatch):
+    """By a clock that only stands still: a second for each picture that is rewarded, ten for each micro-batch."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def slow(images, prompts):
+        now[0] += len(images)
+        return Reward(images.mean((1, 2, 3)))
+
+    trainer = make_trainer(slow, num_train_epochs=5, num_iterations=2)
+    compute_loss = trainer.compute_loss
+
+    def slow_loss(*args):
+        now[0] += 10
+        return compute_loss(*args)
+
+    monkeypatch.setattr(trainer, "compute_loss", slow_loss)
+    costs = measure(trainer)
+    assert costs["rollout_reward_seconds"] == 8
+    assert costs["rollout_update_seconds"] == 10 * 2 * 2 * 2  # halves of the pictures, steps, times over
+    assert costs["seconds"] == 5 * (8 + 80)
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])

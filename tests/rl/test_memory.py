@@ -1,16 +1,19 @@
 """What saves memory or time, and changes no picture."""
 
 import functools
+from contextlib import contextmanager
 from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
 
+import run_ddpo
 from finetune.run import place_reward
 from rl.memory import MemorySettings, OffloadedReward, borrowed
 from rl.policy import StableDiffusionPolicy
+from tests.rl.command import command
 from tests.rl.conftest import PROMPTS
-from tests.rl.toy_rewards import Plain
+from tests.rl.toy_rewards import Plain, Redness
 
 CPU, DEVICE = torch.device("cpu"), torch.device("meta")
 
@@ -77,6 +80,44 @@ def test_offloaded_parts_stay_where_they_are(pipeline_folder, xl_folder):
     assert policy.device == DEVICE
     assert {pipeline.vae.device, pipeline.text_encoder.device, pipeline.text_encoder_2.device} == {CPU}
     assert load(pipeline_folder).to(DEVICE).pipeline.vae.device == DEVICE
+
+
+def test_text_encoder_and_vae_work_where_they_are_borrowed(pipeline_folder, monkeypatch):
+    there = []
+
+    @contextmanager
+    def borrow(modules, device):
+        there.extend(modules)
+        yield
+        there.clear()
+
+    monkeypatch.setattr("rl.policy.borrowed", borrow)
+    policy, asked = load(pipeline_folder, offload=True), []
+
+    def noting(part, name):
+        work = getattr(part, name)
+
+        def call(*args, **kwargs):
+            assert part in there, f"{name} of a part that is elsewhere"
+            asked.append(name)
+            return work(*args, **kwargs)
+
+        monkeypatch.setattr(part, name, call)
+
+    noting(policy.pipeline.text_encoder, "forward")
+    noting(policy.pipeline.vae, "decode")
+    noting(policy.pipeline.vae, "encode")
+    policy.encode(PROMPTS[:2])
+    images = policy.decode(latents_of(policy, 2))
+    policy.encode_images(images)
+    assert set(asked) == {"forward", "decode", "encode"}
+
+
+def test_the_command_offloads_its_rewards(config, monkeypatch):
+    placed = []
+    monkeypatch.setattr(run_ddpo, "place_reward", lambda reward, args: placed.append(reward) or reward)
+    assert command("--config", config, "--dry_run", "true") == 0
+    assert {type(reward) for reward in placed} == {Redness, Plain}
 
 
 def test_offloaded_reward_is_on_the_device_while_it_is_asked():

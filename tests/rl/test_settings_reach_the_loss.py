@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from rl.advantages import PromptStatistics
+from rl.evaluate import TRAINING_REWARD, HeldOut
 from rl.experience import ScoredBatch, gather_experience
 from rl.rollout import Trajectory
 from rl.sde import step_mean
+from tests.rl.conftest import PROMPTS
+from tests.rl.toy_rewards import Plain
 
 # ---- The loss ----
 
@@ -269,3 +272,33 @@ def test_the_rewards_features_are_what_diversity_is_watched_in(make_args):
 def test_a_group_is_dead_below_the_std_that_is_divided_by(make_args, floor, dead):
     experience = gathered(make_args(advantage_std_floor=floor), scored(NEAR), scored(FAR))
     assert experience.measures["dead_groups"] == dead
+
+
+# ---- The reward ----
+
+
+class Counting(Plain):
+    """Notes how many pictures it is asked about at once."""
+
+    def __init__(self):
+        self.asked, self.looked = [], []
+
+    def __call__(self, images, prompts):
+        self.asked.append(len(images))
+        return super().__call__(images, prompts)
+
+    def features(self, images):
+        self.looked.append(len(images))
+        return images.mean(dim=(2, 3))
+
+
+def test_rewards_are_asked_about_as_many_pictures_at_once_as_they_take(make_trainer):
+    """In rollouts, whose batches are of four, and in evaluations, of five."""
+    reward, held_out = Counting(), Counting()
+    trainer = make_trainer(reward, held_out=held_out, num_train_epochs=1, reward_batch_size=3, save_strategy="no")
+    trainer.train()
+    assert reward.asked == held_out.asked == reward.looked == [3, 1, 3, 1]
+    reward.asked.clear()
+    trainer.args.per_device_eval_batch_size = 5
+    trainer.judge(HeldOut(PROMPTS[:5], {TRAINING_REWARD: reward}, generations=1, num_samples=5))
+    assert set(reward.asked) == {3, 2}
