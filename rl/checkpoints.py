@@ -122,10 +122,14 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
 
 
-def newest_whole(output_dir: str | Path) -> str:
-    """Where a run can go on from, in words for the end of a message."""
-    available = complete_checkpoints(output_dir)
-    return f"the newest whole checkpoint is {available[-1]}" if available else f"{output_dir} holds no whole checkpoint"
+def newest_whole(output_dir: str | Path, contents: bool = False) -> str:
+    """Where a run can go on from, in words for the end of a message.
+
+    Args:
+        contents: read every byte of it; else only look whether all files are there, in their sizes.
+    """
+    newest = next((one for one in reversed(complete_checkpoints(output_dir)) if _harm(one, contents) is None), None)
+    return f"the newest whole checkpoint is {newest}" if newest else f"{output_dir} holds no whole checkpoint"
 
 
 # ---- Writing: on the disk before it has its name ----
@@ -196,7 +200,7 @@ def explained(what: str, output_dir: str | Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("inline_container|PytorchStreamWriter", str(error)):
             raise  # torch.save's reports of a full disk name these; any other is a bug
-        raise OSError(f"cannot write {what}: {error}; {newest_whole(output_dir)}") from error
+        raise OSError(f"cannot write {what}: {error}; {newest_whole(output_dir, contents=True)}") from error
 
 
 def _sync(path: Path) -> None:

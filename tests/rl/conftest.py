@@ -15,6 +15,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -123,6 +124,15 @@ def full_disk(room=2000):
 @pytest.fixture(scope="session")
 def pipeline_folder(tmp_path_factory):
     return make_pipeline(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="session")
+def sd1_folder(tmp_path_factory):
+    """Predicts the noise, with the scheduler that Stable Diffusion 1.5 comes with."""
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
+    return make_pipeline(tmp_path_factory.mktemp("sd1"), scheduler)
 
 
 @pytest.fixture(scope="session")

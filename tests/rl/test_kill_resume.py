@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
     ("kills", "behind", "flags"),
     [
         (18, 5, "--rollouts 4"),
-        (2, 2, "--rollouts 4 --ranks 2 --engine zero2 --phases rollout checkpoint --no-again"),
+        (3, 3, "--rollouts 4 --ranks 2 --engine zero2 --phases rollout update checkpoint --no-again"),
     ],
     ids=["one rank", "two ranks of ZeRO-2"],
 )

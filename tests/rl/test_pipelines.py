@@ -16,7 +16,7 @@ from rl.rollout import sample
 from rl.sde import ddim_scheduler, make_schedule
 from tests.rl.conftest import PROMPTS, put_in_hub_cache
 
-FAMILIES = ["pipeline_folder", "sd2_folder", "xl_folder", "xl_folder_with_empty_prompt"]
+FAMILIES = ["pipeline_folder", "sd1_folder", "sd2_folder", "xl_folder", "xl_folder_with_empty_prompt"]
 
 
 def load(folder, **changes):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from rl.adapter import LORA_WEIGHTS
 from rl.interrupt import RunInterrupted
 from rl.resumable import StopAtBoundaryError
 from rl.rollout import DivergedError
@@ -42,6 +43,17 @@ def test_full_disk_leaves_the_previous_checkpoint_whole(make_trainer, monkeypatc
     resumed = make_trainer(num_train_epochs=3)
     resumed.train(resume_from_checkpoint="latest")
     assert resumed.state.global_step == 3
+
+
+def test_what_is_offered_where_the_disk_is_full_is_good_to_the_last_byte(make_trainer):
+    trainer = make_trainer(num_train_epochs=2)
+    trainer.train()
+    weights = Path(trainer.args.output_dir, "checkpoint-2", LORA_WEIGHTS)
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    with full_disk(), pytest.raises(OSError, match=r"cannot write the LoRA to .*whole checkpoint is .*checkpoint-1"):
+        trainer.save_model()
 
 
 def test_full_disk_leaves_the_final_lora_as_it_was(make_trainer):
