@@ -116,6 +116,10 @@ class DDPOTrainer(PolicyTrainer):
             raise ValueError(f"beta is {args.beta}, but the policy keeps no base model; load it with keep_reference")
         evaluates = args.eval_strategy != "no"
         off = never_measured(args.num_generations, policy.has_reference, evaluates) | never_told(reward_fn, held_out)
+        has_limit = args.watch_limits.get("kl", True) is not None
+        self._measures_kl = policy.has_reference and (has_limit or args.beta > 0)
+        if policy.has_reference and not self._measures_kl:
+            off["kl"] = "it has no limit, and would cost passes of the network"
         watch = Watch(args.watch_limits, args.stop_on, speaks=args.should_save, off=off)
         self.rollout_schedule = schedule
         super().__init__(policy, args, sampler, plan, watch, callbacks, eval_on)
@@ -163,7 +167,7 @@ class DDPOTrainer(PolicyTrainer):
                     "dropout_keys": self.dropout_keys(number, self._mine[pictures]),
                     "trunks": self.trunks(self._mine[pictures]) if step == parting else None,
                     "measured_as": (pictures.start // self.args.chunk_size, k) if iteration == 0 else None,
-                    "measure_kl": self.policy.has_reference
+                    "measure_kl": self._measures_kl
                     and (self.args.beta > 0 or (iteration == 0 and position < steps)),  # the first pictures, all steps
                 }
 
@@ -344,7 +348,7 @@ class DDPOTrainer(PolicyTrainer):
         self._noted, self._kls = True, []
         self._observe(experience.measures, self._shared)
         self._drawn_from = self.state.global_step if self.is_saved else None
-        if not self.policy.has_reference:  # else the last monitor, KL, is still to come
+        if not self._measures_kl:  # else the last monitor, KL, is still to come
             self._note_checkpoint()
 
     def _note_checkpoint(self) -> None:

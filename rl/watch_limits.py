@@ -28,8 +28,9 @@ run at it, and leaves the weights of the best checkpoint. "Of the start" is of t
                   runs have stayed below 1.5. Texture that fools a predictor passes 1 / 0.6.
     file_size     Bytes of a JPEG, of the start; sees noise and texture that edges miss. 0.6 and 1 / 0.6, as above.
     kl            Divergence from the base, a latent element and trained step: the mean over all trained steps, of one
-                  micro-batch a rollout. 0.02: a step's mean has moved by a fifth of its noise (KL = d^2 / 2); `make
-                  demo` ends at 0.0007.
+                  micro-batch a rollout, at one more pass of the network for each of these steps, which a limit of None
+                  saves, unless `beta` needs it. 0.02: a step's mean has moved by a fifth of its noise (KL = d^2 / 2);
+                  `make demo` ends at 0.0007.
     saturation    Share of scores within 1% of an end of their range. 0.5: the reward has no room left to tell the
                   better picture, and where a predictor is that sure it is often wrong.
     map_entropy   How evenly penalty maps are spread over places, of the start. 0.7: what is penalised has shrunk to

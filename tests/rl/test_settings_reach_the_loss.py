@@ -83,6 +83,19 @@ AUTO = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("settings", "asked"), [({}, 2), ({"watch_limits": {"kl": None}}, 0), ({"beta": 0.1}, 4)], ids=str
+)
+def test_the_base_is_asked_as_often_as_the_kl_is_wanted(make_trainer, monkeypatch, settings, asked):
+    """Of a rollout of two micro-batches at two steps: once a step for the monitor, everywhere for the loss."""
+    trainer, references = make_trainer(num_train_epochs=1, save_strategy="no", **settings), []
+    reference = trainer.policy.reference
+    monkeypatch.setattr(trainer.policy, "reference", lambda: references.append(1) or reference())
+    trainer.train()
+    assert len(references) == asked
+    assert ("kl" in trainer.watch.off) == (asked == 0)
+
+
 def test_a_rollout_trains_the_steps_that_were_chosen_behind_the_one_before(make_trainer):
     trainer = make_trainer(**AUTO)
     rows = list(trainer.rollout(0))

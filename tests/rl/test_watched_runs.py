@@ -49,7 +49,7 @@ def red_below(images, prompts):
 def test_a_reward_that_is_gamed_trips_its_monitors_and_a_sound_one_none(make_trainer, trained, held_out, gamed, caplog):
     """An untrained network moves far at once, and cannot empty its pictures: hence other limits than the defaults."""
     trainer = make_trainer(
-        trained, held_out=held_out, watch_limits={"kl": None, "drawn": 0.975},
+        trained, held_out=held_out, watch_limits={"kl": 1e9, "drawn": 0.975},
         num_train_epochs=7, generation_batch_size=64, num_generations=32, per_device_train_batch_size=64,
         gradient_accumulation_steps=1, learning_rate=0.1 if gamed else 0.02, warmup_steps=0, lora_rank=4,
         train_steps=["1"], save_strategy="no",
