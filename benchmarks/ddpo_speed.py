@@ -7,8 +7,9 @@ The same small pipeline, LoRA (rank 4 on attention: what TRL's pipeline fixes), 
 one update. The monitor `kl` is off, for TRL's trainer has none, and it asks the base model. Runs alternate, `--seeds`
 of each, so that the machine's moods meet both; the value is the quotient of pictures a second, its interval a bootstrap
 over the rollouts of both. Seconds a rollout are given by part: calls of the U-Net, in sampling and update, of the VAE's
-decoder, and the backward pass; "models' share" is theirs in our wall time. What TRL's trainer draws is of as many
-prompts as pictures, ours of groups of 8, as its advantages need them: its text encoder has less to do.
+decoder, and the backward pass (ours with the guidance's arithmetic, and the scaling of latents and pictures); "models'
+share" is theirs in our wall time. What TRL's trainer draws is of as many prompts as pictures, ours of groups of 8, as
+its advantages need them: our text encoder has less to do.
 
 TRL needs older libraries: without `--trl_python` an environment is made in `build/trl_environment` on first use.
 """

@@ -22,7 +22,7 @@ def other_credit(
 
     Args:
         name: of `OTHERS`.
-        said: what `reward` said of `images` (N, 3, H, W) in [0, 1].
+        said: what `reward` said of `images` (N, 3, H, W) in [0, 1]; with penalty maps.
         advantages: (N,), of credit `image`.
         size: (h, w).
         group: G; the pictures of a prompt next to each other.
@@ -44,7 +44,7 @@ def right_places(content: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
 
 
 def sensitivity(reward: RewardFn, images: torch.Tensor, prompts: Sequence[str], size: tuple[int, int]) -> torch.Tensor:
-    """How much the total hangs on each place: the length of its gradient by the pixels there, (N, h, w)."""
+    """How much the total hangs on each place: the mean length of its gradient by a pixel there, (N, h, w)."""
     images = images.detach().clone().requires_grad_()
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(reward(images, prompts).total.sum(), images)
@@ -54,8 +54,11 @@ def sensitivity(reward: RewardFn, images: torch.Tensor, prompts: Sequence[str], 
 def content_baseline_credit(
     totals: torch.Tensor, maps: torch.Tensor, content: torch.Tensor, group: int, std_floor: float
 ) -> torch.Tensor:
-    """`paid` at its own place, but less what the group's pictures pay there for as much as is drawn, not less their
-    mean: an empty place is neither paid nor blamed.
+    """`paid` at its own place, but less what the group's pictures, this one among them, pay there for as much as is
+    drawn, not less their mean: a place that is empty and without a penalty is neither paid nor blamed.
+
+    What is drawn is the action's own doing, so it is no baseline that leaves the expected gradient as it is; and who
+    alone draws at a place pays nothing.
 
     Args:
         totals: (N,), without the penalties.

@@ -17,9 +17,11 @@ class WaitClock(PhaseClock):
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         self.phase = phase
-        with super().__call__(phase):
-            yield
-        self.phase = None
+        try:
+            with super().__call__(phase):
+                yield
+        finally:
+            self.phase = None
 
     def waiting(self, function: Callable) -> Callable:
         def call(*args, **kwargs):

@@ -137,7 +137,7 @@ def try_rewards(rewards: Mapping[str, RewardFn], policy: str, args: PolicyConfig
     grey, said = torch.full((2, 3, *size), 0.5, device=args.device), {}
     for name, reward in rewards.items():
         try:
-            said[name] = score(reward, grey, [prompt, prompt])
+            said[name] = score(reward, grey, [prompt, prompt], args.reward_batch_size)
         except RewardError as error:
             raise ValueError(f"asked about two grey pictures, the reward {name!r} fails: {error}") from error
     return said

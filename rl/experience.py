@@ -225,7 +225,7 @@ def check_credit_is_told(args: DDPOConfig, given: Collection[str]) -> None:
 
 
 def check_reward_fits_credit(policy: StableDiffusionPolicy, reward_fn: RewardFn, args: DDPOConfig, prompt: str) -> None:
-    """Ask a reward about one grey picture whether it says what the kind of credit goes by; only if it goes by any.
+    """Ask a reward about two grey pictures whether it says what the kind of credit goes by; only if it goes by any.
 
     Raises:
         ValueError: see `check_credit_is_told`.
@@ -233,8 +233,8 @@ def check_reward_fits_credit(policy: StableDiffusionPolicy, reward_fn: RewardFn,
     """
     if args.credit == "words" or _goes_by_maps(args):
         sides = [side * policy.pipeline.vae_scale_factor for side in policy.latent_shape[1:]]
-        grey = torch.full((1, 3, *sides), 0.5, device=policy.device)
-        check_credit_is_told(args, told_by(score(reward_fn, grey, [prompt])))
+        grey = torch.full((2, 3, *sides), 0.5, device=policy.device)
+        check_credit_is_told(args, told_by(score(reward_fn, grey, [prompt, prompt], args.reward_batch_size)))
 
 
 def told_by(reward: Reward) -> set[str]:

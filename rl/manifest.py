@@ -51,8 +51,11 @@ def damage(folder: Path, marker: Path, contents: bool) -> str | None:
             return f"{name} is missing"
         if (size := file.stat().st_size) != expected["bytes"]:
             return f"{name} has {size} bytes, {expected['bytes']} were written"
-        if contents and _digest_of_file(file) != expected["sha256"]:
-            return f"{name} is not what was written (its SHA-256 differs)"
+        try:
+            if contents and _digest_of_file(file) != expected["sha256"]:
+                return f"{name} is not what was written (its SHA-256 differs)"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 

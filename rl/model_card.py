@@ -10,6 +10,7 @@ import matplotlib.figure
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from reward.others.files import FILE_ON_HUB
 from rl.checkpoints import written_beside
 from rl.evaluate import Evaluation
 from rl.full_unet import FullUnet
@@ -51,12 +52,10 @@ def licence_of(place: str | Path) -> str:
     The front matter of `README.md` is read, as the hub writes it.
 
     Args:
-        place: a folder, the hub's owner/name, or one file of either: what lies in its folder, or of its name, is read.
+        place: a folder, the hub's owner/name, or one file on the hub, owner/name/file.
     """
-    path = Path(place)
-    model = str(path.parent) if path.is_file() else str(place)
-    if not path.exists() and model.count("/") > 1:  # the hub's owner/name/file
-        model = "/".join(model.split("/")[:2])
+    of_file = FILE_ON_HUB.fullmatch(str(place))
+    model = str(place) if of_file is None or Path(of_file[1]).exists() else of_file[1]
     try:
         card = pipeline_file(model, "README.md")
         licence = ModelCard.load(card).data.get("license") if card.is_file() else None

@@ -122,6 +122,10 @@ def check_policy_ranges(args: "PolicyConfig") -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         require(getattr(args, name) >= 1, f"{name} is {getattr(args, name)}; it must be at least 1")
     require(
+        not args.fp16 or args.device.type != "cpu",
+        "fp16 is for GPUs: on the CPU nothing scales the loss; leave it out, or set bf16 to true",
+    )
+    require(
         args.model_dtype != "float16" or args.fp16,
         "model_dtype is float16 without fp16: nothing would scale the loss, and small gradients would be 0; "
         "set fp16 to true, or model_dtype to bfloat16",
@@ -148,7 +152,6 @@ def warn_of_ignored_policy_settings(args: "PolicyConfig") -> None:
         warn_of_ignored(args, ("init_lora_weights",), "the LoRA starts from init_adapter")
     if args.device.type == "cpu":
         warn_of_ignored(args, ("offload",), "the run is on the CPU")
-        warn_of_ignored(args, ("fp16",), "the run is on the CPU, where nothing scales the loss; bf16 works there too")
 
 
 def warn_of_ignored(settings: object, names: Iterable[str], why: str) -> None:

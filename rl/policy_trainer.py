@@ -226,8 +226,9 @@ class PolicyTrainer(ResumableTrainer):
             self._diverged(f"after update {self.state.global_step} its weights are not finite")
 
     def _diverged(self, how: str) -> NoReturn:
+        newest = newest_whole(self.args.output_dir, contents=True)
         raise DivergedError(
-            f"the policy diverged: {how}; no checkpoint is made of it, {newest_whole(self.args.output_dir)}; "
+            f"the policy diverged: {how}; no checkpoint is made of it, {newest}; "
             "go on from there with a smaller learning_rate"
         )
 

@@ -71,7 +71,7 @@ EXTRA = ("verdicts", "ceiling", "finer", "more")
 
 CARDS = {
     "sd": "# The small world's generator\n\nDraws captions of coloured shapes, many with flaws.",
-    "rahf": "# The small world's predictor\n\nRich feedback on the pictures of that generator.",
+    "rahf": "# The small world's predictor\n\nRich feedback on pictures of the small world's generator.",
 }
 """Of the models that the repository keeps; they are under its own licence."""
 

@@ -64,7 +64,8 @@ def test_other_weights_are_other_assets(tmp_path, monkeypatch):
         (tmp_path / name).write_text(content)
         digests.append(long_runs.assets_digest.__wrapped__())
     (tmp_path / "ceiling.json").write_text("{}")
-    assert long_runs.assets_digest.__wrapped__() == digests[-1], "no training reads it"
+    (tmp_path / "rahf/README.md").write_text("for people")
+    assert long_runs.assets_digest.__wrapped__() == digests[-1], "no training reads them"
     assert len(set(digests)) == 3
 
 

@@ -33,6 +33,13 @@ def readmes_runs():
             yield launcher.split(), run.split()
 
 
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """As far as settings ask."""
+    monkeypatch.setattr(run_ddpo.DDPOConfig, "device", torch.device("cuda"))
+
+
+@pytest.mark.usefixtures("on_a_gpu")
 def test_readmes_commands_for_several_gpus_divide(monkeypatch):
     """Two updates a rollout, as on one GPU, and as in the run of ddpo-pytorch that one of them stands for."""
     commands = list(readmes_runs())
@@ -78,6 +85,7 @@ def updates_of(config, accumulated):
         return None
 
 
+@pytest.mark.usefixtures("on_a_gpu")
 def test_readmes_run_of_ddpo_pytorch_is_theirs(monkeypatch):
     """Whatever the preset says: their defaults, of `config/base.py` and of TRL's `DDPOConfig` and pipeline."""
     monkeypatch.setattr(run_ddpo.DDPOConfig, "world_size", 8)

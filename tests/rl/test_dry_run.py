@@ -27,7 +27,7 @@ def test_what_a_run_would_cost(make_trainer):
 
 
 def test_time_is_that_of_all_batches_and_micro_batches(make_trainer, monkeypatch):
-    """By a clock that only stands still: a second for each picture that is rewarded, ten for each micro-batch."""
+    """By a clock that moves where it is told to: a second for a picture that is rewarded, ten for a micro-batch."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 

@@ -113,7 +113,7 @@ def test_text_encoder_and_vae_work_where_they_are_borrowed(pipeline_folder, monk
     assert set(asked) == {"forward", "decode", "encode"}
 
 
-def test_the_command_offloads_its_rewards(config, monkeypatch):
+def test_the_command_places_all_its_rewards(config, monkeypatch):
     placed = []
     monkeypatch.setattr(run_ddpo, "place_reward", lambda reward, args: placed.append(reward) or reward)
     assert command("--config", config, "--dry_run", "true") == 0

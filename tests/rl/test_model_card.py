@@ -68,6 +68,10 @@ def test_licences_of_names_on_the_hub_are_asked_for_there(tmp_path, monkeypatch)
 
     assert licence_of("somebody/weights/a.pt") == "creativeml-openrail-m"
     assert asked[1:] == [("somebody/weights", "README.md")]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs/run").mkdir(parents=True)
+    (tmp_path / "outputs/run/README.md").write_text("---\nlicense: its own\n---\n")
+    assert licence_of("outputs/run/gone.pt") == "unknown here; see outputs/run/gone.pt"
 
     def offline(*what):
         raise EntryNotFoundError("no README.md there")
@@ -102,8 +106,8 @@ def test_licences_are_those_of_the_cards_that_are_there(tmp_path):
     assert licence_of(tmp_path) == f"unknown here; see {tmp_path}"
     (tmp_path / "README.md").write_text("---\nlicense: openrail++\n---\n# A model\n")
     assert licence_of(tmp_path) == "openrail++"
-    (tmp_path / "weights.pt").touch()
-    assert licence_of(tmp_path / "weights.pt") == "openrail++"
+    (tmp_path / "weights.pt").touch()  # nobody says that the folder's card is this file's
+    assert licence_of(tmp_path / "weights.pt") == f"unknown here; see {tmp_path / 'weights.pt'}"
     for card in ("no front matter", "---\nlicense: [a\n---\n", "---\nlicense: !unheard a\n---\n", "---\n- a\n---\n"):
         (tmp_path / "README.md").write_text(card)
         assert "unknown" in licence_of(tmp_path), card

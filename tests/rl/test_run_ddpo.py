@@ -223,7 +223,7 @@ def test_a_reward_that_falls_silent_ends_the_run_and_leaves_its_checkpoint(confi
 
     def dies_in_the_second_rollout(images, prompts):
         calls.append(1)
-        if len(calls) > 3:  # a grey picture, and the micro-batches of a rollout
+        if len(calls) > 3:  # grey pictures, and the micro-batches of a rollout
             raise RuntimeError("out of memory")
         return Plain()(images, prompts)
 

@@ -5,6 +5,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from finetune.run import try_rewards
+from reward.feedback import Reward
 from rl.advantages import PromptStatistics
 from rl.evaluate import TRAINING_REWARD, HeldOut
 from rl.experience import ScoredBatch, gather_experience
@@ -315,3 +317,12 @@ def test_rewards_are_asked_about_as_many_pictures_at_once_as_they_take(make_trai
     trainer.args.per_device_eval_batch_size = 5
     trainer.judge(HeldOut(PROMPTS[:5], {TRAINING_REWARD: reward}, generations=1, num_samples=5))
     assert set(reward.asked) == {3, 2}
+
+
+def test_a_reward_that_takes_one_picture_at_a_time_is_tried_so(make_args, pipeline_folder):
+    def one(images, prompts):
+        (image,) = images
+        return Reward(total=image.mean()[None])
+
+    said = try_rewards({"one": one}, pipeline_folder, make_args(reward_batch_size=1), PROMPTS[0])
+    assert said["one"].total.tolist() == [0.5, 0.5]
