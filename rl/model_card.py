@@ -1,6 +1,7 @@
 """The model card of a run, `README.md` in its folder, and the curves that it shows."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +11,14 @@ import matplotlib.figure
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from reward.others.files import FILE_ON_HUB
 from rl.checkpoints import written_beside
 from rl.evaluate import Evaluation
 from rl.full_unet import FullUnet
 from rl.lora import Lora
 from rl.pipelines import pipeline_file
 from rl.report import paired_change
+
+_FILE_ON_HUB = re.compile(r"([\w.-]+/[\w.-]+)/[\w.+-]+\.\w+")
 
 CURVES = {
     "reward": "reward of the rollouts",
@@ -54,7 +56,7 @@ def licence_of(place: str | Path) -> str:
     Args:
         place: a folder, the hub's owner/name, or one file on the hub, owner/name/file.
     """
-    of_file = FILE_ON_HUB.fullmatch(str(place))
+    of_file = _FILE_ON_HUB.fullmatch(str(place))
     model = str(place) if of_file is None or Path(of_file[1]).exists() else of_file[1]
     try:
         card = pipeline_file(model, "README.md")

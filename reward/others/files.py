@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from reward.checks import model_type
 
 _ON_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-FILE_ON_HUB = re.compile(rf"({_ON_HUB.pattern})/([\w.+-]+\.(?:pt|pth|bin|safetensors))")
+_FILE_ON_HUB = re.compile(rf"({_ON_HUB.pattern})/([\w.+-]+\.(?:pt|pth|bin|safetensors))")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _IN_OLD_FILES = re.compile(r"(.*\.)?position_ids")  # counts 0, 1, 2, ..., which older libraries saved as weights
 BROKEN = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError)
@@ -68,7 +68,7 @@ def check_file(what: str, name: str | Path) -> None:
     Raises:
         ValueError: names it.
     """
-    if not Path(name).is_file() and not FILE_ON_HUB.fullmatch(str(name)):
+    if not Path(name).is_file() and not _FILE_ON_HUB.fullmatch(str(name)):
         raise ValueError(
             f"{what}: there is no file {name}; give a .pt, .pth, .bin or .safetensors, or the hub's owner/name/file.pt"
         )
@@ -89,7 +89,7 @@ def read_weights(name: str | Path, inside: str | None = None) -> dict[str, torch
     """
     path = Path(name)
     if not path.is_file():
-        repository, file = FILE_ON_HUB.fullmatch(str(name)).groups()
+        repository, file = _FILE_ON_HUB.fullmatch(str(name)).groups()
         try:
             path = Path(hf_hub_download(repository, file))
         except (OSError, ValueError) as error:

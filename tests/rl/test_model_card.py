@@ -68,16 +68,16 @@ def test_licences_of_names_on_the_hub_are_asked_for_there(tmp_path, monkeypatch)
 
     assert licence_of("somebody/weights/a.pt") == "creativeml-openrail-m"
     assert asked[1:] == [("somebody/weights", "README.md")]
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "outputs/run").mkdir(parents=True)
-    (tmp_path / "outputs/run/README.md").write_text("---\nlicense: its own\n---\n")
-    assert licence_of("outputs/run/gone.pt") == "unknown here; see outputs/run/gone.pt"
 
     def offline(*what):
         raise EntryNotFoundError("no README.md there")
 
     monkeypatch.setattr("rl.pipelines.hf_hub_download", offline)
     assert licence_of("somebody/a-pipeline") == "unknown here; see somebody/a-pipeline"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs/run").mkdir(parents=True)
+    (tmp_path / "outputs/run/README.md").write_text("---\nlicense: its own\n---\n")
+    assert licence_of("outputs/run/gone.pt") == "unknown here; see outputs/run/gone.pt"
 
 
 def used(folder, **settings):
