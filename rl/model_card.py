@@ -19,6 +19,7 @@ from rl.pipelines import pipeline_file
 from rl.report import paired_change
 
 _FILE_ON_HUB = re.compile(r"([\w.-]+/[\w.-]+)/[\w.+-]+\.\w+")
+"""owner/name/file, as rewards name their weights (`reward.others.files`)."""
 
 CURVES = {
     "reward": "reward of the rollouts",

@@ -117,7 +117,7 @@ def album(tmp_path):
 
 
 @pytest.fixture
-def given(write_pictures, model_folder, tmp_path):  # noqa: F811
+def given(write_pictures, model_folder, tmp_path):  # noqa: F811 - `model_folder` is a fixture, imported above
     """Settings of a selection from a folder."""
     return {
         "pictures": write_pictures(tmp_path / "pictures"), "model": model_folder, "output_dir": tmp_path / "chosen",
@@ -126,7 +126,7 @@ def given(write_pictures, model_folder, tmp_path):  # noqa: F811
 
 
 @pytest.fixture
-def drawn(pipeline_folder, model_folder, prompt_file, tmp_path):  # noqa: F811
+def drawn(pipeline_folder, model_folder, prompt_file, tmp_path):  # noqa: F811 - `model_folder` is a fixture, imported above
     """Settings of a selection from pictures that are drawn: 6 of them, in batches of 4."""
     return {
         "pictures": tmp_path / "pool", "policy": pipeline_folder, "prompts": prompt_file, "model": model_folder,
